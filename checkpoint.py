@@ -1,0 +1,423 @@
+"""Weights and run state on disk: Hugging Face's layout in and out, saves that a crash cannot harm.
+
+A checkpoint directory is a Hugging Face model directory: `transformers` opens ours, and we open DeepSeek-V2's published
+ones. Nothing here runs what a file says: weights are safetensors, run state is unpickled with `weights_only=True`.
+
+    python checkpoint.py merge ADAPTER OUT      # a LoRA adapter and its base model -> a plain model directory
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.types import Device
+
+import lora
+from config import POSITIVE_MODEL_FIELDS, ModelConfig, RopeScaling, UserError, check
+from model import DeepSeekV2
+from tokenizer import Tokenizer
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+CHECKSUMS = "checksums.json"
+
+# ---------------------------------------------------------------- names: ours and the Hub's
+
+
+def hub_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The Hub's names for one of our tensors, each with a view of its part of it.
+
+    They differ for routed experts only: one matrix each there, a stack of them here, with gate above up.
+    """
+    module, _, projection = name.rpartition(".")
+    if not module.endswith(".experts"):
+        yield name, tensor
+        return
+    projections = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
+    for expert, matrix in enumerate(tensor):
+        for part_name, part in zip(projections, matrix.chunk(len(projections)), strict=True):
+            yield f"{module}.{expert}.{part_name}.weight", part
+
+
+# ---------------------------------------------------------------- writing a model
+
+
+def save_pretrained(
+    directory: str | Path,
+    model: DeepSeekV2,
+    tokenizer: Tokenizer,
+    state_dict: dict[str, Tensor] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model directory that `load_pretrained` and transformers' `from_pretrained` open.
+
+    state_dict: the weights, where the model does not hold them whole (FSDP). They are stored in their own dtype, in
+    several files with an index where they exceed max_shard_bytes. Raises UserError where the disk refuses.
+    """
+    directory = Path(directory)
+    weights = dict(model.state_dict() if state_dict is None else state_dict)
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    if model.config.norm_topk_prob:
+        print(f"warning: {directory} has norm_topk_prob=true, which transformers ignores", file=sys.stderr)
+    bos = tokenizer.template.start
+    special_ids = {
+        "bos_token_id": tokenizer.control_ids[bos] if bos else None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        config = hub_config(model.config) | special_ids | {"torch_dtype": dtype, "dtype": dtype}
+        write_json(directory / "config.json", config)
+        write_json(directory / "generation_config.json", special_ids)
+        tokenizer.save_pretrained(directory)
+        write_weights(directory, weights, max_shard_bytes)
+
+
+def write_weights(directory: Path, weights: dict[str, Tensor], max_shard_bytes: int) -> None:
+    """Fill one file after the other, in the order of the model."""
+    shards: list[dict[str, Tensor]] = [{}]
+    shard_bytes = total_bytes = 0
+    for name, tensor in weights.items():
+        for hub_name, part in hub_parts(name, tensor):
+            if shards[-1] and shard_bytes + part.nbytes > max_shard_bytes:
+                shards.append({})
+                shard_bytes = 0
+            shards[-1][hub_name] = part
+            shard_bytes += part.nbytes
+            total_bytes += part.nbytes
+    for old in directory.glob(f"{Path(WEIGHTS).stem}*.safetensors*"):
+        old.unlink()  # what an earlier save left must not be mixed up with these
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [WEIGHTS]
+    else:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    for file, shard in zip(files, shards, strict=True):
+        save_file({name: part.contiguous() for name, part in shard.items()}, directory / file, {"format": "pt"})
+
+
+def hub_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json for readers of both kinds: rope_theta and rope_scaling as in DeepSeek's files, rope_parameters as
+    transformers 5 has them. What the Hub has no name for (two of the balance factors) keeps ours."""
+    ours = asdict(config)
+    rope_parameters = {"rope_type": "yarn" if config.rope_scaling else "default", "rope_theta": config.rope_theta}
+    return (
+        {"architectures": ["DeepseekV2ForCausalLM"]}
+        | SUPPORTED
+        | ours
+        | {"rope_parameters": rope_parameters | (ours["rope_scaling"] or {})}
+        | {"num_key_value_heads": config.num_attention_heads, "head_dim": config.qk_rope_head_dim, "seq_aux": True}
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- reading a model
+
+# Settings of DeepSeek-V2's config.json that this model has no choice in; a missing one means the same.
+SUPPORTED = {
+    "model_type": "deepseek_v2",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "moe_layer_freq": 1,
+    "scoring_func": "softmax",
+}
+# The shape has to be told: DeepSeek's defaults differ from ours.
+REQUIRED = set(POSITIVE_MODEL_FIELDS) - {"n_group", "topk_group", "rope_theta", "rms_norm_eps", "initializer_range"}
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """Read config.json as DeepSeek or as transformers 5 writes it. Raises UserError, naming the file and the field."""
+    path = inside(Path(directory), "config.json")
+    raw = read_json(path)
+    for name, supported in SUPPORTED.items():
+        value = raw.get(name, supported)
+        check(value == supported, f"{path}: {name} is {value!r}; only {supported!r} is supported")
+    given = {field.name: raw[field.name] for field in fields(ModelConfig) if raw.get(field.name) is not None}
+    given["rope_theta"], given["rope_scaling"] = read_rope(path, raw)
+    missing = sorted(REQUIRED - given.keys())
+    check(not missing, f"{path} lacks {', '.join(missing)}")
+    method = given.get("topk_method", "greedy")
+    check(method in ("greedy", "group_limited_greedy"), f"{path}: topk_method {method!r} is not supported")
+    check_types(path, given, ModelConfig(q_lora_rank=1, rope_scaling=given["rope_scaling"]))
+    config = ModelConfig(**given)
+    try:
+        config.validate()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config
+
+
+def read_rope(path: Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
+    """rope_theta, and YaRN's settings from whichever dict has them; DeepSeek's code has mscale 1, mscale_all_dim 0."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = {name: value for name, value in rope.items() if value is not None}
+    theta = rope.pop("rope_theta", raw.get("rope_theta", ModelConfig.rope_theta))
+    kind = rope.pop("type", "default")
+    kind = rope.pop("rope_type", kind)
+    if kind == "default":
+        return theta, None
+    check(kind == "yarn", f"{path}: rope_scaling of type {kind!r} is not supported; only 'yarn' is")
+    missing = {"factor", "original_max_position_embeddings"} - rope.keys()
+    check(not missing, f"{path}: rope_scaling lacks {', '.join(sorted(missing))}")
+    unknown = rope.keys() - {field.name for field in fields(RopeScaling)}
+    check(not unknown, f"{path}: rope_scaling's {', '.join(sorted(unknown))} is not supported")
+    check_types(path, rope, RopeScaling())
+    return theta, RopeScaling(**rope)
+
+
+def check_types(path: Path, values: dict[str, Any], example: object) -> None:
+    """Each value has the type that the field of its name has in `example`; an int passes for a float."""
+    for name, value in values.items():
+        wanted = type(getattr(example, name))
+        right = isinstance(value, (int, float) if wanted is float else wanted)
+        check(right, f"{path}: {name} is {value!r}; it must be of type {wanted.__name__}")
+
+
+def iterate_weights(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Our names with their tensors, in their stored dtype, one at a time and in the order of the model.
+
+    Memory: the tensor at hand, twice while it is put together. Raises UserError, before anything is read, where tensors
+    are missing, extra or of another shape.
+    """
+    directory = Path(directory)
+    with torch.device("meta"):
+        expected = dict(DeepSeekV2(config).named_parameters())
+    files = find_tensors(directory, expected)
+    for name, parameter in expected.items():
+        part_names = [part_name for part_name, _ in hub_parts(name, parameter)]
+        with contextlib.ExitStack() as stack:  # closes the files again: their mapped pages count as memory
+            opened = {path: stack.enter_context(safe_open(path, "pt")) for path in {files[n] for n in part_names}}
+            whole = torch.cat([opened[files[n]].get_tensor(n).flatten() for n in part_names]).view(parameter.shape)
+        yield name, whole
+
+
+def find_tensors(directory: Path, expected: dict[str, nn.Parameter]) -> dict[str, Path]:
+    """The file of each tensor on disk, from the files' headers. Raises one UserError for all that is wrong."""
+    wanted = {part_name: tuple(part.shape) for name in expected for part_name, part in hub_parts(name, expected[name])}
+    files, wrong = {}, []
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, "pt") as opened:
+                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        for name, shape in shapes.items():
+            files[name] = path
+            if name not in wanted:
+                wrong.append(f"{name} is not part of the model")
+            elif shape != wanted[name]:
+                wrong.append(f"{name} has shape {shape}, not {wanted[name]}")
+    wrong += [f"{name} is missing" for name in wanted if name not in files]
+    more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+    check(not wrong, f"{directory}: the weights don't fit config.json: {'; '.join(wrong[:10])}{more}")
+    return files
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The one file, or those that the index names."""
+    if (directory / WEIGHTS).exists():
+        return [inside(directory, WEIGHTS)]
+    check((directory / WEIGHTS_INDEX).exists(), f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+    path = inside(directory, WEIGHTS_INDEX)
+    weight_map = read_json(path).get("weight_map", {})
+    check(isinstance(weight_map, dict) and weight_map != {}, f"{path} has no weight_map")
+    return [inside(directory, name) for name in sorted({str(name) for name in weight_map.values()})]
+
+
+def inside(directory: Path, name: str) -> Path:
+    """A file of the directory, by its plain name. Links may lead to the blobs of a Hub cache and nowhere else."""
+    root = directory.resolve()
+    path = directory / name
+    safe = Path(name).name == name and path.resolve().parent in (root, root.parent.parent / "blobs")
+    check(safe, f"{directory}: {name!r} lies outside of the directory")
+    check(path.is_file(), f"{path} does not exist")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    check(isinstance(content, dict), f"{path} holds no JSON object")
+    return content
+
+
+def load_pretrained(directory: str | Path, dtype: torch.dtype | None = None, device: Device = None) -> DeepSeekV2:
+    """The model of a directory in Hugging Face layout, tensor by tensor; dtype None: as stored. Raises UserError."""
+    config = load_config(directory)
+    with torch.device("meta"):
+        model = DeepSeekV2(config)
+    for name, tensor in iterate_weights(directory, config):
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(tensor.to(device, dtype)))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def load_model_and_tokenizer(
+    path: str | Path, dtype: torch.dtype | None = None, device: Device = None
+) -> tuple[DeepSeekV2, Tokenizer]:
+    """From a model directory, a run directory (its newest checkpoint), or an adapter's, whose base is then loaded too.
+    An adapter's model comes with the adapter in place, not merged. Raises UserError."""
+    directory = resolve_checkpoint(path)
+    base = directory
+    if (directory / ADAPTER_CONFIG).is_file():
+        base = resolve_checkpoint(read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    model = load_pretrained(base, dtype, device)
+    if base != directory:
+        lora.load_adapter(model, directory)
+    has_tokenizer = (directory / "tokenizer.json").is_file()
+    return model, Tokenizer(str(directory if has_tokenizer else base))
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A checkpoint directory as it is; of a run directory, its newest good checkpoint. Raises UserError otherwise."""
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        newest = newest_checkpoint(path)
+        if newest is None:
+            raise UserError(f"{path} is a run without a readable checkpoint")
+        return newest
+    known = (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
+    check(known, f"{path} is no checkpoint: a directory with config.json or {ADAPTER_CONFIG}, or that of a run")
+    return path
+
+
+# ---------------------------------------------------------------- run state: all or nothing
+
+
+def save_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], None], limit: int) -> Path:
+    """Let `write` fill a new directory and put it at output_dir/checkpoints/step-NNNNNN once all of it is on the disk.
+
+    Killed at any moment, what stood before still stands. Only then checkpoints beyond the newest `limit` go, and later
+    steps' (a damaged one, from which the run was not continued). Raises UserError where the disk refuses.
+    """
+    parent = Path(output_dir, "checkpoints")
+    place = parent / f"step-{step:06d}"
+    temporary = parent / f".{place.name}.tmp"
+    with disk_errors(place):
+        parent.mkdir(parents=True, exist_ok=True)
+        for stale in parent.glob(".step-*"):
+            shutil.rmtree(stale)
+        try:
+            temporary.mkdir()
+            write(temporary)
+            write_json(temporary / CHECKSUMS, {file.name: checksum(file) for file in sorted(temporary.iterdir())})
+            for written in (*temporary.iterdir(), temporary):
+                flush_to_disk(written)
+            if place.exists():  # damaged, or this run would have gone on from there
+                place.rename(parent / f".{place.name}.old")
+            temporary.rename(place)
+            flush_to_disk(parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        present = checkpoints(output_dir)
+        now = present.index(place)
+        for old in present[:now] + present[now + limit :]:
+            shutil.rmtree(old)
+    return place
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """A run's newest checkpoint whose files are as they were written; damaged ones are reported and passed over."""
+    for directory in checkpoints(output_dir):
+        damaged = damaged_files(directory)
+        if not damaged:
+            return directory
+        print(f"warning: {directory} is damaged ({', '.join(damaged)}); trying the one before", file=sys.stderr)
+    return None
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Newest first."""
+    found = Path(output_dir, "checkpoints").glob("step-*")
+    return sorted(found, key=lambda directory: int(directory.name.removeprefix("step-")), reverse=True)
+
+
+def damaged_files(directory: Path) -> list[str]:
+    try:
+        recorded = read_json(directory / CHECKSUMS)
+    except UserError:
+        return [CHECKSUMS]
+    present = {file.name for file in directory.iterdir()}
+    return [name for name in recorded if name not in present or checksum(directory / name) != recorded[name]]
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def save_state(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values. Raises OSError where the disk refuses."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's zip writer trips over the file's own error and hides it
+            raise error.__context__ or error from None
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """What save_state wrote, on the CPU. Raises UserError for anything else; a pickle's code is never run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged, or no run state; nothing in it was run") from error
+
+
+@contextlib.contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{place} cannot be written ({error}); earlier checkpoints are untouched") from error
+
+
+# ---------------------------------------------------------------- python checkpoint.py merge ADAPTER OUT
+
+
+def merge_adapter(adapter: str | Path, out: str | Path) -> None:
+    """Write the adapter's base model, with the adapter merged into its weights, as a plain model directory."""
+    check(not Path(out).exists(), f"{out} exists already; choose a new directory")
+    model, tokenizer = load_model_and_tokenizer(adapter)
+    lora.merge(model)
+    save_pretrained(out, model, tokenizer)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] != "merge":
+        sys.exit("usage: python checkpoint.py merge ADAPTER OUT")
+    try:
+        merge_adapter(*sys.argv[2:])
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

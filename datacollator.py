@@ -1,0 +1,184 @@
+"""Conversations to batches: pack or pad, then shift.
+
+A row of a batch holds one conversation and padding, or, packed, as many conversations as fit. Packing changes no
+result: `position_ids` restart and `sequence_ids` differ, so the model keeps conversations apart. It saves the padding.
+
+Run `python datacollator.py [DATASET]` to see it.
+"""
+
+import functools
+import sys
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from config import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+# input_ids, labels, position_ids, sequence_ids: each (B, T) int64.
+Batch = dict[str, torch.Tensor]
+# Token ids and mask (1: trained on), of equal length.
+Conversation = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
+
+# A label that the loss ignores.
+IGNORE = -100
+
+
+def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
+    """Indices of lengths, grouped into rows of at most `capacity`: best fit decreasing.
+
+    From the longest on, each goes into the row that it fills best. The number of rows depends on the lengths, not on
+    their order. Raises ValueError for a length above capacity.
+    """
+    rows: list[list[int]] = []
+    rows_with_room: dict[int, list[int]] = defaultdict(list)
+    rooms: list[int] = []  # the keys of rows_with_room that have rows, sorted
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[index])
+        if length > capacity:
+            raise ValueError(f"conversation {index} has {length} tokens, more than a row's {capacity}")
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            room, row = capacity, len(rows)
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                del rooms[at]
+        rows[row].append(index)
+        left = room - length
+        if not rows_with_room[left]:
+            insort(rooms, left)
+        rows_with_room[left].append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class DataCollator:
+    """Rows of conversations to a Batch."""
+
+    # Width of a packed row, and the most that a padded one can have.
+    max_seq_len: int
+    # Fills what is left; never seen by attention, experts or loss.
+    pad_token_id: int
+    # Every row max_seq_len wide with any number of conversations; otherwise one each, padded to the longest.
+    packing: bool = True
+
+    def __call__(self, rows: Sequence[Sequence[Conversation]]) -> Batch:
+        """Each row is a list of conversations (ids, mask).
+
+        labels[b, t] is the token after input_ids[b, t] in the same conversation if that one is trained on, else -100.
+        position_ids count from 0 and sequence_ids are 1, 2, 3 ... for the conversations of a row, both 0 in padding.
+        """
+        width = self.max_seq_len if self.packing else max(len(ids) for row in rows for ids, _ in row)
+        input_ids = np.full((len(rows), width), self.pad_token_id)
+        labels = np.full((len(rows), width), IGNORE)
+        position_ids = np.zeros((len(rows), width), dtype=np.int64)
+        sequence_ids = np.zeros((len(rows), width), dtype=np.int64)
+        for b, row in enumerate(rows):
+            start = 0
+            for number, (ids, mask) in enumerate(row, start=1):
+                end = start + len(ids)
+                input_ids[b, start:end] = ids
+                labels[b, start : end - 1] = np.where(np.asarray(mask[1:]) == 1, ids[1:], IGNORE)
+                position_ids[b, start:end] = np.arange(len(ids))
+                sequence_ids[b, start:end] = number
+                start = end
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "sequence_ids": sequence_ids}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+class RowStream:
+    """An endless stream of rows, of which row i is a pure function of the data, the seed and i.
+
+    So there are no partial batches, any process can take any rows, and all that a resumed run needs is its step.
+    Row i is in epoch i // rows_per_epoch; every epoch is shuffled and packed anew, into the same number of rows.
+    """
+
+    def __init__(self, dataset: "datasets.Dataset", collator: DataCollator, seed: int = 0, shuffle: bool = True):
+        """dataset: columns input_ids and mask, as `dataset.load_dataset_split` gives them."""
+        self.collator = collator
+        self.seed = seed
+        self.shuffle = shuffle
+        # Arrow's own buffers, usually a memory map: for each chunk, where conversations begin, and their tokens.
+        table = dataset.with_format("arrow")[:]
+        self._ids = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in table["input_ids"].chunks]
+        self._mask = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in table["mask"].chunks]
+        self._chunk_starts = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._ids])
+        self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._ids])
+        self._epoch_rows = functools.lru_cache(maxsize=2)(self._arrange_epoch)
+        self.rows_per_epoch = len(self._epoch_rows(0))
+
+    def conversation(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids and mask of conversation number `index` of the dataset."""
+        chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
+        at = index - self._chunk_starts[chunk]
+        pieces = (self._ids[chunk], self._mask[chunk])
+        ids, mask = (values[offsets[at] : offsets[at + 1]] for offsets, values in pieces)
+        return ids, mask
+
+    def row_indices(self, i: int) -> list[int]:
+        """Which conversations of the dataset row i holds."""
+        epoch, at = divmod(i, self.rows_per_epoch)
+        return self._epoch_rows(epoch)[at]
+
+    def row(self, i: int) -> list[Conversation]:
+        return [self.conversation(index) for index in self.row_indices(i)]
+
+    def batch(self, rows: Iterable[int]) -> Batch:
+        return self.collator([self.row(i) for i in rows])
+
+    def _arrange_epoch(self, epoch: int) -> list[list[int]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = np.arange(len(self.lengths))
+        if self.shuffle:
+            rng.shuffle(order)
+        if not self.collator.packing:
+            return [[index] for index in order.tolist()]
+        rows = [order[row].tolist() for row in pack_best_fit(self.lengths[order], self.collator.max_seq_len)]
+        return [rows[i] for i in rng.permutation(len(rows))] if self.shuffle else rows
+
+
+# --- See it: python datacollator.py [DATASET] [SPLIT] ---
+
+
+def draw_row(lengths: Sequence[int], capacity: int, width: int = 100) -> str:
+    """A packed row for the terminal: a block for each conversation with its length, and dots for padding."""
+    edges = np.rint(np.cumsum([0, *lengths]) * width / capacity).astype(int)
+    blocks = ""
+    for i, length in enumerate(lengths):
+        room = int(edges[i + 1] - edges[i])
+        blocks += f"\x1b[30;{46 if i % 2 else 42}m{str(length) if len(str(length)) <= room else '':^{room}}\x1b[0m"
+    return blocks + "·" * (width - int(edges[-1]))
+
+
+def demo(name: str = "chitchat", split: str = "") -> None:
+    from dataset import load_dataset_split, open_splits
+    from tokenizer import LEGEND, Tokenizer, colour
+
+    max_seq_len = 2048
+    tokenizer = Tokenizer()
+    dataset, report = load_dataset_split(name, split or next(iter(open_splits(name))), tokenizer, max_seq_len)
+    stream = RowStream(dataset, DataCollator(max_seq_len, tokenizer.pad_token_id))
+    short = int(np.argmin(np.abs(stream.lengths - 150)))  # one that fits on a screen
+    print(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *stream.conversation(short))}\n")
+    padding = 1 - report.tokens / (stream.rows_per_epoch * max_seq_len)
+    print(f"{stream.rows_per_epoch:,} rows of {max_seq_len:,} tokens, {padding:.2%} padding; the first ten:\n")
+    for i in range(min(10, stream.rows_per_epoch)):
+        print(draw_row(stream.lengths[stream.row_indices(i)].tolist(), max_seq_len))
+
+
+if __name__ == "__main__":
+    try:
+        demo(*sys.argv[1:3])
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,620 @@
+"""DeepSeek-V2 (https://arxiv.org/abs/2405.04434) from scratch, after the paper's section 2, in the order of the data.
+
+Shapes in comments: N tokens of all conversations in the batch, H heads, E routed experts, K of them chosen for a token,
+V entries of the vocabulary, B rows, T positions, S cached positions.
+
+The batch comes as (B, T) tensors, but the layers work on a flat stream (N, hidden_size) of real tokens with a list of
+documents: padding is gone before the first layer, so nothing can attend to it, route it or count it, and packed and
+padded batches are the same computation.
+
+Modules are named as in the checkpoints on Hugging Face, so that `state_dict()` needs almost no translation.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+from config import ModelConfig, UserError
+
+
+class Documents(NamedTuple):
+    """Where the conversations lie in the flat stream of N tokens."""
+
+    lengths: list[int]  # tokens of each document
+    ids: Tensor  # (N,) number of the document that a token belongs to
+    offsets: Tensor  # (documents + 1,) int32, where each begins; the last is N
+
+
+class Routing(NamedTuple):
+    """What the experts' routers did; counts and losses are sums, so that micro-batches and ranks add up."""
+
+    expert_counts: Tensor  # (E,) tokens sent to each expert
+    balance_loss: Tensor  # () balance losses, summed over documents
+
+
+class LossOutput(NamedTuple):
+    """Sums, not means: the trainer divides them by the counts of the whole step."""
+
+    loss_sum: Tensor  # () cross entropy in nats, summed over target tokens
+    num_targets: Tensor  # ()
+    balance_loss: Tensor  # () balance losses, summed over documents and layers
+    num_documents: Tensor  # ()
+    expert_counts: Tensor  # (MoE layers, E)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products take: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation, in fp32 whatever comes in."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(compute_dtype(x))
+
+
+# ---------------------------------------------------------------- positions: RoPE and YaRN
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's correction of the attention temperature for a context `factor` times longer."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Angle per position of each rotated pair (qk_rope_head_dim / 2,), and the factor on cos and sin.
+
+    YaRN (https://arxiv.org/abs/2309.00071, section 3.2): pairs that turn often within the original context keep their
+    frequency, slow ones are divided by the factor, those between are mixed linearly.
+    """
+    dim, base, scaling = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if scaling is None:
+        return frequencies, 1.0
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
+    slowed = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    frequencies = frequencies / scaling.factor * slowed + frequencies * (1 - slowed)
+    factor = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return frequencies, factor
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair of neighbours in x (N, H, qk_rope_head_dim) by its token's angle; cos, sin (N, 1, half)."""
+    cos, sin = rope
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------- multi-head latent attention (section 2.1)
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+    """Causal attention within each document. q, k (N, H, qk_head_dim), v (N, H, v_head_dim) -> (N, H, v_head_dim).
+
+    No T x T mask exists: FlashAttention's kernel takes the documents' offsets; elsewhere each document is one call.
+    The fused kernels want q, k and v equally wide, so v is padded and the output cut.
+    """
+    v_head_dim = v.shape[-1]
+    v = F.pad(v, (0, q.shape[-1] - v_head_dim))
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        longest = max(documents.lengths)
+        offsets = documents.offsets
+        output = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
+        assert isinstance(output, Tensor)
+        return output[..., :v_head_dim]
+    # SDPA wants heads before positions: (1, H, length, head_dim)
+    parts = zip(*(x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0] for q, k, v in parts
+    ]
+    return torch.cat(outputs, dim=1).transpose(0, 1)[..., :v_head_dim]
+
+
+class LayerCache(NamedTuple):
+    """What one layer of a model in generation remembers, and where the tokens at hand go."""
+
+    latents: Tensor  # (B, S, kv_lora_rank + qk_rope_head_dim), preallocated
+    w_uk: Tensor  # (H, qk_nope_head_dim, kv_lora_rank) up-projection of keys
+    w_uv: Tensor  # (H, kv_lora_rank, v_head_dim) up-projection of values
+    positions: Tensor  # (B, T) of the tokens at hand
+    end: int  # 1 + the largest position
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention: keys and values are rebuilt from one small latent per token (figure 3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, rank = config.num_attention_heads, config.kv_lora_rank
+        self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, heads * self.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, rank + config.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(rank)  # the latents' norms keep 1e-6 whatever rms_norm_eps is, as DeepSeek's do
+        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+        self.scale = self.qk_head_dim**-0.5
+        if config.rope_scaling is not None:
+            self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: Documents | LayerCache) -> Tensor:
+        """x (N, hidden_size) -> (N, hidden_size); rope: cos and sin of each token's angles (N, 1, half)."""
+        q_nope, q_pe = self.queries(x, rope)
+        latent, k_pe = self.latents(x, rope)
+        if isinstance(context, Documents):
+            output = self.attend_expanded(q_nope, q_pe, latent, k_pe, context)
+        else:
+            output = self.attend_absorbed(q_nope, q_pe, latent, k_pe, context)
+        return self.o_proj(output.flatten(1))
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries without and with position (N, H, qk_nope_head_dim), (N, H, qk_rope_head_dim); equations 12 to 15."""
+        q = self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (self.config.num_attention_heads, self.qk_head_dim))
+        q_nope, q_pe = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+        return q_nope, rotate(q_pe, rope)
+
+    def latents(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the cache holds: latent (N, kv_lora_rank), rotary key (N, qk_rope_head_dim); equations 9 and 16."""
+        latent, k_pe = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        return self.kv_a_layernorm(latent), rotate(k_pe[:, None], rope)[:, 0]
+
+    def attend_expanded(
+        self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, documents: Documents
+    ) -> Tensor:
+        """Training: rebuild every head's keys and values (equations 10, 11, 17), then ordinary attention."""
+        heads, nope, v_head_dim = q_nope.shape[1], self.config.qk_nope_head_dim, self.config.v_head_dim
+        k_nope, v = self.kv_b_proj(latent).unflatten(-1, (heads, nope + v_head_dim)).split([nope, v_head_dim], dim=-1)
+        q = torch.cat((q_nope, q_pe), dim=-1)  # (N, H, qk_head_dim)
+        k = torch.cat((k_nope, k_pe[:, None].expand(-1, heads, -1)), dim=-1)
+        return document_attention(q, k, v, documents, self.scale)
+
+    def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, cache: LayerCache) -> Tensor:
+        """Generation: no head's keys or values are ever rebuilt (section 2.1.2 and appendix C).
+
+        q . (W_uk c) = (W_uk^T q) . c, so queries move into the latent space, and all heads share one key per token.
+        """
+        (batch, length), heads, rank = cache.positions.shape, q_nope.shape[1], self.config.kv_lora_rank
+        rows = torch.arange(batch, device=latent.device)[:, None]
+        entries = torch.cat((latent, k_pe), dim=-1).to(cache.latents.dtype)
+        cache.latents[rows, cache.positions] = entries.view(batch, length, -1)
+        keys = cache.latents[:, : cache.end].to(q_pe.dtype)  # (B, S, rank + rope)
+        q_latent = torch.einsum("nhd,hdr->nhr", q_nope, cache.w_uk.to(q_nope.dtype))
+        q = torch.cat((q_latent, q_pe), dim=-1).view(batch, length * heads, -1)
+        scores = (q @ keys.mT).float().view(batch, length, heads, cache.end) * self.scale
+        future = torch.arange(cache.end, device=q.device) > cache.positions[..., None]  # (B, T, S)
+        weights = scores.masked_fill(future[:, :, None], -torch.inf).softmax(dim=-1).to(keys.dtype)
+        context = weights.view(batch, length * heads, -1) @ keys[..., :rank]  # (B, T H, rank)
+        return torch.einsum("nhr,hrv->nhv", context.view(-1, heads, rank), cache.w_uv.to(keys.dtype))
+
+    def up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_uk (H, qk_nope_head_dim, rank) and W_uv (H, rank, v_head_dim), read off the module's action on the unit
+        vectors, so that whatever wraps it (an adapter) is included."""
+        weight = self.kv_b_proj.weight
+        unit = torch.eye(self.config.kv_lora_rank, dtype=weight.dtype, device=weight.device)
+        columns = self.kv_b_proj(unit).unflatten(-1, (self.config.num_attention_heads, -1))  # (rank, H, nope + v)
+        w_uk, w_uv = columns.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
+        return w_uk.permute(1, 2, 0).contiguous(), w_uv.transpose(0, 1).contiguous()
+
+
+# ---------------------------------------------------------------- feed-forward networks, dense and sparse (section 2.2)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward network."""
+
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Scores every expert for every token, in fp32, since a rounding error here sends a token to another expert."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, hidden_size) -> scores (N, E), and weight and number of the chosen experts (N, K) each."""
+        config = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            scores = F.linear(x.float(), self.weight.float()).softmax(dim=-1)  # equation 22
+        candidates = scores
+        if config.topk_method == "group_limited_greedy":  # section 2.2.2: at most topk_group devices a token
+            grouped = scores.unflatten(-1, (config.n_group, -1))
+            best_groups = grouped.amax(dim=-1).topk(config.topk_group, dim=-1).indices
+            allowed = torch.zeros_like(grouped[..., 0]).scatter(1, best_groups, 1.0)
+            candidates = (grouped * allowed[..., None]).flatten(1)
+        weights, experts = candidates.topk(config.num_experts_per_tok, dim=-1)
+        # as in DeepSeek's own code: weights that sum to one are not scaled, and a single expert keeps its score
+        if config.norm_topk_prob and config.num_experts_per_tok > 1:
+            return scores, weights / (weights.sum(dim=-1, keepdim=True) + 1e-20), experts
+        return scores, weights * config.routed_scaling_factor, experts
+
+
+class Experts(nn.Module):
+    """The routed experts' SwiGLU networks, stacked: one grouped matrix product serves them all, without a loop and
+    without the host having to know how many tokens each expert gets."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, intermediate = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
+        """x (N, hidden_size), weights and experts (N, K), counts (E,) tokens per expert -> (N, hidden_size)."""
+        order = experts.flatten().argsort(stable=True)  # (N K,) the slots, sorted by expert
+        tokens = order // experts.shape[1]
+        ends = counts.cumsum(0).to(torch.int32)
+        routed = x.to(compute_dtype(x)).index_select(0, tokens)  # (N K, hidden_size)
+        gate, up = self.project("gate_up_proj", routed, ends).chunk(2, dim=-1)
+        output = self.project("down_proj", F.silu(gate) * up, ends)
+        output = output * weights.flatten()[order, None].to(output.dtype)
+        return torch.zeros_like(x, dtype=output.dtype).index_add(0, tokens, output)
+
+    def project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """Each expert's matrix times its own run of rows in x (N K, in) -> (N K, out)."""
+        return F.grouped_mm(x, getattr(self, name).to(x.dtype).mT, offs=ends)
+
+
+class MoE(nn.Module):
+    """DeepSeekMoE: every token passes the shared experts and the K routed experts it is sent to (equation 20)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Routing]:
+        """x (N, hidden_size) -> the same shape. Balance losses are computed where documents are given."""
+        scores, weights, experts = self.gate(x)
+        chosen = torch.zeros_like(scores).scatter(1, experts, 1.0)  # (N, E), 1 where the token goes to the expert
+        counts = chosen.sum(dim=0)
+        output = self.shared_experts(x) + self.experts(x, weights, experts, counts)
+        loss = balance_loss(self.config, scores, chosen, documents) if documents is not None else counts.new_zeros(())
+        return output, Routing(counts, loss)
+
+
+def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents: Documents) -> Tensor:
+    """The three balance losses of section 2.2.3, each document on its own; the sum over documents.
+
+    scores (N, E) are the router's, chosen (N, E) is 1 where a token goes to an expert.
+    """
+
+    def document_mean(x: Tensor) -> Tensor:  # (N, ·) -> (documents, ·)
+        lengths = documents.offsets.diff()[:, None]
+        return x.new_zeros(len(documents.lengths), x.shape[1]).index_add(0, documents.ids, x) / lengths
+
+    experts, devices, chosen_per_token = config.n_routed_experts, config.n_group, config.num_experts_per_tok
+    load = document_mean(chosen) * experts / chosen_per_token  # f_i, equation 24
+    affinity = document_mean(scores)  # P_i, equation 25
+    loss = config.aux_loss_alpha * (load * affinity).sum()  # equation 23
+    device_affinity = affinity.unflatten(-1, (devices, -1)).sum(dim=-1)  # P'_i, equations 28 and 31
+    if config.device_aux_loss_alpha:
+        device_load = load.unflatten(-1, (devices, -1)).mean(dim=-1)  # f'_i, equation 27
+        loss = loss + config.device_aux_loss_alpha * (device_load * device_affinity).sum()  # equation 26
+    if config.communication_aux_loss_alpha:
+        sent = chosen.unflatten(-1, (devices, -1)).amax(dim=-1)  # (N, D), 1 where the token goes to the device
+        received = document_mean(sent) * devices / config.topk_group  # f''_i, equation 30
+        loss = loss + config.communication_aux_loss_alpha * (received * device_affinity).sum()  # equation 29
+    return loss
+
+
+# ---------------------------------------------------------------- the loss, without ever holding all logits
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropy of softmax(hidden @ weight.T) against targets.
+
+    The logits of 100,000 entries are by far the largest tensor of a step. So they exist for CHUNK targets at a time, and
+    their gradient is taken at once, in place, as long as they are there. The softmax runs in fp32 on BLOCK rows at a
+    time, which stay in the processor's cache.
+    """
+
+    CHUNK = 1024
+    BLOCK = 16
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """hidden (N, hidden_size), weight (V, hidden_size), targets (N,) -> () in fp32; products are taken in dtype."""
+        needs_grad = any(ctx.needs_input_grad[:2])
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        rows = min(ChunkedCrossEntropy.CHUNK, len(targets))
+        block = rows if hidden.is_cuda else min(ChunkedCrossEntropy.BLOCK, rows)
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = weight.to(dtype)
+            all_logits = weight.new_empty(rows, len(weight))
+            buffer = weight.new_empty(block, len(weight), dtype=torch.float32)
+            for start in range(0, len(targets), ChunkedCrossEntropy.CHUNK):
+                chunk = slice(start, start + ChunkedCrossEntropy.CHUNK)
+                h = hidden[chunk].to(dtype)
+                logits = torch.mm(h, weight.T, out=all_logits[: len(h)])  # (CHUNK, V)
+                for z, y in zip(logits.split(block), targets[chunk, None].split(block), strict=True):
+                    loss += cross_entropy_and_gradient_(z, y, buffer[: len(z)])
+                if grad_hidden is not None:
+                    grad_hidden[chunk] = logits @ weight
+                if grad_weight is not None:
+                    grad_weight += logits.T @ h
+        ctx.gradients = grad_hidden, grad_weight
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None  # the only reference goes: the parameter can take grad_weight over without a copy
+        return (
+            None if grad_hidden is None else grad_hidden * grad,
+            None if grad_weight is None else grad_weight.mul_(grad),
+            None,
+            None,
+        )
+
+
+def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[target]; logits (n, V) become the sum's gradient, softmax minus one-hot, in place.
+
+    targets (n, 1); buffer (n, V) in fp32 is overwritten: a new one for each call would cost more than the arithmetic.
+    """
+    target_logits = logits.gather(1, targets).float()
+    largest = logits.amax(dim=-1, keepdim=True).float()
+    exponentials = buffer.copy_(logits).sub_(largest).exp_()
+    total = exponentials.sum(dim=-1, keepdim=True)
+    softmax = exponentials.div_(total)
+    logits.copy_(softmax.scatter_add_(1, targets, softmax.new_full(targets.shape, -1.0)))
+    return (largest + total.log() - target_logits).sum()
+
+
+# ---------------------------------------------------------------- the whole
+
+
+class Block(nn.Module):
+    """One layer: attention, then a feed-forward network, each on the normalised stream and added to it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        dense = layer < config.first_k_dense_replace
+        self.self_attn = Attention(config)
+        self.mlp: MLP | MoE = MLP(config, config.intermediate_size) if dense else MoE(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], context: Documents | LayerCache
+    ) -> tuple[Tensor, Routing | None]:
+        x = x + self.self_attn(self.input_layernorm(x), rope, context)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(normed), None
+        output, routing = self.mlp(normed, context if isinstance(context, Documents) else None)
+        return x + output, routing
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm, on a flat stream of tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, contexts: list[Documents] | list[LayerCache]
+    ) -> tuple[Tensor, list[Routing]]:
+        """input_ids, position_ids (N,), one context a layer -> hidden states (N, hidden_size), routing per MoE layer."""
+        x = self.embed_tokens(input_ids)
+        frequencies, factor = rope_frequencies(self.config)
+        angles = position_ids[:, None, None].float() * frequencies.to(x.device)
+        rope = (angles.cos() * factor, angles.sin() * factor)
+        routings = []
+        for layer, context in zip(self.layers, contexts, strict=True):
+            if self.gradient_checkpointing and self.training:
+                x, routing = checkpoint(layer, x, rope, context, use_reentrant=False)
+            else:
+                x, routing = layer(x, rope, context)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x), routings
+
+
+class DeepSeekV2(nn.Module):
+    """DeepSeek-V2 with its language modelling head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Every matrix normal with the same deviation, norms at one (section 3.1.2)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor | LossOutput:
+        """All arguments (B, T) int64, as datacollator.py makes them; left out: each row is one conversation.
+
+        Without labels: logits (B, T, vocab_size), zeros at padding. With labels (already shifted, -100 where nothing is
+        learned): the summed loss with its counts.
+        """
+        if sequence_ids is None:
+            sequence_ids = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        real = sequence_ids.flatten().nonzero().squeeze(1)  # (N,) where in the batch the tokens lie
+        documents = find_documents(sequence_ids, real)
+        contexts = [documents] * self.config.num_hidden_layers
+        hidden, routings = self.model(input_ids.flatten()[real], position_ids.flatten()[real], contexts)
+        if labels is None:
+            logits = self.lm_head(hidden)
+            return (
+                logits.new_zeros(input_ids.numel(), self.config.vocab_size)
+                .index_copy(0, real, logits)
+                .view(*input_ids.shape, -1)
+            )
+        targets = labels.flatten()[real]
+        learned = (targets != -100).nonzero().squeeze(1)
+        hidden, targets = hidden[learned], targets[learned]
+        loss_sum = ChunkedCrossEntropy.apply(hidden, self.lm_head.weight, targets, compute_dtype(hidden))
+        balance = [routing.balance_loss for routing in routings]
+        return LossOutput(
+            loss_sum=loss_sum,
+            num_targets=torch.tensor(len(targets), device=hidden.device),
+            balance_loss=torch.stack(balance).sum() if balance else loss_sum.new_zeros(()),
+            num_documents=torch.tensor(len(documents.lengths), device=hidden.device),
+            expert_counts=torch.stack([routing.expert_counts for routing in routings]).detach()
+            if routings
+            else loss_sum.new_zeros(0, self.config.n_routed_experts),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop_token_ids: tuple[int, ...] = (),
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[list[int]]:
+        """Continue prompts of any lengths, yielding one token a prompt and step, until each has stopped.
+
+        A prompt that has stopped goes on yielding its stop token. Raises UserError where a prompt and its continuation
+        don't fit into max_position_embeddings.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        if min(len(prompt) for prompt in prompts) == 0:
+            raise UserError("generate: a prompt is empty; it needs at least one token")
+        room = longest + max_new_tokens
+        if room > self.config.max_position_embeddings:
+            raise UserError(
+                f"the prompt's {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
+                f"{self.config.max_position_embeddings}: shorten the prompt or lower --max-new-tokens"
+            )
+        device = self.lm_head.weight.device
+        cache = LatentCache(self, len(prompts), room)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        logits = cache.prefill(padded, lengths)
+        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
+        tokens = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        for step in range(max_new_tokens):
+            tokens = torch.where(stopped, tokens, sample(logits, temperature, top_k, top_p, generator))
+            yield tokens.tolist()
+            stopped |= torch.isin(tokens, stops)
+            if stopped.all() or step == max_new_tokens - 1:
+                return
+            logits = cache.step(tokens[:, None], (lengths + step)[:, None], longest + step + 1)[:, -1]
+
+
+def find_documents(sequence_ids: Tensor, real: Tensor) -> Documents:
+    """Documents of a batch, in order: a new one begins where the sequence id or the row changes. real (N,): the indices
+    of the real tokens in the flattened batch."""
+    rows = torch.arange(len(sequence_ids), device=real.device)[:, None].expand_as(sequence_ids)
+    keys = torch.stack((rows.flatten()[real], sequence_ids.flatten()[real]))
+    _, ids, lengths = keys.unique_consecutive(return_inverse=True, return_counts=True, dim=1)
+    return Documents(lengths.tolist(), ids, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32))
+
+
+# ---------------------------------------------------------------- generation
+
+
+class LatentCache:
+    """Latent and rotary key of every token so far: kv_lora_rank + qk_rope_head_dim numbers a token and layer."""
+
+    PREFILL = 512  # prompt tokens at a time, which bounds the memory that attention scores take
+
+    def __init__(self, model: DeepSeekV2, batch_size: int, length: int) -> None:
+        config, weight = model.config, model.lm_head.weight
+        self.model = model
+        shape = (config.num_hidden_layers, batch_size, length, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.latents = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
+        self.up_projections = [layer.self_attn.up_projections() for layer in model.model.layers]
+
+    def prefill(self, prompts: Tensor, lengths: Tensor) -> Tensor:
+        """prompts (B, T) padded on the right, lengths (B,) -> logits (B, V) of each prompt's last token.
+
+        What padding writes into the cache lies in the future of every real token, and is overwritten in time.
+        """
+        positions = torch.arange(prompts.shape[1], device=prompts.device).expand_as(prompts)
+        last = prompts.new_zeros(len(prompts), self.model.config.vocab_size, dtype=torch.float32)
+        for start in range(0, prompts.shape[1], self.PREFILL):
+            part = slice(start, start + self.PREFILL)
+            end = min(start + self.PREFILL, prompts.shape[1])
+            hidden = self.hidden(prompts[:, part], positions[:, part], end)
+            ends_here = ((lengths > start) & (lengths <= end)).nonzero().squeeze(1)
+            last[ends_here] = self.model.lm_head(hidden[ends_here, lengths[ends_here] - 1 - start]).float()
+        return last
+
+    def step(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
+        """tokens, positions (B, T), end: 1 + the largest position -> logits (B, T, V)."""
+        return self.model.lm_head(self.hidden(tokens, positions, end)).float()
+
+    def hidden(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
+        layers = zip(self.latents, self.up_projections, strict=True)
+        contexts = [LayerCache(latents, *up, positions, end) for latents, up in layers]
+        hidden, _ = self.model.model(tokens.flatten(), positions.flatten(), contexts)
+        return hidden.view(*tokens.shape, -1)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """One token a row of logits (B, V): the likeliest at temperature 0, else drawn from the top_k likeliest (0: all)
+    that together make up top_p of the probability."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    if top_k:
+        probabilities[:, top_k:] = 0
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    probabilities[probabilities.cumsum(dim=-1) - probabilities >= top_p] = 0  # the first is always kept
+    return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)

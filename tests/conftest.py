@@ -1,0 +1,11 @@
+"""Set-up that every test shares: one thread a worker (pytest-xdist gives one worker a core), no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch  # noqa: E402 (the variables have to be set first)
+
+torch.set_num_threads(1)

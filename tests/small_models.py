@@ -1,0 +1,59 @@
+"""Models of a few thousand parameters, and the same model in transformers."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+from config import ModelConfig
+from model import DeepSeekV2
+
+
+def small_config(**changes: Any) -> ModelConfig:
+    """One dense layer and two with experts; every width differs, so that a mix-up cannot go unseen."""
+    defaults: dict[str, Any] = {
+        "vocab_size": 112,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "kv_lora_rank": 20,
+        "qk_nope_head_dim": 14,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "intermediate_size": 80,
+        "moe_intermediate_size": 28,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "initializer_range": 0.2,
+        "max_position_embeddings": 4096,
+    }
+    return ModelConfig(**(defaults | changes))
+
+
+def small_model(seed: int = 0, **changes: Any) -> DeepSeekV2:
+    """Random weights, the norms' too."""
+    torch.manual_seed(seed)
+    model = DeepSeekV2(small_config(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0, 0.2)
+    return model
+
+
+def transformers_model(model: DeepSeekV2) -> DeepseekV2ForCausalLM:
+    """The same weights in transformers."""
+    settings = asdict(model.config)
+    theta, scaling = settings.pop("rope_theta"), settings.pop("rope_scaling")
+    rope = {"rope_type": "default"} if scaling is None else {"rope_type": scaling.pop("type"), **scaling}
+    config = DeepseekV2Config(**settings, rope_parameters={"rope_theta": theta, **rope}, attn_implementation="eager")
+    reference = DeepseekV2ForCausalLM(config).to(model.lm_head.weight.dtype)
+    reference.load_state_dict(model.state_dict())
+    return reference
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over the largest entry."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -1,0 +1,363 @@
+"""The model against transformers, DeepSeek's published code, and literal loops over the paper's formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from config import RopeScaling
+from model import ChunkedCrossEntropy, DeepSeekV2, LossOutput, document_attention, find_documents, rope_frequencies
+from small_models import relative_difference, small_config, small_model, transformers_model
+
+YARN = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
+GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def loss_and_gradients(model: DeepSeekV2, **batch: Tensor) -> tuple[LossOutput, dict[str, Tensor]]:
+    """Gradients of cross entropy and balance losses together."""
+    model.zero_grad()
+    output = model(**batch)
+    (output.loss_sum + output.balance_loss).backward()
+    return output, gradients(model)
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert relative_difference(ours[name], theirs[name]) < tolerance, name
+
+
+def make_batch(rows: list[list[int]], seed: int = 0, vocab_size: int = 112) -> dict[str, Tensor]:
+    """Rows given by the lengths of their conversations, padded to the longest; a third of the tokens are no target."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(sum(row) for row in rows)
+    batch = {
+        name: torch.zeros(len(rows), width, dtype=torch.int64) for name in ("input_ids", "position_ids", "sequence_ids")
+    }
+    batch["labels"] = torch.full((len(rows), width), -100)
+    for row, lengths in enumerate(rows):
+        start = 0
+        for number, length in enumerate(lengths):
+            part = slice(start, start + length)
+            tokens = torch.randint(1, vocab_size, (length + 1,), generator=generator)
+            batch["input_ids"][row, part] = tokens[:-1]
+            batch["labels"][row, part] = torch.where(torch.rand(length, generator=generator) < 2 / 3, tokens[1:], -100)
+            batch["position_ids"][row, part] = torch.arange(length)
+            batch["sequence_ids"][row, part] = number + 1
+            start += length
+    return batch
+
+
+def one_at_a_time(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The conversations of a batch, each alone in a batch without padding."""
+    found = []
+    for row in range(len(batch["input_ids"])):
+        for number in range(1, int(batch["sequence_ids"][row].max()) + 1):
+            where = batch["sequence_ids"][row] == number
+            found.append({name: batch[name][row, where][None] for name in batch})
+            found[-1]["sequence_ids"] = torch.ones_like(found[-1]["sequence_ids"])
+    return found
+
+
+# ---------------------------------------------------------------- transformers
+
+CASES = {
+    "plain": {},
+    "compressed queries": {"q_lora_rank": 18},
+    "yarn as in V2-Lite": {"rope_scaling": YARN, "max_position_embeddings": 163_840},
+    "yarn with mscale left out": {"rope_scaling": RopeScaling(), "max_position_embeddings": 163_840},
+    "yarn with different mscales": {"rope_scaling": RopeScaling(mscale=1.2, mscale_all_dim=0.6), "rope_theta": 5e5},
+    "groups": GROUPS,
+    "scaled experts": {"routed_scaling_factor": 2.5},
+    "no dense layer": {"first_k_dense_replace": 0},
+    "only dense layers": {"first_k_dense_replace": 3},
+    "tied": {"tie_word_embeddings": True},
+    "another epsilon": {"rms_norm_eps": 1e-2, "q_lora_rank": 18},
+    "one expert a token": {"num_experts_per_tok": 1, "n_shared_experts": 1},
+    "as V2": {
+        "q_lora_rank": 18,
+        "rope_scaling": YARN,
+        "routed_scaling_factor": 16.0,
+        "num_experts_per_tok": 4,
+        **GROUPS,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+def test_logits_and_gradients_equal_transformers(changes: dict) -> None:
+    model = small_model(**changes)
+    reference = transformers_model(model)
+    batch = make_batch([[37], [50], [3]])
+    batch["position_ids"] += 3000 * (batch["sequence_ids"] > 0)  # far out, where rotary frequencies have to be exact
+    real = batch["sequence_ids"] > 0
+    theirs = reference(batch["input_ids"], attention_mask=real.long(), position_ids=batch["position_ids"]).logits
+    F.cross_entropy(theirs[real], batch["labels"][real], reduction="sum").backward()
+
+    ours = model(**batch | {"labels": None})
+    output = model(**batch)
+    output.loss_sum.backward()
+    assert relative_difference(ours[real], theirs[real]) < 1e-5
+    assert ours[~real].count_nonzero() == 0
+    assert_same_gradients(gradients(model), gradients(reference))
+
+
+@pytest.mark.parametrize("dim", [8, 32, 64])
+@pytest.mark.parametrize(
+    "scaling",
+    [YARN, RopeScaling(), RopeScaling(factor=4.0, beta_fast=16.0, beta_slow=2.0, mscale=0.5, mscale_all_dim=1.0)],
+)
+def test_yarn_frequencies_equal_transformers(scaling: RopeScaling, dim: int) -> None:
+    config = small_config(
+        rope_scaling=scaling, qk_rope_head_dim=dim, num_hidden_layers=1, max_position_embeddings=163_840
+    )
+    theirs, their_factor = ROPE_INIT_FUNCTIONS["yarn"](transformers_model(DeepSeekV2(config)).config)
+    ours, our_factor = rope_frequencies(config)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert our_factor == pytest.approx(their_factor, rel=1e-9)
+
+
+def test_bfloat16_weights_stay_close_to_transformers() -> None:
+    model = small_model(initializer_range=0.1).to(torch.bfloat16)
+    reference = transformers_model(model)
+    tokens = torch.randint(1, 112, (2, 30))
+    exact = transformers_model(model.float())(tokens).logits
+    theirs = reference(tokens).logits
+    ours = model.to(torch.bfloat16)(tokens)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
+
+
+def test_defaults_mean_one_conversation_a_row() -> None:
+    model = small_model()
+    batch = make_batch([[20], [20]])
+    assert torch.equal(model(batch["input_ids"]), model(**batch | {"labels": None}))
+
+
+# ---------------------------------------------------------------- routing
+
+
+@pytest.mark.parametrize("chosen", [1, 3])
+@pytest.mark.parametrize("groups", [{}, GROUPS], ids=["greedy", "groups"])
+def test_norm_topk_prob_follows_deepseeks_code(chosen: int, groups: dict) -> None:
+    model = small_model(norm_topk_prob=True, num_experts_per_tok=chosen, routed_scaling_factor=2.5, **groups)
+    gate = model.model.layers[1].mlp.gate
+    x = torch.randn(50, 48)
+    scores, weights, experts = gate(x)
+    for token in range(50):
+        probabilities = (gate.weight @ x[token]).softmax(dim=0).tolist()
+        candidates = range(8)
+        if groups:
+            best = sorted(range(4), key=lambda group: max(probabilities[2 * group : 2 * group + 2]))[-2:]
+            candidates = [expert for expert in range(8) if expert // 2 in best]
+        top = sorted(candidates, key=lambda expert: -probabilities[expert])[:chosen]
+        # MoEGate.forward: if self.top_k > 1 and self.norm_topk_prob: divide, else: scale
+        total = sum(probabilities[expert] for expert in top) + 1e-20
+        expected = {e: probabilities[e] / total if chosen > 1 else probabilities[e] * 2.5 for e in top}
+        got = dict(zip(experts[token].tolist(), weights[token].tolist(), strict=True))
+        assert got == pytest.approx(expected, rel=1e-5)
+        assert scores[token].tolist() == pytest.approx(probabilities, rel=1e-5)
+
+
+def test_experts_equal_a_loop_over_experts() -> None:
+    experts = small_model().model.layers[1].mlp.experts
+    x = torch.randn(40, 48, requires_grad=True)
+    chosen = torch.stack([torch.randperm(7)[:3] for _ in range(40)])  # the last expert gets no token
+    weights = torch.rand(40, 3, requires_grad=True)
+    ours = experts(x, weights, chosen, torch.bincount(chosen.flatten(), minlength=8).float())
+    theirs = torch.zeros(40, 48)
+    for expert in range(8):
+        gate, up = experts.gate_up_proj[expert].chunk(2)
+        output = (F.silu(x @ gate.T) * (x @ up.T)) @ experts.down_proj[expert].T
+        theirs = theirs + output * (weights * (chosen == expert)).sum(dim=1, keepdim=True)
+    assert relative_difference(ours, theirs) < 1e-5
+    inputs = (x, weights, experts.gate_up_proj, experts.down_proj)
+    direction = torch.randn(40, 48)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
+    ):
+        assert relative_difference(a, b) < 1e-5
+
+
+# ---------------------------------------------------------------- balance losses
+
+
+def papers_balance_losses(scores: list[list[float]], chosen: list[list[int]], groups: int, limit: int) -> list[float]:
+    """Equations 23, 26 and 29 for one sequence, without their factors; device i holds the i-th run of experts."""
+    tokens, experts, per_token = len(scores), len(scores[0]), len(chosen[0])
+    f = [experts / (per_token * tokens) * sum(i in chosen[t] for t in range(tokens)) for i in range(experts)]  # 24
+    p = [sum(scores[t][i] for t in range(tokens)) / tokens for i in range(experts)]  # 25
+    devices = [range(d * experts // groups, (d + 1) * experts // groups) for d in range(groups)]
+    f_device = [sum(f[j] for j in device) / len(device) for device in devices]  # 27
+    p_device = [sum(p[j] for j in device) for device in devices]  # 28, 31
+    sent = [sum(any(j in chosen[t] for j in device) for t in range(tokens)) for device in devices]
+    f_sent = [groups / (limit * tokens) * count for count in sent]  # 30
+    return [
+        sum(a * b for a, b in zip(f, p, strict=True)),
+        sum(a * b for a, b in zip(f_device, p_device, strict=True)),
+        sum(a * b for a, b in zip(f_sent, p_device, strict=True)),
+    ]
+
+
+@pytest.mark.parametrize("factors", [(0.01, 0.0, 0.0), (0.0, 0.02, 0.0), (0.0, 0.0, 0.03), (0.01, 0.02, 0.03)])
+def test_balance_losses_equal_the_papers_formulas(factors: tuple[float, float, float]) -> None:
+    names = ("aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha")
+    model = small_model(**GROUPS, **dict(zip(names, factors, strict=True)))
+    routed: list[tuple[Tensor, Tensor, Tensor]] = []
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: routed.append(output))
+    batch = make_batch([[9, 17, 4], [21], [2, 6]])
+    balance_loss = model(**batch).balance_loss
+    expected = 0.0
+    for scores, _, chosen in routed:
+        start = 0
+        for length in (9, 17, 4, 21, 2, 6):
+            part = slice(start, start + length)
+            losses = papers_balance_losses(scores[part].tolist(), chosen[part].tolist(), groups=4, limit=2)
+            expected += sum(factor * loss for factor, loss in zip(factors, losses, strict=True))
+            start += length
+        assert start == len(scores)  # padding was never routed
+    assert balance_loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_balance_loss_reaches_the_router_and_counts_every_token_once() -> None:
+    model = small_model(aux_loss_alpha=1.0)
+    output = model(**make_batch([[9, 17, 4], [21]]))
+    assert output.expert_counts.sum(dim=1).tolist() == [51 * 3, 51 * 3]
+    assert (output.num_documents, output.num_targets > 0) == (4, True)
+    output.balance_loss.backward()
+    assert all(layer.mlp.gate.weight.grad.count_nonzero() > 0 for layer in model.model.layers[1:])
+
+
+# ---------------------------------------------------------------- packing, padding, accumulation
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=4), min_size=1, max_size=3), seed=st.integers(0, 9)
+)
+def test_packed_rows_equal_one_conversation_at_a_time(rows: list[list[int]], seed: int) -> None:
+    model = small_model(rope_scaling=YARN, aux_loss_alpha=0.1, device_aux_loss_alpha=0.1, **GROUPS)
+    batch = make_batch(rows, seed)
+    packed, packed_gradients = loss_and_gradients(model, **batch)
+    model.zero_grad()
+    alone = [model(**conversation) for conversation in one_at_a_time(batch)]
+    (sum(output.loss_sum for output in alone) + sum(output.balance_loss for output in alone)).backward()
+    assert packed.num_targets == sum(output.num_targets for output in alone)
+    assert packed.num_documents == len(alone)
+    assert packed.loss_sum.item() == pytest.approx(sum(output.loss_sum.item() for output in alone), rel=1e-5)
+    assert packed.balance_loss.item() == pytest.approx(sum(output.balance_loss.item() for output in alone), rel=1e-5)
+    assert_same_gradients(packed_gradients, gradients(model))
+
+
+def test_what_padding_holds_changes_nothing() -> None:
+    model = small_model()
+    batch = make_batch([[5, 9], [20]])
+    output, expected = loss_and_gradients(model, **batch)
+    padding = batch["sequence_ids"] == 0
+    batch["input_ids"][padding], batch["position_ids"][padding], batch["labels"][padding] = 7, 99, 11
+    again, got = loss_and_gradients(model, **batch)
+    assert torch.equal(output.loss_sum, again.loss_sum)
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_accumulated_micro_batches_equal_one_big_batch() -> None:
+    model = small_model()
+    batch = make_batch([[30], [4, 8], [17], [1, 2, 3]])
+    big, expected = loss_and_gradients(model, **batch)
+    model.zero_grad()
+    parts = [model(**{name: batch[name][rows] for name in batch}) for rows in (slice(0, 1), slice(1, 3), slice(3, 4))]
+    for part in parts:
+        (part.loss_sum + part.balance_loss).backward()
+    assert sum(part.num_targets for part in parts) == big.num_targets
+    assert sum(part.loss_sum.item() for part in parts) == pytest.approx(big.loss_sum.item(), rel=1e-5)
+    assert_same_gradients(gradients(model), expected)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model = small_model().train()
+    batch = make_batch([[30], [4, 8]])
+    plain, expected = loss_and_gradients(model, **batch)
+    model.model.gradient_checkpointing = True
+    output, got = loss_and_gradients(model, **batch)
+    assert torch.equal(plain.loss_sum, output.loss_sum)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_document_attention_equals_a_dense_mask() -> None:
+    sequence_ids = make_batch([[7, 1, 12], [5], [3, 3]])["sequence_ids"]
+    documents = find_documents(sequence_ids, sequence_ids.flatten().nonzero().squeeze(1))
+    n = len(documents.ids)
+    q, k, v = (torch.randn(n, 3, width, requires_grad=True) for width in (22, 22, 10))
+    ours = document_attention(q, k, v, documents, scale=0.3)
+    mask = (documents.ids[:, None] == documents.ids) & torch.ones(n, n, dtype=torch.bool).tril()
+    theirs = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask, scale=0.3
+    ).transpose(0, 1)
+    assert relative_difference(ours, theirs) < 1e-5
+    direction = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), direction), torch.autograd.grad(theirs, (q, k, v), direction), strict=True
+    ):
+        assert relative_difference(a, b) < 1e-5
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32, 64, 1024])
+@pytest.mark.parametrize("n", [1, 50, 64])
+def test_chunked_cross_entropy_equals_the_loss_of_all_logits(
+    n: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", chunk)
+    hidden, weight = torch.randn(n, 24, requires_grad=True), torch.randn(301, 24, requires_grad=True)
+    targets = torch.randint(0, 301, (n,))
+    ours = ChunkedCrossEntropy.apply(hidden, weight, targets, torch.float32)
+    theirs = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    ours_grads, theirs_grads = (torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, theirs))
+    for a, b in zip(ours_grads, theirs_grads, strict=True):
+        assert relative_difference(a, b) < 1e-5
+
+
+def test_cross_entropy_in_bfloat16_reports_the_loss_to_four_digits() -> None:
+    hidden, weight = torch.randn(200, 64, requires_grad=True), torch.randn(5000, 64, requires_grad=True)
+    targets = torch.randint(0, 5000, (200,))
+    ours = ChunkedCrossEntropy.apply(hidden, weight, targets, torch.bfloat16)
+    logits = hidden.bfloat16() @ weight.bfloat16().T
+    theirs = F.cross_entropy(logits.float(), targets, reduction="sum")
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    ours_grads, theirs_grads = (torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, theirs))
+    for a, b in zip(ours_grads, theirs_grads, strict=True):
+        assert relative_difference(a, b) < 1e-2
+
+
+def test_a_batch_without_targets_has_no_loss_and_no_gradient() -> None:
+    model = small_model(aux_loss_alpha=0.0)
+    batch = make_batch([[5], [9]])
+    batch["labels"].fill_(-100)
+    output, got = loss_and_gradients(model, **batch)
+    assert (output.loss_sum.item(), output.num_targets.item()) == (0.0, 0)
+    assert all(gradient.count_nonzero() == 0 for gradient in got.values())
+
+
+def test_autocast_keeps_the_loss_near_that_of_float32() -> None:
+    model = small_model(initializer_range=0.05)
+    batch = make_batch([[30], [4, 8], [20]])
+    exact, expected = loss_and_gradients(model, **batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch)
+    model.zero_grad()
+    output.loss_sum.backward()
+    assert output.loss_sum.item() == pytest.approx(exact.loss_sum.item(), rel=1e-3)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
+    assert relative_difference(gradients(model)["lm_head.weight"], expected["lm_head.weight"]) < 0.05
