@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,13 +17,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import lora
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.types import Device
 
-import lora
 from config import POSITIVE_MODEL_FIELDS, ModelConfig, RopeScaling, UserError, check
 from model import DeepSeekV2
 from tokenizer import Tokenizer
@@ -68,8 +67,6 @@ def save_pretrained(
     """
     directory = Path(directory)
     weights = dict(model.state_dict() if state_dict is None else state_dict)
-    if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
     if model.config.norm_topk_prob:
         print(f"warning: {directory} has norm_topk_prob=true, which transformers ignores", file=sys.stderr)
     bos = tokenizer.template.start
@@ -170,6 +167,7 @@ def load_config(directory: str | Path) -> ModelConfig:
 def read_rope(path: Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
     """rope_theta, and YaRN's settings from whichever dict has them; DeepSeek's code has mscale 1, mscale_all_dim 0."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    check(isinstance(rope, dict), f"{path}: rope_scaling is {rope!r}; it must be an object")
     rope = {name: value for name, value in rope.items() if value is not None}
     theta = rope.pop("rope_theta", raw.get("rope_theta", ModelConfig.rope_theta))
     kind = rope.pop("type", "default")
@@ -271,8 +269,6 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype | None = None, dev
     for name, tensor in iterate_weights(directory, config):
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, nn.Parameter(tensor.to(device, dtype)))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
     return model
 
 
@@ -319,8 +315,7 @@ def save_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], N
     temporary = parent / f".{place.name}.tmp"
     with disk_errors(place):
         parent.mkdir(parents=True, exist_ok=True)
-        for stale in parent.glob(".step-*"):
-            shutil.rmtree(stale)
+        remove_unfinished(parent)
         try:
             temporary.mkdir()
             write(temporary)
@@ -332,12 +327,17 @@ def save_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], N
             temporary.rename(place)
             flush_to_disk(parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_unfinished(parent)
         present = checkpoints(output_dir)
         now = present.index(place)
         for old in present[:now] + present[now + limit :]:
             shutil.rmtree(old)
     return place
+
+
+def remove_unfinished(parent: Path) -> None:
+    for directory in parent.glob(".step-*"):
+        shutil.rmtree(directory)
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
@@ -390,7 +390,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """What save_state wrote, on the CPU. Raises UserError for anything else; a pickle's code is never run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's readers of broken files raise anything
         raise UserError(f"{path} is damaged, or no run state; nothing in it was run") from error
 
 

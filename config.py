@@ -5,12 +5,27 @@ The model's fields have the names of DeepSeek-V2's `config.json` on Hugging Face
 `python train_sft.py tiny --learning-rate 1e-3 --model.num-hidden-layers 6`.
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 
 class UserError(ValueError):
     """Something the user can mend. The entry points print it as one line, without a traceback."""
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool = False) -> Iterator[None]:
+    """Print a UserError as one line and exit with 2; with `debug`, let Python show where it came from."""
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass
@@ -240,7 +255,8 @@ class TrainConfig:
         check(self.max_seq_len >= 2, "max_seq_len is 1; a row needs a token to learn from and one to learn")
         check(
             self.max_seq_len <= self.model.max_position_embeddings,
-            f"max_seq_len is {self.max_seq_len}, but model.max_position_embeddings is {self.model.max_position_embeddings}",
+            f"max_seq_len ({self.max_seq_len}) is above model.max_position_embeddings "
+            f"({self.model.max_position_embeddings})",
         )
 
 
@@ -268,6 +284,13 @@ def check(condition: bool, message: str) -> None:
 def require_positive(config: object, names: tuple[str, ...], prefix: str = "") -> None:
     for name in names:
         check(getattr(config, name) > 0, f"{prefix}{name} is {getattr(config, name)}; it must be positive")
+
+
+# What a resumed run cannot change: its weights and its place in the data would no longer fit.
+FIXED_FIELDS = (
+    *("model", "tokenizer", "chat_template", "dataset", "train_split", "max_seq_len", "packing", "shuffle"),
+    *("skip_bad_rows", "seed", "init_from", "lora_rank", "lora_alpha", "lora_target_modules", "optimizer"),
+)
 
 
 # One GPU: the shape this project began with.

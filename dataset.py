@@ -305,7 +305,9 @@ def open_file(name: str) -> datasets.Dataset:
     if path.suffix == ".parquet":
         return datasets.load_dataset("parquet", data_files=name, split="train")
     stat = path.stat()
-    arguments = {"path": str(path.resolve()), "size": stat.st_size, "mtime": stat.st_mtime_ns}
+    arguments: dict[str, Any] = {"path": str(path.resolve()), "size": stat.st_size, "mtime": stat.st_mtime_ns}
+    if next(read_json_file(**arguments), None) is None:
+        raise UserError(f"{name} is empty")
     return from_generator(read_json_file, {"line": INTEGER, "json": datasets.Value("large_binary")}, arguments)
 
 

@@ -462,16 +462,29 @@ class DeepSeekV2(nn.Module):
         config.validate()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.init_weights()
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        with torch.no_grad():
+            for parameter, (_, value) in zip(self.parameters(), self.initial_weights(), strict=True):
+                parameter.copy_(value)
 
-    def init_weights(self) -> None:
-        """Every matrix normal with the same deviation, norms at one (section 3.1.2)."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, hidden_size): the head's own matrix, or the embedding's where they are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., V)"""
+        return F.linear(hidden, self.output_weight)
+
+    def initial_weights(self, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
+        """A value for each parameter, one at a time: matrices normal with one deviation, norms one (section 3.1.2)."""
+        for name, parameter in self.named_parameters():
+            value = torch.ones(parameter.shape)
+            yield (
+                name,
+                value if value.dim() == 1 else value.normal_(0, self.config.initializer_range, generator=generator),
+            )
 
     def forward(
         self,
@@ -494,7 +507,7 @@ class DeepSeekV2(nn.Module):
         contexts = [documents] * self.config.num_hidden_layers
         hidden, routings = self.model(input_ids.flatten()[real], position_ids.flatten()[real], contexts)
         if labels is None:
-            logits = self.lm_head(hidden)
+            logits = self.logits(hidden)
             return (
                 logits.new_zeros(input_ids.numel(), self.config.vocab_size)
                 .index_copy(0, real, logits)
@@ -503,7 +516,7 @@ class DeepSeekV2(nn.Module):
         targets = labels.flatten()[real]
         learned = (targets != -100).nonzero().squeeze(1)
         hidden, targets = hidden[learned], targets[learned]
-        loss_sum = ChunkedCrossEntropy.apply(hidden, self.lm_head.weight, targets, compute_dtype(hidden))
+        loss_sum = ChunkedCrossEntropy.apply(hidden, self.output_weight, targets, compute_dtype(hidden))
         balance = [routing.balance_loss for routing in routings]
         return LossOutput(
             loss_sum=loss_sum,
@@ -540,7 +553,7 @@ class DeepSeekV2(nn.Module):
                 f"the prompt's {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
                 f"{self.config.max_position_embeddings}: shorten the prompt or lower --max-new-tokens"
             )
-        device = self.lm_head.weight.device
+        device = self.output_weight.device
         cache = LatentCache(self, len(prompts), room)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
@@ -575,7 +588,7 @@ class LatentCache:
     PREFILL = 512  # prompt tokens at a time, which bounds the memory that attention scores take
 
     def __init__(self, model: DeepSeekV2, batch_size: int, length: int) -> None:
-        config, weight = model.config, model.lm_head.weight
+        config, weight = model.config, model.output_weight
         self.model = model
         shape = (config.num_hidden_layers, batch_size, length, config.kv_lora_rank + config.qk_rope_head_dim)
         self.latents = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
@@ -593,12 +606,12 @@ class LatentCache:
             end = min(start + self.PREFILL, prompts.shape[1])
             hidden = self.hidden(prompts[:, part], positions[:, part], end)
             ends_here = ((lengths > start) & (lengths <= end)).nonzero().squeeze(1)
-            last[ends_here] = self.model.lm_head(hidden[ends_here, lengths[ends_here] - 1 - start]).float()
+            last[ends_here] = self.model.logits(hidden[ends_here, lengths[ends_here] - 1 - start]).float()
         return last
 
     def step(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
         """tokens, positions (B, T), end: 1 + the largest position -> logits (B, T, V)."""
-        return self.model.lm_head(self.hidden(tokens, positions, end)).float()
+        return self.model.logits(self.hidden(tokens, positions, end)).float()
 
     def hidden(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
         layers = zip(self.latents, self.up_projections, strict=True)

@@ -100,6 +100,23 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest_over_ranks(value: int, world: World) -> int:
+    if world.size == 1:
+        return value
+    tensor = torch.tensor(value, device=world.device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -107,10 +124,14 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trained parameters and optimizer state, whole and by name, whatever the engine. Empty on all ranks but the first,
     under any engine; every rank has to call it."""
-    return get_model_state_dict(model, options=FULL_STATE), get_optimizer_state_dict(model, optimizer, options=FULL_STATE)
+    return get_model_state_dict(model, options=FULL_STATE), get_optimizer_state_dict(
+        model, optimizer, options=FULL_STATE
+    )
 
 
 def scatter_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The inverse of gather_state for the optimizer; only the first rank's `state` is used."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), ignore_frozen_params=True)
+    options = StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), ignore_frozen_params=True
+    )
     set_optimizer_state_dict(model, optimizer, state, options=options)

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tiktoken
 import tokenizers
@@ -134,8 +134,8 @@ class Tokenizer:
         return [i for piece in split_long_text(text) for i in self._encode(piece)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text, control tokens by name; a character cut in two gives U+FFFD."""
-        return b"".join([self.tokens[i] for i in ids]).decode("utf-8", errors="replace")
+        """Ids to text: control tokens by name, unused ids as nothing, a character cut in two as U+FFFD."""
+        return b"".join([self.tokens[i] for i in ids if i < self.vocab_size]).decode("utf-8", errors="replace")
 
     def render(
         self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
@@ -200,7 +200,7 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """Changes when ids could: a key for caches."""
-        return hashlib.sha256(repr((self.tokens, self.control_ids, self.template)).encode()).hexdigest()
+        return hashlib.sha256(repr((self._to_json(), self.vocab_size, self.template)).encode()).hexdigest()
 
     def __reduce__(self) -> tuple:
         return Tokenizer, (self.name, self.vocab_size, self.chat_template)  # so that other processes can have one
@@ -291,28 +291,20 @@ def cl100k_to_json(num_ranks: int, control_ids: tuple[tuple[str, int], ...]) -> 
     ranks = {token: rank for token, rank in read_cl100k()._mergeable_ranks.items() if rank < num_ranks}
     text = {token: "".join(BYTE_TO_CHAR[byte] for byte in token) for token in ranks}
     merges = [
-        [text[token[:i]], text[token[i:]]]
+        (text[token[:i]], text[token[i:]])
         for token in sorted(ranks, key=ranks.__getitem__)
         for i in range(1, len(token))
         if token[:i] in ranks and token[i:] in ranks
     ]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": CL100K_PATTERN}, "behavior": "Isolated", "invert": False}
-    spec = {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in control_ids],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": True,
-            # With the control tokens: otherwise the library numbers them itself.
-            "vocab": {text[token]: rank for token, rank in ranks.items()} | dict(control_ids),
-            "merges": merges,
-        },
-    }
-    return json.dumps(spec, ensure_ascii=False)
+    # With the control tokens: otherwise the library numbers them itself.
+    vocab = {text[token]: rank for token, rank in ranks.items()} | dict(control_ids)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(CL100K_PATTERN), behavior="isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([name for name, _ in control_ids])
+    return backend.to_str()
 
 
 # --- A directory with tokenizer.json, through the tokenizers library ---
@@ -334,12 +326,11 @@ def load_directory(directory: Path, chat_template: str | None, vocab_size: int |
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"there is no {path}: a tokenizer is cl100k_base or a directory with a tokenizer.json")
+    text, spec = read_json(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        spec = json.loads(text)
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
         model_vocab, decoder = spec["model"]["vocab"], spec["decoder"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no tokenizer.json ({error!r})") from error
     if "ByteLevel" not in json.dumps(decoder):
         raise UserError(f"{path} has no byte-level decoder; only byte-level tokenizers are supported")
@@ -353,14 +344,22 @@ def load_directory(directory: Path, chat_template: str | None, vocab_size: int |
     for name, i in added.items():
         tokens[i] = name.encode()
     name = choose_template(directory, added, chat_template)
-    encode = text_encoder(path, spec, CHAT_TEMPLATES[name].control_tokens)
-    return name, Vocabulary(encode, tokens, added, lambda: text)
+    return name, Vocabulary(text_encoder(path, spec), tokens, added, lambda: text)
+
+
+def read_json(path: Path) -> tuple[str, dict[str, Any]]:
+    """A file's text and what it says. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
 
 
 def choose_template(directory: Path, added: dict[str, int], chat_template: str | None) -> str:
     """The template asked for, else the one that `save_pretrained` noted, else the first whose control tokens exist."""
     config = directory / "tokenizer_config.json"
-    noted = json.loads(config.read_text(encoding="utf-8")).get("chat_template_name") if config.is_file() else None
+    noted = read_json(config)[1].get("chat_template_name") if config.is_file() else None
     fitting = [name for name, template in CHAT_TEMPLATES.items() if set(template.control_tokens) <= added.keys()]
     name = chat_template or (noted if noted in CHAT_TEMPLATES else next(iter(fitting), None))
     if name is None:
@@ -373,19 +372,16 @@ def choose_template(directory: Path, added: dict[str, int], chat_template: str |
     return name
 
 
-def text_encoder(path: Path, spec: dict, control_tokens: Sequence[str]) -> Callable[[str], list[int]]:
-    """The directory's tokenizer without its added tokens, so that no text can become one of them."""
+def text_encoder(path: Path, spec: dict) -> Callable[[str], list[int]]:
+    """The directory's tokenizer without its added tokens, so that no text can become one of them.
+
+    Some vocabularies list them a second time among the ordinary tokens, where merges might build them from text.
+    """
     model = spec["model"]
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges", [])]
-    products = {"".join(merge) for merge in merges}
-    banned = {
-        token["content"]
-        for token in spec["added_tokens"]
-        if len(token["content"]) > 1
-        and (token["special"] or token["content"] in control_tokens or token["content"] not in products)
-    }
+    banned = {token["content"] for token in spec["added_tokens"] if len(token["content"]) > 1}  # not the single bytes
     vocab = {token: i for token, i in model["vocab"].items() if token not in banned}
-    merges = [merge for merge in merges if banned.isdisjoint({*merge, "".join(merge)})]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    merges = [pair for pair in pairs if banned.isdisjoint([*pair, "".join(pair)])]
     plain = spec | {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
     plain["model"] = model | {"vocab": vocab, "merges": merges}
     try:

@@ -1,30 +1,41 @@
 """The training loop: accumulate, clip, step, schedule, evaluate, log, save, resume."""
 
 import contextlib
-import json
 import math
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from lora import save_adapter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import newest_checkpoint, save_checkpoint, save_pretrained, save_state
+from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError
-from datacollator import Batch, RowStream
-from lora import save_adapter
+from datacollator import IGNORE, Batch, RowStream
+from metrics import MetricsLog
 from model import DeepSeekV2, LossOutput
-from parallel import World, full_tensor, gather_state, sum_over_ranks, synchronize_gradients
+from parallel import (
+    World,
+    full_tensor,
+    gather_state,
+    is_sharded,
+    largest_over_ranks,
+    scatter_optimizer_state,
+    sum_over_ranks,
+    synchronize_gradients,
+    wait_for_all,
+)
 from tokenizer import Tokenizer
 
+STATE = "trainer_state.pt"
+# What a resumed run needs beside weights and optimizer state: data and random numbers are functions of these.
+COUNTERS = ("step", "rows_seen", "num_tokens", "skipped_steps", "bad_steps")
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
 
 
@@ -80,7 +91,6 @@ class Trainer:
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
         self.last_checkpoint: Path | None = None
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes, device=world.device)
-        self.tracker = make_tracker(config) if world.is_main else None
         self.stop_signal = 0
 
     # ---------------------------------------------------------------- the loop
@@ -88,24 +98,39 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step. Exits with 128 + signal after SIGINT or SIGTERM, once the step is done and saved."""
         config = self.config
-        self.catch_signals()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop_after_step)
         self.model.train()
-        bar = tqdm(total=self.total_steps, initial=self.step, disable=not self.world.is_main, dynamic_ncols=True)
+        log = MetricsLog(config, self.step) if self.world.is_main else None
+        bar = tqdm(total=self.total_steps, initial=self.step, disable=log is None, dynamic_ncols=True, unit="step")
         with bar, contextlib.closing(self.prefetch()) as steps:
             for batches in steps:
                 metrics = self.train_step(batches)
                 bar.update()
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", tokens_per_second=f"{metrics['tokens_per_second']:,.0f}")
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:,.0f}")
                 last = self.step == self.total_steps or self.stop_signal != 0
-                if self.step % config.logging_steps == 0 or last:
-                    self.log(metrics)
+                if log and (last or self.due(config.logging_steps)):
+                    log.write(metrics)
                 if self.held_out and not self.stop_signal and (last or self.due(config.eval_steps)):
-                    self.log(self.evaluate())
+                    evaluation = self.evaluate()
+                    bar.write(
+                        f"step {self.step}: eval_loss {evaluation['eval_loss']:.4f}, eval_bpb {evaluation['eval_bpb']:.4f}"
+                    )
                     self.print_samples(bar)
+                    if log:
+                        log.write(evaluation)
                 if last or self.due(config.save_steps):
                     self.save()
                 if self.stop_signal:
                     raise SystemExit(128 + self.stop_signal)
+        if log:
+            log.close()
+
+    def stop_after_step(self, number: int, frame: object) -> None:
+        """Signal handler: finish the step, save and exit; a second signal leaves at once."""
+        if self.stop_signal:
+            os._exit(128 + number)
+        self.stop_signal = number
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -131,30 +156,140 @@ class Trainer:
         counts = torch.tensor([count_batch(batch) for batch in batches]).sum(dim=0).to(self.world.device)
         num_targets, num_documents, num_tokens = sum_over_ranks(counts).tolist()
         rate = learning_rate(self.step, self.config, self.total_steps)
-        sums = torch.zeros(2, device=self.world.device)
-        expert_counts: Tensor | int = 0
+        torch.manual_seed((self.config.seed << 40) + self.step * self.world.size + self.world.rank)  # dropout
+        sums: list[Tensor] = []
         for i, batch in enumerate(batches):
             with synchronize_gradients(self.model, wanted=i == len(batches) - 1):
                 output = self.forward(batch)
                 loss = output.loss_sum / num_targets + output.balance_loss / num_documents
                 (loss * self.world.size).backward()  # the engines divide the sum over ranks by their number
-            sums += torch.stack((output.loss_sum.detach(), output.balance_loss.detach()))
-            expert_counts = expert_counts + output.expert_counts
-        loss_sum, balance_sum = sum_over_ranks(sums).tolist()
+            losses = torch.stack((output.loss_sum, output.balance_loss)).detach()
+            sums.append(torch.cat((losses, output.expert_counts.flatten())))
+        totals = sum_over_ranks(torch.stack(sums).sum(dim=0).double())
+        loss_sum, balance_sum = totals[:2].tolist()
+        expert_counts = totals[2:].view_as(output.expert_counts)  # (MoE layers, E)
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)).item()
         self.update_weights(loss_sum, grad_norm, rate)
         self.step += 1
         self.rows_seen += self.rows_per_step
         self.num_tokens += num_tokens
-        self.stop_signal = int(max_over_ranks(self.stop_signal, self.world))
-        load = sum_over_ranks(torch.as_tensor(expert_counts, dtype=torch.float32))
+        self.stop_signal = largest_over_ranks(self.stop_signal, self.world)
         return {
             "step": self.step,
             "loss": loss_sum / num_targets,
             "balance_loss": balance_sum / num_documents,
-            "expert_load": (load.amax(dim=-1) / load.mean(dim=-1)).mean().item() if load.numel() else 1.0,
+            "expert_load": (expert_counts.amax(dim=1) / expert_counts.mean(dim=1)).mean().item(),
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "num_tokens": self.num_tokens,
             "tokens_per_second": num_tokens / (time.perf_counter() - began),
+            "skipped_steps": self.skipped_steps,
         }
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Training and evaluation share it, so that both see the same precision."""
+        device = self.world.device
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return self.model(**moved)
+
+    def update_weights(self, loss_sum: float, grad_norm: float, rate: float) -> None:
+        """Step, unless the numbers have gone bad: NaN and infinity never reach the weights."""
+        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.bad_steps = 0
+        else:
+            self.skipped_steps += 1
+            self.bad_steps += 1
+        self.optimizer.zero_grad()
+        if self.bad_steps == MAX_BAD_STEPS:
+            rows = range(self.rows_seen, self.rows_seen + self.rows_per_step)
+            conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
+            raise UserError(
+                f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (this time in "
+                f"conversations {conversations} of {self.config.dataset}); the weights are those of the last good step, "
+                f"and {self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower learning_rate"
+            )
+
+    # ---------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss in nats per target token, and in bits per UTF-8 byte of the text to be learned, which doesn't depend on
+        the tokenizer. Every held-out conversation counts once, on whichever rank."""
+        assert self.held_out is not None
+        self.model.eval()
+        rows = self.held_out.rows_per_epoch
+        if self.config.eval_max_rows and self.step < self.total_steps:
+            rows = min(rows, self.config.eval_max_rows)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        size = self.config.batch_size * self.world.size
+        for start in range(0, rows, size):
+            first = start + self.world.rank * self.config.batch_size
+            mine = range(first, min(first + self.config.batch_size, rows))
+            batch = self.held_out.batch(mine or [0])
+            if not mine:  # under FSDP every rank has to take part in every forward pass
+                batch["labels"].fill_(IGNORE)
+            output = self.forward(batch)
+            labels = batch["labels"].to(self.world.device)
+            num_bytes = self.token_num_bytes[labels[labels != IGNORE]].sum()
+            sums += torch.stack((output.loss_sum.double(), output.num_targets, num_bytes))
+        loss_sum, num_targets, num_bytes = sum_over_ranks(sums).tolist()
+        self.model.train()
+        bits = loss_sum / math.log(2)
+        return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
+
+    def print_samples(self, bar: tqdm) -> None:
+        """What the model answers by now. Under FSDP no rank has the whole model, so there are none."""
+        prompts = self.config.sample_prompts
+        if not prompts or not self.world.is_main or is_sharded(self.model):
+            return
+        rendered = [
+            self.tokenizer.render([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts
+        ]
+        generator = torch.Generator(self.world.device).manual_seed(self.config.seed)
+        self.model.eval()
+        tokens = self.plain_model.generate(
+            rendered, 40, (self.tokenizer.eos_token_id,), temperature=0.7, top_p=0.9, generator=generator
+        )
+        for prompt, reply in zip(prompts, zip(*tokens, strict=True), strict=True):
+            text = self.tokenizer.decode(t for t in reply if t != self.tokenizer.eos_token_id)
+            bar.write(f"  {prompt!r} -> {text.strip()!r}")
+        self.model.train()
+
+    # ---------------------------------------------------------------- save, resume
+
+    def save(self) -> None:
+        """Write a checkpoint; every rank takes part in gathering it, the first one writes."""
+        weights, optimizer_state = gather_state(self.model, self.optimizer)
+        state = {name: getattr(self, name) for name in COUNTERS}
+        state |= {"config": asdict(self.config), "optimizer": optimizer_state}
+
+        def write(directory: Path) -> None:
+            if self.config.lora_rank:
+                save_adapter(directory, self.plain_model, self.config.init_from, weights)
+                self.tokenizer.save_pretrained(directory)
+            else:
+                save_pretrained(directory, self.plain_model, self.tokenizer, weights)
+            save_state(directory / STATE, state)
+
+        if self.world.is_main:
+            self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, self.config.save_total_limit)
+        wait_for_all()
+
+    def resume(self, directory: Path) -> None:
+        """Take over everything but the weights, which the model has already, from a checkpoint."""
+        state = load_state(directory / STATE)
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        scatter_optimizer_state(self.model, self.optimizer, state["optimizer"] if self.world.is_main else {})
+        self.last_checkpoint = directory
+
+
+def count_batch(batch: Batch) -> list[int]:
+    """Targets, documents and real tokens."""
+    sequence_ids = batch["sequence_ids"]
+    counts = ((batch["labels"] != IGNORE).sum(), sequence_ids.amax(dim=1).sum(), (sequence_ids > 0).sum())
+    return [int(count) for count in counts]

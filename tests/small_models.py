@@ -22,7 +22,7 @@ def small_config(**changes: Any) -> ModelConfig:
         "qk_rope_head_dim": 8,
         "v_head_dim": 10,
         "intermediate_size": 80,
-        "moe_intermediate_size": 28,
+        "moe_intermediate_size": 32,
         "n_routed_experts": 8,
         "n_shared_experts": 2,
         "num_experts_per_tok": 3,
@@ -49,8 +49,8 @@ def transformers_model(model: DeepSeekV2) -> DeepseekV2ForCausalLM:
     theta, scaling = settings.pop("rope_theta"), settings.pop("rope_scaling")
     rope = {"rope_type": "default"} if scaling is None else {"rope_type": scaling.pop("type"), **scaling}
     config = DeepseekV2Config(**settings, rope_parameters={"rope_theta": theta, **rope}, attn_implementation="eager")
-    reference = DeepseekV2ForCausalLM(config).to(model.lm_head.weight.dtype)
-    reference.load_state_dict(model.state_dict())
+    reference = DeepseekV2ForCausalLM(config).to(model.output_weight.dtype)
+    reference.load_state_dict(model.state_dict() | {"lm_head.weight": model.output_weight})
     return reference
 
 

@@ -28,10 +28,13 @@ def loss_and_gradients(model: DeepSeekV2, **batch: Tensor) -> tuple[LossOutput, 
     return output, gradients(model)
 
 
-def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], floor: float = 1e-3) -> None:
+    """1e-5 of each gradient's largest entry, or of `floor` of the largest of all, where one is but rounding errors."""
     assert ours.keys() == theirs.keys()
+    largest = max(gradient.abs().max() for gradient in theirs.values())
     for name in ours:
-        assert relative_difference(ours[name], theirs[name]) < tolerance, name
+        scale = max(theirs[name].abs().max(), floor * largest)
+        assert (ours[name] - theirs[name]).abs().max() <= 1e-5 * scale, name
 
 
 def make_batch(rows: list[list[int]], seed: int = 0, vocab_size: int = 112) -> dict[str, Tensor]:
@@ -239,7 +242,7 @@ def test_balance_loss_reaches_the_router_and_counts_every_token_once() -> None:
 # ---------------------------------------------------------------- packing, padding, accumulation
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=25)
 @given(
     rows=st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=4), min_size=1, max_size=3), seed=st.integers(0, 9)
 )
@@ -254,7 +257,8 @@ def test_packed_rows_equal_one_conversation_at_a_time(rows: list[list[int]], see
     assert packed.num_documents == len(alone)
     assert packed.loss_sum.item() == pytest.approx(sum(output.loss_sum.item() for output in alone), rel=1e-5)
     assert packed.balance_loss.item() == pytest.approx(sum(output.balance_loss.item() for output in alone), rel=1e-5)
-    assert_same_gradients(packed_gradients, gradients(model))
+    # a conversation of one token has no gradient for its queries but rounding errors
+    assert_same_gradients(packed_gradients, gradients(model), floor=0.1)
 
 
 def test_what_padding_holds_changes_nothing() -> None:

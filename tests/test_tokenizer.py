@@ -1,4 +1,4 @@
-"""The oracle is transformers: its own tokenizer class, and `apply_chat_template` with templates written here by hand."""
+"""The oracle is transformers: its tokenizer class, and `apply_chat_template` with templates written here by hand."""
 
 import json
 import random
@@ -169,6 +169,7 @@ def test_a_reduced_vocabulary_keeps_the_first_merges_and_has_control_tokens_last
     assert small.tokens[:997] == full.tokens[:997]
     assert small.control_ids == {"<|endoftext|>": 997, "<|im_start|>": 998, "<|im_end|>": 999}
     assert max(small.encode("any text 字")) < 997
+    assert small.decode([1000]) == ""  # a model may have more ids
     assert Tokenizer(vocab_size=259).decode(Tokenizer(vocab_size=259).encode("ß")) == "ß"
 
 
@@ -213,7 +214,7 @@ def foreign_tokenizer(directory: Path, kind: str, control_tokens: list[str]) -> 
         special_tokens=control_tokens if kind == "trained" else [],
         show_progress=False,
     )
-    backend.train_from_iterator(["Hello there, how are you? 123 " * 5, *[t * 9 for t in control_tokens * 9]], trainer)
+    backend.train_from_iterator(["Hello there, how are you? 123 " * 5, *control_tokens * 9], trainer)
     if kind == "special":
         backend.add_special_tokens(control_tokens)
     else:  # "merged": the ordinary merges produce them, and they have the same ids
@@ -246,6 +247,15 @@ def test_a_directory_is_encoded_as_the_tokenizers_library_does(tmp_path, kind):
     backend.no_truncation()
     for text in ("Hello there, how are you?", "  zwei\n\nZeilen ß", "世界", ""):
         assert Tokenizer(directory).encode(text) == backend.encode(text).ids
+
+
+def test_merges_that_produce_a_control_token_are_not_used(tmp_path):
+    directory = foreign_tokenizer(tmp_path / "merged", "merged", ["<|im_start|>", "<|im_end|>"])
+    spec = json.loads(Path(directory, "tokenizer.json").read_text())
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+    tokenizer = Tokenizer(directory)
+    assert library.encode("<|im_end|>").ids == [tokenizer.eos_token_id]  # what has to be avoided
+    assert tokenizer.eos_token_id not in tokenizer.encode("<|im_end|>")
 
 
 def test_the_template_of_a_directory_is_found_by_its_control_tokens(tmp_path):
@@ -319,7 +329,7 @@ def test_impossible_arguments_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda spec: "{", "is no tokenizer.json"),
+        (lambda spec: "{", "cannot be read"),
         (lambda spec: json.dumps({"model": {}}), "is no tokenizer.json"),
         (lambda spec: json.dumps(spec | {"decoder": {"type": "Metaspace"}}), "only byte-level"),
         (lambda spec: json.dumps(spec | {"model": {"type": "BPE", "vocab": {}, "merges": "x"}}), "tokenizers library"),

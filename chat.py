@@ -1,0 +1,130 @@
+"""Talk to a checkpoint: python chat.py CHECKPOINT [--prompt TEXT]
+
+CHECKPOINT: a model directory, a run directory (meaning its newest checkpoint) or a LoRA adapter's.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from config import UserError, check, one_line_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from model import DeepSeekV2
+    from tokenizer import Tokenizer
+
+
+@dataclass
+class ChatConfig:
+    """Talk to a checkpoint."""
+
+    # A model directory, a run directory (meaning its newest checkpoint) or a LoRA adapter's.
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    # Answer this once and exit; without it, a conversation begins.
+    prompt: str | None = None
+    # Told to the model before the conversation.
+    system: str | None = None
+    # Longest reply, in tokens.
+    max_new_tokens: int = 256
+    # 0: always the likeliest token; higher: more varied.
+    temperature: float = 0.7
+    # Draw from the likeliest tokens that together have this probability.
+    top_p: float = 0.9
+    # Draw from this many likeliest tokens; 0: all.
+    top_k: int = 0
+    # Seed of the draw; the same seed gives the same reply.
+    seed: int = 0
+    # cuda, cpu, ...; "auto": CUDA where there is one.
+    device: str = "auto"
+    # Show Python's traceback with an error.
+    debug: bool = False
+
+    def validate(self) -> None:
+        check(self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be positive")
+        check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
+        check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        check(self.top_k >= 0, f"top_k is {self.top_k}; it must not be negative")
+
+
+def reply(
+    model: "DeepSeekV2",
+    tokenizer: "Tokenizer",
+    messages: list[dict[str, str]],
+    config: ChatConfig,
+    generator: "torch.Generator",
+) -> Iterator[str]:
+    """The assistant's answer to a conversation, piece by piece as it comes. Raises UserError if it doesn't fit."""
+    prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
+    room = model.config.max_position_embeddings - len(prompt)
+    check(
+        room > 0,
+        f"the conversation has {len(prompt)} tokens, but the model's context is {model.config.max_position_embeddings}: "
+        "shorten it or start a new one",
+    )
+    tokens: list[int] = []
+    printed = ""
+    for (token,) in model.generate(
+        [prompt],
+        min(config.max_new_tokens, room),
+        (tokenizer.eos_token_id,),
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        generator,
+    ):
+        if token == tokenizer.eos_token_id:
+            break
+        tokens.append(token)
+        text = tokenizer.decode(tokens).lstrip()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            continue  # the first bytes of a character whose others are still to come
+        yield text[len(printed) :]
+        printed = text
+    yield tokenizer.decode(tokens).lstrip()[len(printed) :]
+
+
+def chat(config: ChatConfig) -> None:
+    import torch
+
+    from checkpoint import load_model_and_tokenizer
+
+    config.validate()
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model_and_tokenizer(config.checkpoint, device=device)
+    model.eval()
+    generator = torch.Generator(device).manual_seed(config.seed)
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    if config.prompt is None:
+        print("An empty line or Ctrl-D ends the conversation.")
+    while text := config.prompt if config.prompt is not None else ask():
+        messages.append({"role": "user", "content": text})
+        answer = ""
+        for piece in reply(model, tokenizer, messages, config, generator):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        if config.prompt is not None:
+            return
+        messages.append({"role": "assistant", "content": answer})
+    if config.prompt is not None:
+        raise UserError("--prompt is empty")
+
+
+def ask() -> str:
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
+
+
+if __name__ == "__main__":
+    with one_line_errors("--debug" in sys.argv):
+        chat(tyro.cli(ChatConfig, description=__doc__))

@@ -1,0 +1,632 @@
+"""Model directories against transformers; run state against kills, full disks, damage and hostile files."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoint import (
+    iterate_weights,
+    load_config,
+    load_pretrained,
+    load_state,
+    newest_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+    save_pretrained,
+    save_state,
+)
+from config import RopeScaling, UserError
+from model import DeepSeekV2
+from small_models import relative_difference, small_config, small_model, transformers_model
+from tokenizer import Tokenizer
+
+YARN = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
+CASES = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True, "first_k_dense_replace": 0},
+    "yarn, compressed queries, groups": {
+        "rope_scaling": YARN,
+        "rope_theta": 5e5,
+        "max_position_embeddings": 163_840,
+        "q_lora_rank": 18,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+    },
+}
+every_case = pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(vocab_size=512)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tokenizer: Tokenizer) -> tuple[Path, DeepSeekV2]:
+    """A model directory, and the model in it."""
+    model = small_model(vocab_size=512)
+    save_pretrained(tmp_path / "model", model, tokenizer)
+    return tmp_path / "model", model
+
+
+def assert_same_weights(ours: DeepSeekV2, theirs: DeepSeekV2, dtype: torch.dtype = torch.float32) -> None:
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == dtype
+        assert torch.equal(a[name], b[name].to(dtype)), name
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+
+# ---------------------------------------------------------------- transformers opens ours
+
+
+@every_case
+@torch.no_grad()
+def test_transformers_opens_our_directory(changes: dict, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=512, **changes)
+    save_pretrained(tmp_path, model, tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [
+        {"role": "system", "content": "Be brief. <|im_end|> stays text."},
+        {"role": "user", "content": "How are you, Zoë?\n\n  今日は 🙂"},
+        {"role": "assistant", "content": "Fine, thank you! 12345"},
+    ]
+    ids, _ = tokenizer.render(messages[:2], add_generation_prompt=True)
+    for message in messages[1:]:
+        assert their_tokenizer.encode(message["content"]) == tokenizer.encode(message["content"])
+    assert their_tokenizer.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert relative_difference(model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits) < 1e-5
+    continuation = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :].tolist()
+    ours = [token for (token,) in model.generate([ids], 64, stop_token_ids=(tokenizer.eos_token_id,))]
+    assert ours == continuation
+
+
+def test_disk_has_the_hubs_names_and_a_tied_head_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=512, tie_word_embeddings=True)
+    save_pretrained(tmp_path, model, tokenizer)
+    on_disk = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in on_disk
+    experts = model.model.layers[1].mlp.experts
+    for expert in (0, 7):
+        gate, up = experts.gate_up_proj[expert].chunk(2)
+        prefix = f"model.layers.1.mlp.experts.{expert}"
+        assert torch.equal(on_disk[f"{prefix}.gate_proj.weight"], gate)
+        assert torch.equal(on_disk[f"{prefix}.up_proj.weight"], up)
+        assert torch.equal(on_disk[f"{prefix}.down_proj.weight"], experts.down_proj[expert])
+    hub_names = set(transformers_on_disk(model, tmp_path / "theirs"))
+    assert on_disk.keys() == hub_names
+
+
+def transformers_on_disk(model: DeepSeekV2, directory: Path, max_shard_size: str = "5GB") -> dict[str, Tensor]:
+    transformers_model(model).save_pretrained(directory, max_shard_size=max_shard_size)
+    files = directory.glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_a_config_that_transformers_would_read_otherwise_says_so(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pretrained(tmp_path, small_model(vocab_size=512, norm_topk_prob=True), tokenizer)
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "norm_topk_prob" in captured.err
+    assert load_config(tmp_path).norm_topk_prob
+
+
+# ---------------------------------------------------------------- we open ours, and transformers'
+
+
+@every_case
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 60_000])
+def test_what_was_saved_is_loaded(changes: dict, max_shard_bytes: int, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=512, aux_loss_alpha=0.1, device_aux_loss_alpha=0.2, **changes)
+    save_pretrained(tmp_path, model, tokenizer, max_shard_bytes=max_shard_bytes)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_bytes == 60_000)
+    assert all(file.stat().st_size < max_shard_bytes + 50_000 for file in tmp_path.glob("*.safetensors"))
+    loaded = load_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert_same_weights(loaded, model)
+    assert (loaded.output_weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert_same_weights(load_pretrained(tmp_path, torch.bfloat16), model, torch.bfloat16)
+
+
+@every_case
+@pytest.mark.parametrize("max_shard_size", ["5GB", "60KB"])
+def test_we_open_what_transformers_saved(changes: dict, max_shard_size: str, tmp_path: Path) -> None:
+    model = small_model(**changes)
+    transformers_on_disk(model, tmp_path, max_shard_size)
+    loaded = load_pretrained(tmp_path)
+    balance = {"aux_loss_alpha": 0.003}
+    assert loaded.config == replace(model.config, **balance)
+    assert_same_weights(loaded, model)
+
+
+def test_bfloat16_is_stored_and_loaded_as_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = small_model(vocab_size=512).to(torch.bfloat16)
+    save_pretrained(tmp_path, model, tokenizer)
+    assert_same_weights(load_pretrained(tmp_path), model, torch.bfloat16)
+    assert_same_weights(load_pretrained(tmp_path, torch.float32), model)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_a_state_dict_stands_in_for_the_models_own(saved: tuple[Path, DeepSeekV2], tokenizer: Tokenizer) -> None:
+    directory, model = saved
+    other = small_model(seed=1, vocab_size=512)
+    save_pretrained(directory, model, tokenizer, state_dict=other.state_dict(), max_shard_bytes=60_000)
+    assert_same_weights(load_pretrained(directory), other)  # and the single file from before is gone
+
+
+def test_weights_come_in_the_order_of_the_model(saved: tuple[Path, DeepSeekV2]) -> None:
+    directory, model = saved
+    names = [name for name, _ in iterate_weights(directory, model.config)]
+    assert names == [name for name, _ in model.named_parameters()]
+
+
+def test_deepseeks_own_config_is_read(tmp_path: Path) -> None:
+    """config.json as published with DeepSeek-V2-Lite, the fields that bear on the model."""
+    published = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"},
+        "aux_loss_alpha": 0.001,
+        "bos_token_id": 100000,
+        "eos_token_id": 100001,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 10944,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 163840,
+        "model_type": "deepseek_v2",
+        "moe_intermediate_size": 1408,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 27,
+        "num_key_value_heads": 16,
+        "pretraining_tp": 1,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "seq_aux": True,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "torch_dtype": "bfloat16",
+        "v_head_dim": 128,
+        "vocab_size": 102400,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config = load_config(tmp_path)
+    assert config.rope_scaling == RopeScaling(mscale=0.707, mscale_all_dim=0.707)
+    assert (config.q_lora_rank, config.hidden_size, config.aux_loss_alpha) == (None, 2048, 0.001)
+    edit_json(
+        tmp_path / "config.json",
+        n_group=None,
+        topk_group=None,
+        rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    )
+    config = load_config(tmp_path)
+    assert (config.n_group, config.topk_group) == (1, 1)
+    assert config.rope_scaling == RopeScaling(
+        factor=2.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=0.0
+    )
+
+
+def test_loading_takes_little_more_memory_than_the_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """In a process of its own: the peak of its resident memory over what it had before, by the model's size."""
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "n_routed_experts": 16, "moe_intermediate_size": 512}
+    with torch.device("meta"):
+        model = DeepSeekV2(small_config(vocab_size=512, **sizes)).to(torch.bfloat16)
+    save_pretrained(
+        tmp_path,
+        model,
+        tokenizer,
+        state_dict={n: torch.zeros_like(p, device="cpu") for n, p in model.state_dict().items()},
+        max_shard_bytes=10**8,
+    )
+    script = """
+import sys, torch
+from checkpoint import load_pretrained
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = memory("VmRSS")
+model = load_pretrained(sys.argv[1])
+print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
+"""
+    assert sum(parameter.nbytes for parameter in model.parameters()) > 10**8
+    assert float(run_python(script, tmp_path)) < 1.2
+
+
+def run_python(script: str, *arguments: object) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# ---------------------------------------------------------------- what does not fit is refused
+
+
+def edit_weights(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(directory / "model.safetensors")
+    edit(weights)
+    save_file(weights, directory / "model.safetensors")
+
+
+def test_missing_extra_and_misshapen_tensors_are_listed_in_one_error(saved: tuple[Path, DeepSeekV2]) -> None:
+    directory, _ = saved
+
+    def edit(weights: dict[str, Tensor]) -> None:
+        del weights["model.layers.1.mlp.experts.3.up_proj.weight"]
+        weights["model.norm.weight"] = torch.ones(49)
+        weights["model.layers.9.mlp.gate.weight"] = torch.ones(2)
+
+    edit_weights(directory, edit)
+    with pytest.raises(UserError) as caught:
+        load_pretrained(directory)
+    message = str(caught.value)
+    assert "model.layers.1.mlp.experts.3.up_proj.weight is missing" in message
+    assert "model.norm.weight has shape (49,), not (48,)" in message
+    assert "model.layers.9.mlp.gate.weight is not part of the model" in message
+    assert str(directory) in message
+    assert "\n" not in message
+
+
+def test_a_long_list_of_errors_is_cut(saved: tuple[Path, DeepSeekV2]) -> None:
+    directory, _ = saved
+    edit_json(directory / "config.json", num_hidden_layers=4)  # a layer of 5 + 1 + 24 + 3 + 2 tensors too many
+    with pytest.raises(UserError, match="and 25 more") as caught:
+        load_pretrained(directory)
+    assert str(caught.value).count("is missing") == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
+        ({"hidden_size": ...}, "lacks hidden_size"),
+        ({"hidden_size": "48"}, "hidden_size is '48'; it must be of type int"),
+        ({"hidden_size": -1}, "hidden_size is -1"),
+        ({"n_group": 3}, "n_group"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling lacks original_max_position_embeddings"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 64,
+                    "attention_factor": 2,
+                }
+            },
+            "rope_scaling's attention_factor is not supported",
+        ),
+        (
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "llama3", "factor": 8}},
+            "type 'llama3' is not supported",
+        ),
+        ({"rope_scaling": [1]}, "rope_scaling is"),
+    ],
+)
+def test_settings_this_model_does_not_have_are_refused(
+    changes: dict, message: str, saved: tuple[Path, DeepSeekV2]
+) -> None:
+    path = saved[0] / "config.json"
+    edit_json(path, **changes)
+    with pytest.raises(UserError) as caught:
+        load_config(path.parent)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_directories_without_a_model_are_refused(saved: tuple[Path, DeepSeekV2], tmp_path: Path) -> None:
+    directory, _ = saved
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        load_pretrained(tmp_path / "nowhere")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor"):
+        load_pretrained(directory)
+    (directory / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        load_pretrained(directory)
+    (directory / "config.json").write_text('{"model_type": ')
+    with pytest.raises(UserError, match=r"config\.json is no JSON"):
+        load_pretrained(directory)
+    (directory / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json holds no JSON object"):
+        load_pretrained(directory)
+
+
+def test_a_truncated_weight_file_is_refused(saved: tuple[Path, DeepSeekV2]) -> None:
+    file = saved[0] / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        load_pretrained(saved[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/../../outside.safetensors", "..", "", 3, None]
+)
+def test_an_index_cannot_lead_outside_its_directory(name: object, saved: tuple[Path, DeepSeekV2]) -> None:
+    directory, _ = saved
+    shutil.copy(directory / "model.safetensors", directory.parent / "outside.safetensors")
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(UserError, match="lies outside of the directory|does not exist"):
+        load_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": ["b"]}}', "3", "{"]
+)
+def test_a_broken_index_is_refused(content: str, saved: tuple[Path, DeepSeekV2]) -> None:
+    directory, _ = saved
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError):
+        load_pretrained(directory)
+
+
+def test_links_lead_to_the_hubs_cache_and_nowhere_else(saved: tuple[Path, DeepSeekV2], tmp_path: Path) -> None:
+    directory, model = saved
+    outside = tmp_path / "outside.safetensors"
+    (directory / "model.safetensors").rename(outside)
+    (directory / "model.safetensors").symlink_to(outside)
+    with pytest.raises(UserError, match="lies outside of the directory"):
+        load_pretrained(directory)
+    snapshot, blobs = tmp_path / "models--x/snapshots/abc", tmp_path / "models--x/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name, source in [("config.json", directory / "config.json"), ("model.safetensors", outside)]:
+        shutil.copy(source, blobs / name)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert_same_weights(load_pretrained(snapshot), model)
+
+
+# ---------------------------------------------------------------- run state
+
+
+def writer(value: int) -> Callable[[Path], None]:
+    """Writes two files that belong together."""
+
+    def write(directory: Path) -> None:
+        save_file({"value": torch.full((20_000,), value)}, directory / "model.safetensors")
+        save_state(directory / "trainer_state.pt", {"step": value, "moments": torch.full((20_000,), value)})
+
+    return write
+
+
+def stored_value(directory: Path) -> int:
+    state = load_state(directory / "trainer_state.pt")
+    weights = load_file(directory / "model.safetensors")["value"]
+    assert (weights == state["step"]).all()
+    assert (state["moments"] == state["step"]).all()
+    return state["step"]
+
+
+def steps(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for step in (10, 20, 30, 1_000_000):
+        place = save_checkpoint(tmp_path, step, writer(step), limit=2)
+        assert newest_checkpoint(tmp_path) == place
+    assert steps(tmp_path) == ["step-000030", "step-1000000"]
+    assert stored_value(tmp_path / "checkpoints/step-1000000") == 1_000_000
+
+
+def test_a_run_directory_stands_for_its_newest_checkpoint(saved: tuple[Path, DeepSeekV2], tmp_path: Path) -> None:
+    directory, _ = saved
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="is no checkpoint"):
+        resolve_checkpoint(run)
+    assert resolve_checkpoint(directory) == directory
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}")  # the run's own
+    with pytest.raises(UserError, match="without a readable checkpoint"):
+        resolve_checkpoint(run)
+    place = save_checkpoint(
+        run, 7, lambda temporary: shutil.copytree(directory, temporary, dirs_exist_ok=True), limit=1
+    )
+    assert resolve_checkpoint(run) == place
+    assert_same_weights(load_pretrained(resolve_checkpoint(run)), load_pretrained(directory))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no checksums"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        newest = save_checkpoint(tmp_path, step, writer(step), limit=2)
+    file = newest / "model.safetensors"
+    if damage == "truncated":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "flipped":
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (newest / "checksums.json").unlink()
+    good = newest_checkpoint(tmp_path)
+    assert good is not None
+    assert stored_value(good) == 1
+    report = capsys.readouterr().err
+    assert str(newest) in report
+    assert report.count("\n") == 1
+    # The run goes on from there: its next checkpoints take the place of the damaged one.
+    save_checkpoint(tmp_path, 2, writer(22), limit=2)
+    assert stored_value(newest_checkpoint(tmp_path)) == 22
+    assert steps(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_good_ones(tmp_path: Path) -> None:
+    for step in (1, 9):
+        newest = save_checkpoint(tmp_path, step, writer(step), limit=2)
+    (newest / "model.safetensors").unlink()
+    save_checkpoint(tmp_path, 3, writer(3), limit=2)
+    assert steps(tmp_path) == ["step-000001", "step-000003"]
+
+
+def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, writer(1), limit=1)
+
+    def write(directory: Path) -> None:
+        writer(2)(directory)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, write, limit=1)
+    assert steps(tmp_path) == ["step-000001"]
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 50_000, 161_000])
+def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stand(size: int, tmp_path: Path) -> None:
+    """The limits hit the first byte, the weights, and torch's own file format, each of which fails in its own way."""
+    save_checkpoint(tmp_path, 1, writer(1), limit=1)
+    with files_limited_to(size), pytest.raises(UserError, match=r"step-000002 cannot be written .*[Ff]ile too large"):
+        save_checkpoint(tmp_path, 2, writer(2), limit=1)
+    assert steps(tmp_path) == ["step-000001"]
+    assert stored_value(newest_checkpoint(tmp_path)) == 1
+
+
+def test_a_full_disk_is_a_clear_error_when_a_model_is_saved(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with files_limited_to(100_000), pytest.raises(UserError, match="cannot be written"):
+        save_pretrained(tmp_path, small_model(vocab_size=512), tokenizer)
+
+
+def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path: Path) -> None:
+    """A process saves in a loop; its children are killed at random moments and continue from what they find."""
+    script = """
+import os, random, signal, sys, time
+import torch
+from test_checkpoint import newest_checkpoint, save_checkpoint, stored_value, writer
+
+random.seed(0)
+kills = 0
+last = 0
+while kills < 25:
+    child = os.fork()
+    if child == 0:
+        newest = newest_checkpoint(sys.argv[1])
+        step = 0 if newest is None else stored_value(newest)
+        while True:
+            step += 1
+            save_checkpoint(sys.argv[1], step, writer(step), limit=2)
+    time.sleep(random.uniform(0.005, 0.08))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL, "the child failed by itself"
+    kills += 1
+    newest = newest_checkpoint(sys.argv[1])
+    if newest is not None:
+        assert stored_value(newest) == int(newest.name.removeprefix("step-"))
+        assert stored_value(newest) >= last, "a checkpoint was lost"
+        last = stored_value(newest)
+print(last)
+"""
+    assert int(run_python(script, tmp_path)) > 25
+
+
+def test_a_kill_between_files_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, writer(1), limit=1)
+    child = os.fork()
+    if child == 0:  # stops in the middle of its save, at a known place
+
+        def write(directory: Path) -> None:
+            writer(2)(directory)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        save_checkpoint(tmp_path, 2, write, limit=1)
+    os.waitpid(child, 0)
+    assert steps(tmp_path) == [".step-000002.tmp", "step-000001"]
+    assert stored_value(newest_checkpoint(tmp_path)) == 1
+    save_checkpoint(tmp_path, 3, writer(3), limit=1)
+    assert steps(tmp_path) == ["step-000003"]
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2))])
+def test_a_malicious_pickle_is_refused_and_not_run(save: Callable[[object, Path], object], tmp_path: Path) -> None:
+    save({"step": Malicious(tmp_path / "was run")}, tmp_path / "trainer_state.pt")
+    with pytest.raises(UserError, match="nothing in it was run"):
+        load_state(tmp_path / "trainer_state.pt")
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"\x80\x02broken"])
+def test_a_broken_run_state_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.pt").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        load_state(tmp_path / "trainer_state.pt")

@@ -1,0 +1,182 @@
+"""Packing and batches; the oracle is a loop over tokens."""
+
+import os
+import random
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datacollator import DataCollator, RowStream, draw_row, pack_best_fit
+from dataset import read_chitchat
+from tokenizer import Tokenizer
+
+CAPACITY, PAD = 24, 999
+LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=60)
+CONVERSATION = st.lists(st.tuples(st.integers(0, 500), st.integers(0, 1)), min_size=1, max_size=8)
+ROWS = st.lists(st.lists(CONVERSATION, min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+def as_dataset(conversations) -> datasets.Dataset:
+    features = datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("int32")), "mask": datasets.List(datasets.Value("int8"))}
+    )
+    columns = {"input_ids": [list(c[0]) for c in conversations], "mask": [list(c[1]) for c in conversations]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def numbered_conversations(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Conversation i says nothing but i."""
+    rng = random.Random(seed)
+    return [([i] * n, [0] + [1] * (n - 1)) for i in range(count) for n in [rng.randint(2, CAPACITY)]]
+
+
+# --- Packing ---
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, seed=st.integers(0, 99))
+def test_packing_loses_and_repeats_nothing_and_its_size_depends_on_no_order(lengths, seed):
+    rows = pack_best_fit(lengths, CAPACITY)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[index] for index in row) <= CAPACITY for row in rows)
+    shuffled = random.Random(seed).sample(lengths, len(lengths))
+    assert len(pack_best_fit(shuffled, CAPACITY)) == len(rows)
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS)
+def test_packing_is_best_fit_decreasing(lengths):
+    rooms: list[int] = []  # room left in each row, by trying all rows
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting, key=lambda i: rooms[i])] -= length
+        else:
+            rooms.append(CAPACITY - length)
+    rows = pack_best_fit(lengths, CAPACITY)
+    assert sorted(CAPACITY - sum(lengths[i] for i in row) for row in rows) == sorted(rooms)
+
+
+def test_a_conversation_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="conversation 1 has 25 tokens, more than a row's 24"):
+        pack_best_fit([3, 25], CAPACITY)
+
+
+def test_chitchat_is_packed_with_at_most_one_percent_of_padding():
+    tokenizer = Tokenizer(vocab_size=8192)
+    lengths = [min(len(tokenizer.render(row["messages"])[0]), 2048) for row in read_chitchat("train", "")]
+    assert sum(lengths) / (len(pack_best_fit(lengths, 2048)) * 2048) > 0.99
+
+
+# --- Batches ---
+
+
+@settings(deadline=None)
+@given(rows=ROWS, packing=st.booleans())
+def test_a_batch_is_what_a_loop_over_tokens_writes(rows, packing):
+    if not packing:
+        rows = [row[:1] for row in rows]
+    collator = DataCollator(CAPACITY, PAD, packing)
+    batch = collator([[tuple(zip(*conversation, strict=True)) for conversation in row] for row in rows])
+    width = CAPACITY if packing else max(len(conversation) for row in rows for conversation in row)
+    for b, row in enumerate(rows):
+        expected = []
+        for number, conversation in enumerate(row, start=1):
+            for position, (token, _) in enumerate(conversation):
+                label = -100
+                if position + 1 < len(conversation):
+                    following, trained = conversation[position + 1]
+                    label = following if trained else -100
+                expected.append((token, label, position, number))
+        expected += [(PAD, -100, 0, 0)] * (width - len(expected))
+        columns = [batch[name][b].tolist() for name in ("input_ids", "labels", "position_ids", "sequence_ids")]
+        assert list(zip(*columns, strict=True)) == expected
+    assert all(t.dtype == torch.int64 and t.shape == (len(rows), width) for t in batch.values())
+
+
+# --- The stream ---
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_epoch_has_every_conversation_once_in_as_many_rows(packing, shuffle):
+    conversations = numbered_conversations(50)
+    stream = RowStream(as_dataset(conversations), DataCollator(CAPACITY, PAD, packing), seed=3, shuffle=shuffle)
+    epochs = []
+    for epoch in range(3):
+        rows = [stream.row(epoch * stream.rows_per_epoch + i) for i in range(stream.rows_per_epoch)]
+        found = sorted((ids.tolist(), mask.tolist()) for row in rows for ids, mask in row)
+        assert found == sorted(conversations)
+        assert all(sum(len(ids) for ids, _ in row) <= CAPACITY for row in rows)
+        epochs.append([[int(ids[0]) for ids, _ in row] for row in rows])
+    assert (epochs[0] == epochs[1] == epochs[2]) == (not shuffle)
+    if not shuffle and not packing:
+        assert epochs[0] == [[i] for i in range(50)]
+
+
+def test_a_row_is_a_function_of_data_seed_and_number():
+    dataset, collator = as_dataset(numbered_conversations(50)), DataCollator(CAPACITY, PAD)
+    first = RowStream(dataset, collator, seed=1)
+    order = [7, 300, 2, 150, 301, 0]  # a resumed run, or another process, starts anywhere
+    rows = {i: first.row_indices(i) for i in sorted(order)}
+    again = RowStream(dataset, collator, seed=1)
+    assert {i: again.row_indices(i) for i in order} == rows
+    other = RowStream(dataset, collator, seed=2)
+    assert any(other.row_indices(i) != rows[i] for i in order)
+
+
+def test_a_batch_may_cross_the_border_of_epochs():
+    stream = RowStream(as_dataset(numbered_conversations(9)), DataCollator(CAPACITY, PAD), seed=1)
+    numbers = [stream.rows_per_epoch - 1, stream.rows_per_epoch, 5 * stream.rows_per_epoch]
+    batch = stream.batch(numbers)
+    for b, i in enumerate(numbers):
+        assert torch.equal(batch["input_ids"][b], stream.collator([stream.row(i)])["input_ids"][0])
+
+
+def test_a_dataset_smaller_than_a_batch_repeats_itself():
+    stream = RowStream(as_dataset([([1, 2], [0, 1])]), DataCollator(CAPACITY, PAD))
+    assert stream.rows_per_epoch == 1
+    assert stream.batch(range(4))["input_ids"][:, :2].tolist() == [[1, 2]] * 4
+
+
+def test_conversations_are_read_from_any_table():
+    conversations = numbered_conversations(60)
+    pieces = [as_dataset(conversations[i : i + 7]) for i in range(0, 60, 7)]
+    whole = datasets.concatenate_datasets(pieces)
+    for dataset, expected in [
+        (whole, conversations),
+        (whole.select(range(10, 50)), conversations[10:50]),
+        (whole.select(range(59, -1, -2)), conversations[59::-2]),
+    ]:
+        stream = RowStream(dataset, DataCollator(CAPACITY, PAD))
+        assert stream.lengths.tolist() == [len(ids) for ids, _ in expected]
+        for i, (ids, mask) in enumerate(expected):
+            assert [array.tolist() for array in stream.conversation(i)] == [ids, mask]
+
+
+# --- The command ---
+
+
+def test_a_drawn_row_is_as_wide_as_the_row():
+    blocks = draw_row([50, 25], 100, width=20).replace("\x1b[0m", "|").split("|")
+    assert blocks == ["\x1b[30;42m    50    ", "\x1b[30;46m 25  ", "·" * 5]
+
+
+def test_the_command_shows_a_conversation_and_packed_rows(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Hello", "completion": "there"}\n' * 3)
+    command = [sys.executable, "datacollator.py", str(tmp_path / "data.jsonl")]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path)}
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "3 conversations" in out and "there" in out and "1 rows of 2,048 tokens" in out
+    missing = subprocess.run([*command, "nope"], env=environment, capture_output=True, text=True)
+    assert missing.returncode == 2 and "error: " in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_lengths_may_be_an_array():
+    assert pack_best_fit(np.array([5, 4, 3]), 8) == [[0, 2], [1]]

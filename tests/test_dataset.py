@@ -1,0 +1,299 @@
+"""Loading, checking and tokenising conversations; the oracle is a plain loop over the same rows."""
+
+import json
+from collections import defaultdict
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import UserError
+from dataset import load_dataset_split, open_split, read_chatterbot, read_chitchat, tokenize_row
+from tokenizer import ROLES, Tokenizer
+
+TOKENIZER = Tokenizer(vocab_size=512)
+HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there!"}]
+GOOD = {"messages": HELLO}
+HELLO_IDS, HELLO_MASK = TOKENIZER.render(HELLO)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_lines(path, rows) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def load(name, split="train", max_seq_len=512, **arguments):
+    return load_dataset_split(str(name), split, TOKENIZER, max_seq_len, **arguments)
+
+
+def load_rows(path, rows, **arguments):
+    return load(write_lines(path / "data.jsonl", rows), **arguments)
+
+
+# --- Formats and sources ---
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD,
+        {"prompt": "ignored", "prompt_id": "7", **GOOD},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi there!"}]},
+        {"prompt": "Hello", "completion": "Hi there!"},
+        {"prompt": HELLO[:1], "completion": HELLO[1:]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("Hel", "lo")]}, HELLO[1]]},
+        {"messages": [message | {"name": None} for message in HELLO], "extra": {"a": [1, "b"]}},
+    ],
+)
+def test_every_row_format_gives_the_same_conversation(tmp_path, row):
+    dataset, _ = load_rows(tmp_path, [row])
+    assert dataset[0] == {"input_ids": HELLO_IDS, "mask": HELLO_MASK}
+
+
+def test_every_kind_of_source_gives_the_same_rows(tmp_path):
+    rows = [{"messages": [HELLO[0], {"role": "assistant", "content": f"Hi {i}"}]} for i in range(20)]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "data.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "saved_dict")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "hub" / "data" / "train_sft-00000-of-00001.parquet")
+    header = "configs:\n- config_name: default\n  data_files:\n  - split: train_sft\n    path: data/train_sft-*\n"
+    (tmp_path / "hub" / "README.md").write_text(f"---\n{header}---\n")
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+    write_lines(tmp_path / "lines.json", rows)
+    write_lines(tmp_path / "lines.jsonl", rows)
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "lines.jsonl").read_bytes())
+
+    expected = [TOKENIZER.render(row["messages"])[0] for row in rows]
+    for name in ("data.parquet", "saved", "saved_dict", "array.json", "lines.json", "lines.jsonl", "bom.jsonl"):
+        assert load(tmp_path / name)[0]["input_ids"][:] == expected, name
+    assert load(tmp_path / "hub", "train_sft")[0]["input_ids"][:] == expected
+    assert load(tmp_path / "hub", "train_sft[75%:]")[0]["input_ids"][:] == expected[15:]
+
+
+def test_chitchat_has_two_speakers_in_turn_and_a_fixed_held_out_split():
+    train, test = ([row["messages"] for row in read_chitchat(split, "")] for split in ("train", "test"))
+    assert (len(train), len(test)) == (3818, 200)
+    for messages in train + test:
+        assert [message["role"] for message in messages] == [("user", "assistant")[i % 2] for i in range(len(messages))]
+    assert train[0][0]["content"] == "Hello How are you doing today?"
+    assert not {json.dumps(m) for m in train} & {json.dumps(m) for m in test}
+
+
+def test_chatterbot_keeps_every_opening_for_training():
+    train, test = ([row["messages"] for row in read_chatterbot(split, "")] for split in ("train", "test"))
+    assert len(train) + len(test) == 792
+    answers = defaultdict(set)
+    for messages in train + test:
+        answers[messages[0]["content"]].add(messages[1]["content"])
+    assert {messages[0]["content"] for messages in train} == answers.keys()
+    assert all(len(answers[messages[0]["content"]]) > 1 for messages in test)
+
+
+def test_built_in_datasets_are_found_by_name():
+    dataset, report = load("chatterbot", "test")
+    assert report.conversations == len(dataset) == len(open_split("chatterbot", "test")) == 44
+    with pytest.raises(UserError, match="chatterbot has no split 'valid', only train, test"):
+        load("chatterbot", "valid")
+
+
+def test_a_built_in_dataset_that_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("dataset.BUILT_IN", {"chitchat": ("no-such-package", read_chitchat)})
+    with pytest.raises(UserError, match="pip install no-such-package"):
+        load("chitchat")
+
+
+# --- What is found in a row ---
+
+BAD_ROWS = {
+    "no assistant turn": ({"messages": HELLO[:1]}, "messages: no assistant turn"),
+    "unknown role": ({"messages": [{"role": "robot", "content": ""}]}, r"messages\[0\].role: unknown role \('robot'"),
+    "role no text": ({"messages": [{"role": ["user"], "content": ""}]}, r"messages\[0\].role: unknown role"),
+    "content null": ({"messages": [HELLO[0], {"role": "assistant", "content": None}]}, r"\[1\].content: .*it is null"),
+    "content missing": ({"messages": [HELLO[0], {"role": "assistant"}]}, r"messages\[1\].content: not text"),
+    "content number": ({"messages": [{"role": "user", "content": 7}]}, r"content: not text \(it is int"),
+    "content image": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        r"content\[0\]: not a text part",
+    ),
+    "part no text": ({"messages": [{"role": "user", "content": ["Hi"]}]}, r"content\[0\]: not a text part"),
+    "empty list": ({"messages": []}, "messages: an empty list"),
+    "null list": ({"messages": None}, r"messages: not a list of messages \(it is null"),
+    "wrong type": ({"messages": "Hello"}, r"messages: not a list of messages \(it is str"),
+    "message no object": ({"messages": ["Hello"]}, r"messages\[0\]: not an object with role and content \(it is str"),
+    "sharegpt role": ({"conversations": [{"from": "x", "value": ""}]}, r"conversations\[0\].from: unknown role"),
+    "completion null": ({"prompt": "Hello", "completion": None}, "completion: not a list of messages"),
+    "missing columns": ({"text": "Hello", "id": 1}, r"columns: neither messages.* \(there are text, id"),
+    "row no object": ([1], r"line: not a JSON object \(it is list"),
+    "truncated json": ('{"messages": [{"role": "us', "line: invalid JSON"),
+    "deep json": ("[" * 100_000, "line: invalid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_malformed_row_is_named_with_its_line_and_field_or_dropped_and_counted(tmp_path, name):
+    row, message = BAD_ROWS[name]
+    path = write_lines(tmp_path / "data.jsonl", [GOOD, "", row, GOOD])
+    with pytest.raises(UserError, match=rf"data.jsonl, line 3: .*{message}"):
+        load(path)
+    dataset, report = load(path, skip_bad_rows=True)
+    assert dataset["input_ids"][:] == [HELLO_IDS] * 2
+    assert list(report.dropped.values()) == [1]
+
+
+def test_a_malformed_row_of_a_table_is_named_with_its_split_and_number(tmp_path):
+    datasets.Dataset.from_list([GOOD, {"messages": HELLO[:1]}]).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(UserError, match=r"data.parquet, split train, row 1: messages: no assistant turn"):
+        load(tmp_path / "data.parquet")
+
+
+def test_invalid_utf8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"messages": "\xff"}\n')
+    with pytest.raises(UserError, match=r"line 2: line: invalid UTF-8 \(byte 15"):
+        load(path)
+
+
+def test_reasons_are_counted(tmp_path):
+    rows = [GOOD, BAD_ROWS["empty list"][0], BAD_ROWS["content null"][0], BAD_ROWS["content number"][0]]
+    _, report = load_rows(tmp_path, rows, skip_bad_rows=True)
+    assert report.dropped == {"an empty list": 1, "not text": 2}
+
+
+# --- Sources that cannot be read ---
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "there is no file"),
+        ("missing.parquet", None, "there is no file"),
+        ("empty.jsonl", "", "is empty"),
+        ("blank.jsonl", "\n\n", "is empty"),
+        ("empty.json", "[]", "is empty"),
+        ("bad.json", '[{"messages":\n [}]', r"bad.json cannot be read as a dataset: .*line 2"),
+        ("bad.parquet", "PAR1 no", "cannot be read as a dataset"),
+        ("bad.jsonl", '{"messages": []}\n', "line 1: messages: an empty list"),
+    ],
+)
+def test_an_unreadable_file_is_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    datasets.Dataset.from_list([GOOD]).select([]).to_parquet(tmp_path / "empty.parquet")
+    datasets.Dataset.from_list([GOOD]).select([]).save_to_disk(tmp_path / "empty")
+    for name in ("empty.parquet", "empty"):
+        with pytest.raises(UserError, match=rf"{name}.* (is empty|cannot be read)"):
+            load(tmp_path / name)
+
+
+def test_a_directory_without_data_and_an_unreachable_hub_are_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read as a dataset"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="cannot be read as a dataset"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        load("someone/something")
+
+
+def test_a_wrong_split_is_refused_with_the_valid_ones(tmp_path):
+    with pytest.raises(UserError, match="has no split 'train_sft', only train"):
+        load_rows(tmp_path, [GOOD], split="train_sft")
+
+
+def test_rows_that_are_all_bad_are_refused(tmp_path):
+    with pytest.raises(UserError, match="all 2 rows were dropped: 2 for an empty list"):
+        load_rows(tmp_path, [{"messages": []}] * 2, skip_bad_rows=True)
+
+
+# --- Size ---
+
+
+@pytest.mark.parametrize("unit", [" ", "a", "a b"])
+def test_a_row_of_50_megabytes_is_truncated(tmp_path, unit):
+    content = unit * (50_000_000 // len(unit)) + "x"
+    dataset, report = load_rows(tmp_path, [{"messages": [HELLO[0], {"role": "assistant", "content": content}]}])
+    assert (len(dataset[0]["input_ids"]), report.truncated) == (512, 1)
+    prefix = TOKENIZER.decode(dataset[0]["input_ids"]).split("assistant\n")[1]
+    assert content.startswith(prefix)
+
+
+def test_a_row_of_100_000_turns_is_truncated(tmp_path):
+    dataset, report = load_rows(tmp_path, [{"messages": HELLO * 50_000}])
+    assert dataset[0]["input_ids"] == TOKENIZER.render(HELLO * 50_000)[0][:512]
+    assert report.truncated == 1
+
+
+CONVERSATION = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": st.text(max_size=20)}), min_size=1, max_size=6
+).filter(lambda messages: any(message["role"] == "assistant" for message in messages))
+
+
+@settings(deadline=None)
+@given(messages=CONVERSATION, max_seq_len=st.integers(2, 60))
+def test_truncation_keeps_a_prefix_that_has_something_to_learn_or_drops_the_row(messages, max_seq_len):
+    ids, mask = TOKENIZER.render(messages)
+    row = tokenize_row({"messages": messages}, TOKENIZER, max_seq_len)
+    if any(mask[1:max_seq_len]):
+        assert (row["input_ids"], row["mask"]) == (ids[:max_seq_len], mask[:max_seq_len])
+        assert (row["reason"], row["truncated"]) == ("", len(ids) > max_seq_len)
+        assert (row["length"], row["targets"]) == (min(len(ids), max_seq_len), sum(mask[1:max_seq_len]))
+    else:
+        assert row["input_ids"] == row["mask"] == [] and "nothing to learn" in row["reason"]
+
+
+# --- Report, cache, processes ---
+
+
+def test_the_report_counts_what_a_loop_counts(tmp_path):
+    long = [{"role": "user", "content": "word " * 100}, HELLO[1]]
+    cut = [HELLO[0], {"role": "assistant", "content": "word " * 100}]
+    dataset, report = load_rows(tmp_path, [GOOD, {"messages": long}, {"messages": cut}], max_seq_len=50)
+    rendered = [TOKENIZER.render(messages) for messages in (HELLO, cut)]
+    assert dataset["input_ids"][:] == [ids[:50] for ids, _ in rendered]
+    assert (report.conversations, report.truncated) == (2, 1)
+    assert report.tokens == len(HELLO_IDS) + 50
+    assert report.trained_tokens == sum(sum(mask[:50]) for _, mask in rendered)
+    assert report.dropped == {"nothing to learn within max_seq_len tokens": 1}
+    assert "2 conversations" in str(report) and "1 dropped: nothing to learn" in str(report)
+
+
+def test_rows_are_tokenised_once_and_again_when_anything_changes(tmp_path, monkeypatch):
+    calls = []
+    render = Tokenizer.render
+    monkeypatch.setattr(Tokenizer, "render", lambda self, *args: calls.append(1) or render(self, *args))
+
+    def rendered(tokenizer=TOKENIZER, max_seq_len=512, rows=(GOOD, GOOD)) -> int:
+        path = tmp_path / "data.jsonl"
+        if not path.exists() or path.read_text().count("\n") != len(rows):
+            write_lines(path, rows)
+        calls.clear()
+        load_dataset_split(str(path), "train", tokenizer, max_seq_len)
+        return len(calls)
+
+    assert rendered() == 2
+    assert rendered() == 0
+    assert rendered(tokenizer=Tokenizer(vocab_size=512)) == 0  # another object, but the same tokenizer
+    assert rendered(max_seq_len=100) == 2
+    assert rendered(tokenizer=Tokenizer(vocab_size=600)) == 2
+    assert rendered(tokenizer=Tokenizer(vocab_size=512, chat_template="deepseek")) == 2
+    assert rendered(rows=(GOOD, GOOD, GOOD)) == 3
+
+
+def test_several_processes_give_the_same_as_one(tmp_path):
+    rows = [{"messages": [HELLO[0], {"role": "assistant", "content": f"Hi {i}"}]} for i in range(5001)]
+    dataset, report = load_rows(tmp_path, [*rows, {"messages": []}], num_proc=2, skip_bad_rows=True)
+    assert dataset["input_ids"][:] == [TOKENIZER.render(row["messages"])[0] for row in rows]
+    assert report.dropped == {"an empty list": 1}

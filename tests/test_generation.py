@@ -1,0 +1,174 @@
+"""Decoding from the latent cache against full forward passes, and sampling against transformers' and a literal one."""
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from config import RopeScaling, UserError
+from model import DeepSeekV2, LatentCache, sample
+from small_models import relative_difference, small_model
+
+YARN = RopeScaling(factor=40.0, original_max_position_embeddings=128, mscale=0.707, mscale_all_dim=0.707)
+CASES = {
+    "plain": {},
+    "yarn": {"rope_scaling": YARN, "max_position_embeddings": 5120},
+    "compressed queries, groups": {
+        "q_lora_rank": 18,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 112, (length,), generator=generator).tolist() for length in lengths]
+
+
+def generate(model: DeepSeekV2, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
+    """The new tokens of each prompt."""
+    steps = list(model.generate(prompts, max_new_tokens, **options))
+    return [list(tokens) for tokens in zip(*steps, strict=True)]
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+@torch.no_grad()
+def test_cached_logits_equal_a_full_forward_pass(changes: dict) -> None:
+    model = small_model(**changes)
+    tokens = torch.tensor(random_prompts(60, 60))
+    full = model(tokens)
+    cache = LatentCache(model, 2, 60)
+    steps = [cache.prefill(tokens[:, :20], torch.tensor([20, 20]))]
+    for i in range(20, 60):
+        steps.append(cache.step(tokens[:, i : i + 1], torch.full((2, 1), i), i + 1)[:, -1])
+    assert relative_difference(torch.stack(steps, dim=1), full[:, 19:]) < 1e-4
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+@torch.no_grad()
+def test_greedy_tokens_equal_full_forward_passes_over_256_steps(changes: dict) -> None:
+    model = small_model(**changes)
+    (prompt,) = random_prompts(30)
+    (new,) = generate(model, [prompt], 256)
+    # If each token is the likeliest one after those before it, a greedy loop of full passes gives these tokens.
+    logits = model(torch.tensor([prompt + new]))[0]
+    assert new == logits.argmax(dim=-1)[29:-1].tolist()
+    assert len(set(new)) > 10
+
+
+def test_cache_holds_latent_and_rotary_key_and_nothing_else() -> None:
+    model = small_model()
+    cache = LatentCache(model, batch_size=2, length=50)
+    assert cache.latents.numel() == 2 * 50 * 3 * (20 + 8)
+    held = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
+    assert held == [cache.latents]
+
+
+@torch.no_grad()
+def test_prompts_of_different_lengths_equal_each_alone() -> None:
+    model = small_model()
+    prompts = random_prompts(3, 41, 1, 17)
+    together = generate(model, prompts, 40)
+    assert together == [generate(model, [prompt], 40)[0] for prompt in prompts]
+
+
+def test_prompts_longer_than_a_chunk_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    prompts = random_prompts(5, 8, 23, 16)
+    whole = generate(model, prompts, 20)
+    monkeypatch.setattr(LatentCache, "PREFILL", 8)
+    assert generate(model, prompts, 20) == whole
+
+
+def test_a_prompt_stops_at_its_stop_token_and_the_others_go_on() -> None:
+    model = small_model()
+    prompts = random_prompts(6, 9)
+    free = generate(model, prompts, 30)
+    stop = free[0][4]
+    after_stop = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in free]
+    stopped = generate(model, prompts, 30, stop_token_ids=(stop,))
+    for expected, tokens in zip(after_stop, stopped, strict=True):
+        assert tokens[: len(expected)] == expected
+        assert set(tokens[len(expected) :]) <= {stop}
+    assert len(stopped[0]) == max(map(len, after_stop))
+
+
+def test_tokens_come_one_at_a_time() -> None:
+    stream = small_model().generate(random_prompts(4), 3)
+    assert len(next(stream)) == 1
+    assert len(list(stream)) == 2
+
+
+def test_bfloat16_weights_and_autocast_generate() -> None:
+    model = small_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(generate(model, random_prompts(5), 10)[0]) == 10
+    assert len(generate(model.to(torch.bfloat16), random_prompts(5), 10)[0]) == 10
+
+
+def test_what_does_not_fit_the_context_is_refused() -> None:
+    model = small_model(max_position_embeddings=64)
+    assert len(generate(model, random_prompts(54), 10)[0]) == 10
+    with pytest.raises(UserError, match="55 tokens and 10 new ones exceed the model's context of 64"):
+        next(model.generate(random_prompts(55), 10))
+    with pytest.raises(UserError, match="empty"):
+        next(model.generate([[1], []], 10))
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def draws(logits: torch.Tensor, number: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """How often each token comes in `number` draws from one distribution (V,), as shares."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sample(logits.expand(number, -1), temperature, top_k, top_p, generator)
+    return torch.bincount(tokens, minlength=len(logits)) / number
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.7), (1.3, 6, 0.8), (0.7, 3, 0.95), (1.0, 50, 0.5)],
+)
+def test_sampling_draws_from_the_distribution_that_transformers_defines(
+    temperature: float, top_k: int, top_p: float
+) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(20) * 1.5
+    scores = TemperatureLogitsWarper(temperature)(None, logits[None])
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    expected = TopPLogitsWarper(top_p)(None, scores)[0].softmax(dim=-1)
+    shares = draws(logits, 40_000, temperature, top_k, top_p)
+    assert shares[expected == 0].sum() == 0
+    assert (shares[expected > 1e-3] > 0).all()
+    assert (shares - expected).abs().max() < 0.01
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
+    for top_p, kept in [(0.4, {1}), (0.6, {1, 3}), (0.85, {1, 2, 3}), (0.99, {0, 1, 2, 3})]:
+        assert set(draws(logits, 2000, 1.0, top_p=top_p).nonzero().flatten().tolist()) == kept
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_narrow_sampling_is_greedy(options: dict) -> None:
+    model = small_model()
+    prompts = random_prompts(6, 9)
+    assert generate(model, prompts, 30, **({"temperature": 1.0} | options)) == generate(model, prompts, 30)
+
+
+def test_the_same_seed_gives_the_same_text() -> None:
+    model = small_model()
+
+    def text(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return generate(model, random_prompts(6, 9), 30, temperature=1.0, generator=generator)
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)

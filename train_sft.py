@@ -1,0 +1,213 @@
+"""Supervised fine-tuning, from conversations to a chat model.
+
+    python train_sft.py [tiny|mini|v2_lite] [--field value ...]
+    torchrun --nproc_per_node N train_sft.py ... --parallel ddp|fsdp
+
+Without a preset: mini where there is CUDA, else tiny. All fields, their defaults and reasons stand in config.py.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from config import FIXED_FIELDS, PRESETS, TrainConfig, UserError, check, one_line_errors
+
+if TYPE_CHECKING:
+    from model import DeepSeekV2
+    from parallel import World
+
+# torch takes a while to import, and --help should not wait for it: what needs torch is imported where it is used.
+# On CPU, torch takes large tensors from huge pages if told so before it starts: a tenth of a step otherwise goes
+# into handing out small ones.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def parse_arguments(arguments: list[str]) -> TrainConfig:
+    """The preset, with the fields that the command line overrides. Raises UserError."""
+    preset, flags = "", list(arguments)
+    if flags and not flags[0].startswith("-"):
+        preset = flags.pop(0)
+        check(preset in PRESETS, f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    if not preset:
+        import torch
+
+        preset = "mini" if torch.cuda.is_available() else "tiny"
+        print(f"preset {preset}: there is {'a' if preset == 'mini' else 'no'} CUDA device")
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            config, unknown = tyro.cli(
+                TrainConfig,
+                default=PRESETS[preset],
+                args=flags,
+                return_unknown_args=True,
+                prog=f"train_sft.py {preset}",
+                description=__doc__,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as exit_:
+        if exit_.code:
+            raise UserError(unframe(messages.getvalue())) from None
+        raise
+    if unknown:
+        known = ["--" + name.replace("_", "-") for name in asdict(config)]
+        close = difflib.get_close_matches(unknown[0].replace("_", "-"), known, n=1)
+        raise UserError(f"unknown argument {unknown[0]}{f'; did you mean {close[0]}?' if close else ''} (see --help)")
+    config.output_dir = config.output_dir or f"runs/{preset}"
+    return config
+
+
+def unframe(box: str) -> str:
+    """The message in the box that tyro draws around it, as one line."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    return " ".join(lines[: lines.index("")] if "" in lines else lines)
+
+
+def open_run(config: TrainConfig) -> None:
+    """Make the run directory and write the configuration into it. A run that is there and is not resumed moves aside:
+    nothing is overwritten. Raises UserError where the run to be resumed had another shape or other data."""
+    directory = Path(config.output_dir)
+    path = directory / "config.json"
+    new = json.loads(json.dumps(asdict(config)))
+    if path.exists() and config.resume:
+        old = json.loads(path.read_text())
+        changed = {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
+        changed.pop("resume", None)
+        fixed = {name: values for name, values in changed.items() if name in FIXED_FIELDS}
+        check(not fixed, f"{directory} cannot be resumed with another configuration: {describe_changes(fixed)}")
+        if changed:
+            print(f"resuming with changes: {describe_changes(changed)}")
+    elif path.exists():
+        number = next(n for n in range(1, sys.maxsize) if not Path(f"{directory}.{n}").exists())
+        directory.rename(f"{directory}.{number}")
+        print(f"{directory} held an earlier run, which is now {directory}.{number} (--resume would have continued it)")
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(new, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def describe_changes(changes: dict[str, tuple]) -> str:
+    parts = []
+    for name, (old, new) in changes.items():
+        if isinstance(old, dict):
+            inner = {f"{name}.{key}": (old.get(key), new[key]) for key in new if old.get(key) != new[key]}
+            parts.append(describe_changes(inner))
+        else:
+            parts.append(f"{name} {old!r} -> {new!r}")
+    return ", ".join(parts)
+
+
+def build_model(config: TrainConfig, source: Path | None, adapter: Path | None, world: "World") -> "DeepSeekV2":
+    """The model on its device, with weights from `source` (None: new ones) and, with LoRA, its adapters.
+
+    It is planned on the meta device and filled one tensor at a time, so that a rank never holds more than its share.
+    """
+    import torch
+
+    import lora
+    from checkpoint import iterate_weights
+    from model import DeepSeekV2
+    from parallel import load_weights, parallelize
+
+    with torch.device("meta"):
+        model = DeepSeekV2(config.model)
+        if config.lora_rank:
+            model.requires_grad_(False)
+            if config.dtype == "bfloat16":
+                model.to(torch.bfloat16)
+            lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    model = parallelize(model, model.model.layers, config.parallel, world)
+    generator = torch.Generator().manual_seed(config.seed)
+    load_weights(model, iterate_weights(source, config.model) if source else model.initial_weights(generator))
+    if config.lora_rank:
+        load_weights(model, lora.read_adapter(model, adapter) if adapter else lora.initial_weights(model, generator))
+    model.model.gradient_checkpointing = config.gradient_checkpointing
+    if config.compile:
+        for block in model.model.layers:
+            block.compile()
+    return model
+
+
+def train(config: TrainConfig, world: "World") -> None:
+    """Config -> data -> model -> trainer."""
+    import torch
+
+    from checkpoint import load_config, newest_checkpoint, resolve_checkpoint
+    from datacollator import DataCollator, RowStream
+    from dataset import load_dataset_split
+    from parallel import replicate, wait_for_all
+    from tokenizer import Tokenizer
+    from trainer import Trainer
+
+    source = resolve_checkpoint(config.init_from) if config.init_from else None
+    check(source is not None or not config.lora_rank, "lora_rank needs init_from: adapters adapt a trained model")
+    if source:
+        config.model, config.tokenizer = load_config(source), str(source)
+    config.validate()
+    vocab_size = config.model.vocab_size if config.tokenizer == "cl100k_base" else None
+    tokenizer = Tokenizer(config.tokenizer, vocab_size, config.chat_template)
+    config.chat_template = tokenizer.chat_template
+    if source is None:
+        config.model.vocab_size = tokenizer.vocab_size
+    if world.is_main:
+        open_run(config)
+
+    def load_rows(split: str, shuffle: bool) -> RowStream:
+        if not world.is_main:
+            wait_for_all()  # the first process fills the cache that the others read
+        data, report = load_dataset_split(
+            config.dataset, split, tokenizer, config.max_seq_len, config.num_proc, config.skip_bad_rows
+        )
+        if world.is_main:
+            print(report)
+            wait_for_all()
+        collator = DataCollator(config.max_seq_len, tokenizer.pad_token_id, config.packing)
+        return RowStream(data, collator, config.seed, shuffle)
+
+    train_rows = load_rows(config.train_split, config.shuffle)
+    held_out = load_rows(config.eval_split, shuffle=False) if config.eval_steps else None
+
+    torch.manual_seed(config.seed)
+    checkpoint = newest_checkpoint(config.output_dir) if config.resume else None
+    model = build_model(config, source if config.lora_rank else checkpoint or source, checkpoint, world)
+    trainer = Trainer(config, replicate(model, config.parallel, world), tokenizer, train_rows, held_out, world)
+    if checkpoint:
+        trainer.resume(checkpoint)
+    if world.is_main:
+        parameters = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(
+            f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
+            f"{trainer.total_steps} of {trainer.rows_per_step} rows on {world.size} x {world.device} into "
+            f"{config.output_dir}"
+        )
+    trainer.train()
+
+
+def main() -> None:
+    debug = "--debug" in sys.argv
+    with one_line_errors(debug):
+        config = parse_arguments(sys.argv[1:])
+        config.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun has started us again
+        config.validate()
+
+        from parallel import join_world, leave_world
+
+        world = join_world(config.device)
+        try:
+            train(config, world)
+        finally:
+            leave_world()
+
+
+if __name__ == "__main__":
+    main()
