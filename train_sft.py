@@ -151,7 +151,7 @@ def train(config: TrainConfig, world: "World") -> None:
     source = resolve_checkpoint(config.init_from) if config.init_from else None
     check(source is not None or not config.lora_rank, "lora_rank needs init_from: adapters adapt a trained model")
     if source:
-        config.model, config.tokenizer = load_config(source), str(source)
+        config.init_from, config.tokenizer, config.model = str(source), str(source), load_config(source)
     config.validate()
     vocab_size = config.model.vocab_size if config.tokenizer == "cl100k_base" else None
     tokenizer = Tokenizer(config.tokenizer, vocab_size, config.chat_template)
