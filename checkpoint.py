@@ -17,13 +17,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import lora
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.types import Device
 
+import lora
 from config import POSITIVE_MODEL_FIELDS, ModelConfig, RopeScaling, UserError, check
 from model import DeepSeekV2
 from tokenizer import Tokenizer
@@ -63,10 +63,10 @@ def save_pretrained(
     """Write a model directory that `load_pretrained` and transformers' `from_pretrained` open.
 
     state_dict: the weights, where the model does not hold them whole (FSDP). They are stored in their own dtype, in
-    several files with an index where they exceed max_shard_bytes. Raises UserError where the disk refuses.
+    several files with an index where they exceed max_shard_bytes. Raises OSError or SafetensorError for a full disk.
     """
     directory = Path(directory)
-    weights = dict(model.state_dict() if state_dict is None else state_dict)
+    weights = model.state_dict() if state_dict is None else state_dict
     if model.config.norm_topk_prob:
         print(f"warning: {directory} has norm_topk_prob=true, which transformers ignores", file=sys.stderr)
     bos = tokenizer.template.start
@@ -76,27 +76,22 @@ def save_pretrained(
         "pad_token_id": tokenizer.pad_token_id,
     }
     dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    with disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        config = hub_config(model.config) | special_ids | {"torch_dtype": dtype, "dtype": dtype}
-        write_json(directory / "config.json", config)
-        write_json(directory / "generation_config.json", special_ids)
-        tokenizer.save_pretrained(directory)
-        write_weights(directory, weights, max_shard_bytes)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = hub_config(model.config) | special_ids | {"torch_dtype": dtype, "dtype": dtype}
+    write_json(directory / "config.json", config)
+    write_json(directory / "generation_config.json", special_ids)
+    tokenizer.save_pretrained(directory)
+    write_weights(directory, weights, max_shard_bytes)
 
 
 def write_weights(directory: Path, weights: dict[str, Tensor], max_shard_bytes: int) -> None:
     """Fill one file after the other, in the order of the model."""
     shards: list[dict[str, Tensor]] = [{}]
-    shard_bytes = total_bytes = 0
     for name, tensor in weights.items():
         for hub_name, part in hub_parts(name, tensor):
-            if shards[-1] and shard_bytes + part.nbytes > max_shard_bytes:
+            if shards[-1] and num_bytes(shards[-1]) + part.nbytes > max_shard_bytes:
                 shards.append({})
-                shard_bytes = 0
-            shards[-1][hub_name] = part
-            shard_bytes += part.nbytes
-            total_bytes += part.nbytes
+            shards[-1][hub_name] = part.contiguous()
     for old in directory.glob(f"{Path(WEIGHTS).stem}*.safetensors*"):
         old.unlink()  # what an earlier save left must not be mixed up with these
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -104,9 +99,15 @@ def write_weights(directory: Path, weights: dict[str, Tensor], max_shard_bytes: 
         files = [WEIGHTS]
     else:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_json(
+            directory / WEIGHTS_INDEX, {"metadata": {"total_size": num_bytes(weights)}, "weight_map": weight_map}
+        )
     for file, shard in zip(files, shards, strict=True):
-        save_file({name: part.contiguous() for name, part in shard.items()}, directory / file, {"format": "pt"})
+        save_file(shard, directory / file, {"format": "pt"})
+
+
+def num_bytes(weights: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in weights.values())
 
 
 def hub_config(config: ModelConfig) -> dict[str, Any]:
@@ -246,9 +247,10 @@ def inside(directory: Path, name: str) -> Path:
     """A file of the directory, by its plain name. Links may lead to the blobs of a Hub cache and nowhere else."""
     root = directory.resolve()
     path = directory / name
-    safe = Path(name).name == name and path.resolve().parent in (root, root.parent.parent / "blobs")
-    check(safe, f"{directory}: {name!r} lies outside of the directory")
+    check(Path(name).name == name, f"{directory}: {name!r} lies outside of the directory")
     check(path.is_file(), f"{path} does not exist")
+    safe = path.resolve().parent in (root, root.parent.parent / "blobs")
+    check(safe, f"{path} lies outside of the directory, at {path.resolve()}")
     return path
 
 
@@ -280,7 +282,7 @@ def load_model_and_tokenizer(
     directory = resolve_checkpoint(path)
     base = directory
     if (directory / ADAPTER_CONFIG).is_file():
-        base = resolve_checkpoint(read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+        base = resolve_checkpoint(str(read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")))
     model = load_pretrained(base, dtype, device)
     if base != directory:
         lora.load_adapter(model, directory)
@@ -352,8 +354,8 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Newest first."""
-    found = Path(output_dir, "checkpoints").glob("step-*")
-    return sorted(found, key=lambda directory: int(directory.name.removeprefix("step-")), reverse=True)
+    steps = [path for path in Path(output_dir, "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def damaged_files(directory: Path) -> list[str]:
@@ -399,7 +401,7 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{place} cannot be written ({error}); earlier checkpoints are untouched") from error
+        raise UserError(f"{place} cannot be written ({error}); what was saved before is untouched") from error
 
 
 # ---------------------------------------------------------------- python checkpoint.py merge ADAPTER OUT
@@ -410,7 +412,8 @@ def merge_adapter(adapter: str | Path, out: str | Path) -> None:
     check(not Path(out).exists(), f"{out} exists already; choose a new directory")
     model, tokenizer = load_model_and_tokenizer(adapter)
     lora.merge(model)
-    save_pretrained(out, model, tokenizer)
+    with disk_errors(Path(out)):
+        save_pretrained(out, model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -309,7 +309,6 @@ TINY = TrainConfig(
     min_learning_rate=3e-5,
     eval_steps=250,
     save_steps=500,
-    logging_steps=10,
     model=ModelConfig(
         vocab_size=8192,
         hidden_size=192,

@@ -272,7 +272,8 @@ def open_split(name: str, split: str) -> datasets.Dataset:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
         raise UserError(f"{name} has no split {split!r}, only {', '.join(sizes)} (or parts: train[:95%])") from error
-    return datasets.concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in parts])
+    rows = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
 
 
 def open_splits(name: str) -> dict[str, datasets.Dataset]:

@@ -3,9 +3,12 @@
 import importlib
 import json
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from config import TrainConfig, UserError
 
@@ -57,3 +60,14 @@ def open_tracker(config: TrainConfig) -> Any:
         return lambda metrics: [writer.add_scalar(name, value, metrics["step"]) for name, value in metrics.items()]
     tracker.init(project="sft-from-scratch", name=Path(config.output_dir).name, config=asdict(config))
     return lambda metrics: tracker.log(metrics, step=metrics["step"])
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 3) -> float:
+    """FLOP/s of a large matrix product: the most that this machine could do."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up
+        began = time.perf_counter()
+        (a @ b).sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

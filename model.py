@@ -339,9 +339,9 @@ def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents:
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropy of softmax(hidden @ weight.T) against targets.
 
-    The logits of 100,000 entries are by far the largest tensor of a step. So they exist for CHUNK targets at a time, and
-    their gradient is taken at once, in place, as long as they are there. The softmax runs in fp32 on BLOCK rows at a
-    time, which stay in the processor's cache.
+    The logits of 100,000 entries are by far the largest tensor of a step. So they exist for CHUNK targets at a time,
+    and their gradient is taken at once, in place, as long as they are there. The softmax runs in fp32 on BLOCK rows at
+    a time, which stay in the processor's cache.
     """
 
     CHUNK = 1024
@@ -438,7 +438,7 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, contexts: list[Documents] | list[LayerCache]
     ) -> tuple[Tensor, list[Routing]]:
-        """input_ids, position_ids (N,), one context a layer -> hidden states (N, hidden_size), routing per MoE layer."""
+        """input_ids, position_ids (N,), a context for each layer -> hidden (N, hidden_size), routing per MoE layer."""
         x = self.embed_tokens(input_ids)
         frequencies, factor = rope_frequencies(self.config)
         angles = position_ids[:, None, None].float() * frequencies.to(x.device)
@@ -592,7 +592,8 @@ class LatentCache:
         self.model = model
         shape = (config.num_hidden_layers, batch_size, length, config.kv_lora_rank + config.qk_rope_head_dim)
         self.latents = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
-        self.up_projections = [layer.self_attn.up_projections() for layer in model.model.layers]
+        blocks = [layer for layer in model.model.layers if isinstance(layer, Block)]
+        self.up_projections = [block.self_attn.up_projections() for block in blocks]
 
     def prefill(self, prompts: Tensor, lengths: Tensor) -> Tensor:
         """prompts (B, T) padded on the right, lengths (B,) -> logits (B, V) of each prompt's last token.
@@ -631,3 +632,57 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     probabilities[probabilities.cumsum(dim=-1) - probabilities >= top_p] = 0  # the first is always kept
     return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
+
+
+# ---------------------------------------------------------------- see it: python model.py [PRESET]
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Parameters of each part: in total, and those that take part in one token (active)."""
+    with torch.device("meta"):
+        model = DeepSeekV2(config)
+    parts = {
+        "embed_tokens": "embedding",
+        "self_attn": "attention",
+        "mlp.experts": "routed experts",
+        "mlp.shared_experts": "shared experts",
+        "mlp.gate.": "router",
+        "mlp": "dense feed-forward",
+        "lm_head": "head",
+        "norm": "norms",
+    }
+    counts = dict.fromkeys(parts.values(), (0, 0))
+    for name, parameter in model.named_parameters():
+        part = next(part for key, part in parts.items() if key in name)
+        share = config.num_experts_per_tok / config.n_routed_experts if part == "routed experts" else 1
+        total, active = counts[part]
+        counts[part] = total + parameter.numel(), active + int(parameter.numel() * share)
+    return counts
+
+
+def describe(config: ModelConfig) -> str:
+    """The architecture as a table, and what its cache takes against multi-head attention's."""
+    counts = parameter_counts(config)
+    counts["all"] = tuple(sum(column) for column in zip(*counts.values(), strict=True))  # type: ignore[assignment]
+    lines = [f"{'':20}{'parameters':>16}{'active':>16}"]
+    lines += [f"{part:20}{total:16,}{active:16,}" for part, (total, active) in counts.items()]
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    per_token = [2 * config.num_hidden_layers * width for width in (latent, heads)]
+    lines.append(
+        f"\ncache per token in bf16: {per_token[0]:,} bytes; keys and values of all heads would take {per_token[1]:,} "
+        f"({heads / latent:.1f} times as much)"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from config import PRESETS, one_line_errors
+
+    with one_line_errors():
+        for preset in sys.argv[1:] or PRESETS:
+            if preset not in PRESETS:
+                raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+            print(f"{preset}\n\n{describe(PRESETS[preset].model)}\n")

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError
 from datacollator import IGNORE, Batch, RowStream
-from metrics import MetricsLog
-from model import DeepSeekV2, LossOutput
+from metrics import MetricsLog, measure_peak
+from model import DeepSeekV2, LossOutput, parameter_counts
 from parallel import (
     World,
     full_tensor,
@@ -92,6 +92,10 @@ class Trainer:
         self.last_checkpoint: Path | None = None
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes, device=world.device)
         self.stop_signal = 0
+        counts = {part: active for part, (_, active) in parameter_counts(self.plain_model.config).items()}
+        self.head_parameters = counts["head"] or counts["embedding"]  # the embedding itself is looked up, not multiplied
+        self.body_parameters = sum(counts.values()) - counts["head"] - counts["embedding"]
+        self.peak = measure_peak(world.device, getattr(torch, config.dtype)) * world.size
 
     # ---------------------------------------------------------------- the loop
 
@@ -174,6 +178,8 @@ class Trainer:
         self.rows_seen += self.rows_per_step
         self.num_tokens += num_tokens
         self.stop_signal = largest_over_ranks(self.stop_signal, self.world)
+        seconds = time.perf_counter() - began
+        products = 6 * (self.body_parameters * num_tokens + self.head_parameters * num_targets)
         return {
             "step": self.step,
             "loss": loss_sum / num_targets,
@@ -182,7 +188,8 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "num_tokens": self.num_tokens,
-            "tokens_per_second": num_tokens / (time.perf_counter() - began),
+            "tokens_per_second": num_tokens / seconds,
+            "peak_share": products / seconds / self.peak,
             "skipped_steps": self.skipped_steps,
         }
 

@@ -1,6 +1,9 @@
 """Loading, checking and tokenising conversations; the oracle is a plain loop over the same rows."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 
 import datasets
@@ -76,6 +79,19 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
         assert load(tmp_path / name)[0]["input_ids"][:] == expected, name
     assert load(tmp_path / "hub", "train_sft")[0]["input_ids"][:] == expected
     assert load(tmp_path / "hub", "train_sft[75%:]")[0]["input_ids"][:] == expected[15:]
+    assert load(tmp_path / "saved_dict", "test[:2]+train[-1:]")[0]["input_ids"][:] == [*expected[:2], expected[-1]]
+
+
+def test_a_new_process_finds_what_was_tokenised(tmp_path):
+    arguments = "'chatterbot', 'train', Tokenizer(vocab_size=512), 512"
+    program = f"from dataset import *; print(load_dataset_split({arguments})[0].cache_files[0]['filename'])"
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    runs = [
+        subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert runs[0].stdout == runs[1].stdout
+    assert "Tokenising" in runs[0].stderr and "Tokenising" not in runs[1].stderr
 
 
 def test_chitchat_has_two_speakers_in_turn_and_a_fixed_held_out_split():

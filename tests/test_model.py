@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import relative_difference, small_config, small_model, transformers_model
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from config import RopeScaling
 from model import ChunkedCrossEntropy, DeepSeekV2, LossOutput, document_attention, find_documents, rope_frequencies
-from small_models import relative_difference, small_config, small_model, transformers_model
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
