@@ -63,8 +63,8 @@ def reply(
     room = model.config.max_position_embeddings - len(prompt)
     check(
         room > 0,
-        f"the conversation has {len(prompt)} tokens, but the model's context is {model.config.max_position_embeddings}: "
-        "shorten it or start a new one",
+        f"the conversation has {len(prompt)} tokens, but the model's context is "
+        f"{model.config.max_position_embeddings}: shorten it or start a new one",
     )
     tokens: list[int] = []
     printed = ""

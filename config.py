@@ -121,6 +121,11 @@ class ModelConfig:
         check(chosen <= routed, f"model.num_experts_per_tok is {chosen}, but there are {routed} routed experts")
         check(routed % groups == 0, f"model.n_group ({groups}) must divide model.n_routed_experts ({routed})")
         check(self.topk_group <= groups, f"model.topk_group ({self.topk_group}) is above model.n_group ({groups})")
+        check(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"model.num_attention_heads ({self.num_attention_heads}) must divide model.hidden_size "
+            f"({self.hidden_size}): transformers refuses such a checkpoint",
+        )
         reach = self.topk_group * routed // groups if self.topk_method == "group_limited_greedy" else routed
         check(chosen <= reach, f"model.num_experts_per_tok is {chosen}, but topk_group leaves {reach} experts")
 
@@ -252,6 +257,11 @@ class TrainConfig:
             check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
             check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        widths = self.model.hidden_size % 8 == 0 and self.model.moe_intermediate_size % 8 == 0
+        check(
+            self.dtype == "float32" or widths,
+            "in bfloat16 the grouped product needs model.hidden_size and model.moe_intermediate_size in multiples of 8",
+        )
         check(self.max_seq_len >= 2, "max_seq_len is 1; a row needs a token to learn from and one to learn")
         check(
             self.max_seq_len <= self.model.max_position_embeddings,

@@ -30,7 +30,8 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, None
+        self.weight = base.weight
+        self.register_parameter("bias", None)
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=device, dtype=torch.float32))

@@ -663,7 +663,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
 def describe(config: ModelConfig) -> str:
     """The architecture as a table, and what its cache takes against multi-head attention's."""
     counts = parameter_counts(config)
-    counts["all"] = tuple(sum(column) for column in zip(*counts.values(), strict=True))  # type: ignore[assignment]
+    counts["all"] = sum(total for total, _ in counts.values()), sum(active for _, active in counts.values())
     lines = [f"{'':20}{'parameters':>16}{'active':>16}"]
     lines += [f"{part:20}{total:16,}{active:16,}" for part, (total, active) in counts.items()]
     latent = config.kv_lora_rank + config.qk_rope_head_dim

@@ -125,7 +125,7 @@ def build_model(config: TrainConfig, source: Path | None, adapter: Path | None, 
             if config.dtype == "bfloat16":
                 model.to(torch.bfloat16)
             lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
-    model = parallelize(model, model.model.layers, config.parallel, world)
+    parallelize(model, model.model.layers, config.parallel, world)
     generator = torch.Generator().manual_seed(config.seed)
     load_weights(model, iterate_weights(source, config.model) if source else model.initial_weights(generator))
     if config.lora_rank:

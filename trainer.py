@@ -5,19 +5,20 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
-from lora import save_adapter
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError
 from datacollator import IGNORE, Batch, RowStream
+from lora import save_adapter
 from metrics import MetricsLog, measure_peak
 from model import DeepSeekV2, LossOutput, parameter_counts
 from parallel import (
@@ -77,7 +78,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
         self.train_rows, self.held_out = train, held_out
-        self.plain_model: DeepSeekV2 = getattr(model, "module", model)
+        self.plain_model = cast(DeepSeekV2, getattr(model, "module", model))
         self.optimizer = make_optimizer(model, config)
         self.output_dir = Path(config.output_dir)
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
@@ -93,7 +94,9 @@ class Trainer:
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes, device=world.device)
         self.stop_signal = 0
         counts = {part: active for part, (_, active) in parameter_counts(self.plain_model.config).items()}
-        self.head_parameters = counts["head"] or counts["embedding"]  # the embedding itself is looked up, not multiplied
+        self.head_parameters = (
+            counts["head"] or counts["embedding"]
+        )  # the embedding itself is looked up, not multiplied
         self.body_parameters = sum(counts.values()) - counts["head"] - counts["embedding"]
         self.peak = measure_peak(world.device, getattr(torch, config.dtype)) * world.size
 
@@ -118,7 +121,7 @@ class Trainer:
                 if self.held_out and not self.stop_signal and (last or self.due(config.eval_steps)):
                     evaluation = self.evaluate()
                     bar.write(
-                        f"step {self.step}: eval_loss {evaluation['eval_loss']:.4f}, eval_bpb {evaluation['eval_bpb']:.4f}"
+                        f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items() if k != "step")
                     )
                     self.print_samples(bar)
                     if log:
@@ -139,7 +142,7 @@ class Trainer:
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def prefetch(self) -> Iterator[list[Batch]]:
+    def prefetch(self) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of every step to come; a thread prepares the next step's during this one."""
         with ThreadPoolExecutor(1) as pool:
             following = pool.submit(self.load_step, self.rows_seen)
@@ -215,9 +218,9 @@ class Trainer:
             rows = range(self.rows_seen, self.rows_seen + self.rows_per_step)
             conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
             raise UserError(
-                f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (this time in "
-                f"conversations {conversations} of {self.config.dataset}); the weights are those of the last good step, "
-                f"and {self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower learning_rate"
+                f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (now in conversations "
+                f"{conversations} of {self.config.dataset}); the weights are those of the last good step, and "
+                f"{self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower learning_rate"
             )
 
     # ---------------------------------------------------------------- evaluation

@@ -6,6 +6,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch  # noqa: E402 (the variables have to be set first)
+import torch
 
 torch.set_num_threads(1)

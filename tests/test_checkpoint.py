@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import relative_difference, small_config, small_model, transformers_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +35,7 @@ from checkpoint import (
 )
 from config import RopeScaling, UserError
 from model import DeepSeekV2
+from small_models import relative_difference, small_config, small_model, transformers_model
 from tokenizer import Tokenizer
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)

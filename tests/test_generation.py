@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from small_models import relative_difference, small_model
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from config import RopeScaling, UserError
 from model import DeepSeekV2, LatentCache, sample
+from small_models import relative_difference, small_model
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=128, mscale=0.707, mscale_all_dim=0.707)
 CASES = {

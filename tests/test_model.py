@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import relative_difference, small_config, small_model, transformers_model
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from config import RopeScaling
 from model import ChunkedCrossEntropy, DeepSeekV2, LossOutput, document_attention, find_documents, rope_frequencies
+from small_models import relative_difference, small_config, small_model, transformers_model
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
@@ -247,7 +247,8 @@ def test_balance_loss_reaches_the_router_and_counts_every_token_once() -> None:
     rows=st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=4), min_size=1, max_size=3), seed=st.integers(0, 9)
 )
 def test_packed_rows_equal_one_conversation_at_a_time(rows: list[list[int]], seed: int) -> None:
-    model = small_model(rope_scaling=YARN, aux_loss_alpha=0.1, device_aux_loss_alpha=0.1, **GROUPS)
+    factors = {"aux_loss_alpha": 0.1, "device_aux_loss_alpha": 0.1}
+    model = small_model(initializer_range=0.1, rope_scaling=YARN, **factors, **GROUPS)
     batch = make_batch(rows, seed)
     packed, packed_gradients = loss_and_gradients(model, **batch)
     model.zero_grad()

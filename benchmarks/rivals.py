@@ -1,0 +1,231 @@
+"""What the benchmarks share: the work, our training step, and what people would use instead.
+
+Every step is a function of 8 conversations that returns the mean loss. Not a script: see train_step.py, decode.py.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train_sft.py does; it helps everybody
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config import ModelConfig, TrainConfig
+from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream, pack_best_fit
+from metrics import measure_peak
+from model import DeepSeekV2, LossOutput
+from tokenizer import Tokenizer
+from trainer import make_optimizer
+
+Step = Callable[[Sequence[Conversation]], float]
+BATCH_SIZE = 8
+MAX_TOKENS = 1000  # conversations longer than this are left out
+ROW = 2048  # width of our packed rows
+LEARNING_RATE = 1e-4
+
+
+def benchmark_config(**changes: Any) -> ModelConfig:
+    """58 million parameters, most of them in the embedding and the head."""
+    shape: dict[str, Any] = {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 768,
+    }
+    return ModelConfig(**(shape | changes))
+
+
+def load_conversations(count: int, vocab_size: int | None = None) -> list[list[Conversation]]:
+    """`count` batches of 8 shuffled chitchat conversations under 1,000 tokens."""
+    from dataset import load_dataset_split  # takes 200 MB that no training step should be charged with
+
+    tokenizer = Tokenizer(vocab_size=vocab_size)
+    data, _ = load_dataset_split("chitchat", "train", tokenizer, MAX_TOKENS)
+    rows = RowStream(data, DataCollator(MAX_TOKENS, tokenizer.pad_token_id, packing=False), seed=0)
+    short = (i for i in range(rows.rows_per_epoch) if rows.lengths[rows.row_indices(i)[0]] < MAX_TOKENS)
+    return [[rows.row(next(short))[0] for _ in range(BATCH_SIZE)] for _ in range(count)]
+
+
+def pack(conversations: Sequence[Conversation]) -> Batch:
+    """Several conversations a row, as we train."""
+    rows = pack_best_fit([len(ids) for ids, _ in conversations], ROW)
+    return DataCollator(ROW, pad_token_id=0)([[conversations[i] for i in row] for row in rows])
+
+
+def pad(conversations: Sequence[Conversation]) -> Batch:
+    """One conversation a row, padded to the longest, as most people train."""
+    return DataCollator(ROW, pad_token_id=0, packing=False)([[conversation] for conversation in conversations])
+
+
+def count_tokens(conversations: Sequence[Conversation]) -> tuple[int, int]:
+    """Real tokens, and the targets among them."""
+    return sum(len(ids) for ids, _ in conversations), sum(sum(map(int, mask[1:])) for _, mask in conversations)
+
+
+def autocast(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------- us
+
+
+def our_loop(config: ModelConfig, dtype: str) -> Step:
+    """What Trainer.train_step does, without its bookkeeping."""
+    torch.manual_seed(0)
+    model = DeepSeekV2(config)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=LEARNING_RATE))
+
+    def step(conversations: Sequence[Conversation]) -> float:
+        with autocast(dtype):
+            output: LossOutput = model(**pack(conversations))
+        (output.loss_sum / output.num_targets + output.balance_loss / output.num_documents).backward()
+        update(model, optimizer)
+        return output.loss_sum.item() / int(output.num_targets)
+
+    return step
+
+
+# ---------------------------------------------------------------- transformers
+
+
+def transformers_model(config: ModelConfig) -> Any:
+    """DeepseekV2ForCausalLM of the same shape, with its fastest attention and experts; new weights."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    settings = asdict(config)
+    theta, scaling = settings.pop("rope_theta"), settings.pop("rope_scaling")
+    assert scaling is None, "the benchmarks need no YaRN"
+    their_config = DeepseekV2Config(
+        **settings,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        attn_implementation="sdpa",
+        experts_implementation="grouped_mm",
+    )
+    torch.manual_seed(0)
+    return DeepseekV2ForCausalLM(their_config)
+
+
+def transformers_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Summed cross entropy of a padded batch, with the head at target positions only. Padding is on the right, so that
+    the causal mask is all that attention needs."""
+    learned = batch["labels"] != IGNORE
+    hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    return F.cross_entropy(model.lm_head(hidden[learned]).float(), batch["labels"][learned], reduction="sum")
+
+
+def transformers_loop(config: ModelConfig, dtype: str) -> Step:
+    """The bare loop that one would write around transformers' model, knowing what is slow."""
+    model = transformers_model(config)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
+
+    def step(conversations: Sequence[Conversation]) -> float:
+        batch = pad(conversations)
+        with autocast(dtype):
+            loss = transformers_loss(model, batch) / (batch["labels"] != IGNORE).sum()
+        loss.backward()
+        update(model, optimizer)
+        return loss.item()
+
+    return step
+
+
+# ---------------------------------------------------------------- TRL
+
+
+def trl_sft(config: ModelConfig, dtype: str, batches: Sequence[Sequence[Conversation]]) -> list[float]:
+    """Seconds that each step of TRL's SFTTrainer takes on these batches."""
+    import datasets
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *arguments: Any, **more: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *arguments: Any, **more: Any) -> None:
+            seconds.append(time.perf_counter() - self.began)
+
+    seconds: list[float] = []
+    rows = [
+        {
+            "input_ids": [int(i) for i in ids],
+            "labels": [int(i) if m else IGNORE for i, m in zip(ids, mask, strict=True)],
+        }
+        for conversations in batches
+        for ids, mask in conversations
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = SFTConfig(
+            output_dir=directory,
+            per_device_train_batch_size=BATCH_SIZE,
+            max_steps=len(batches),
+            max_length=MAX_TOKENS,
+            train_sampling_strategy="sequential",
+            bf16=dtype == "bfloat16",
+            gradient_checkpointing=False,  # on by default: less memory, but a third more to compute
+            optim="adamw_torch_fused",
+            learning_rate=LEARNING_RATE,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        tokenizer = transformers_tokenizer(directory)
+        trainer = SFTTrainer(
+            model=transformers_model(config),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return seconds
+
+
+def transformers_tokenizer(directory: str) -> Any:
+    """Our vocabulary and chat template as transformers' tokenizer."""
+    from transformers import AutoTokenizer
+
+    Tokenizer().save_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def gemm_peak(dtype: str) -> float:
+    """FLOP/s of large matrix products: the most that this machine could do."""
+    return measure_peak(torch.device("cpu"), getattr(torch, dtype), size=4096)
+
+
+def peak_memory() -> float:
+    """The most memory that this process ever held, in bytes. (ru_maxrss would include the process that started it.)"""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
