@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,39 +15,48 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from config import UserError, check
+from config import TrainConfig, UserError, check
 from model import Experts
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# The routed experts' stacked weights, in the order in which PEFT wraps them.
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+# ---------------------------------------------------------------- layers with adapters
+
+
+def new_adapter(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (..., r, in) and B (..., out, r) for a weight (..., out, in): fp32 whatever that is in, without values yet."""
+    *stack, out_features, in_features = weight.shape
+    shapes = (*stack, rank, in_features), (*stack, out_features, rank)
+    a, b = (nn.Parameter(torch.empty(shape, dtype=torch.float32, device=weight.device)) for shape in shapes)
+    return a, b
+
+
+@torch.no_grad()
+def merge_adapter_(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
+    """Add an adapter to its weight, in fp32: a weight in bf16 is rounded once."""
+    weight.copy_((b @ a).mul_(scaling).add_(weight))
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with its adapter. The base weight keeps its name and may be in bf16; A and B are fp32."""
+    """A linear layer with its adapter. The base weight keeps its name."""
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
         self.register_parameter("bias", None)
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=device, dtype=torch.float32))
-        self.scaling, self.dropout = scaling, dropout
+        self.lora_A, self.lora_B = new_adapter(base.weight, rank)
+        self.scaling, self.dropout, self.training = scaling, dropout, base.training
 
     def forward(self, x: Tensor) -> Tensor:
         base = F.linear(x, self.weight)
         adapted = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
         return base + (F.linear(adapted, self.lora_B) * self.scaling).to(base.dtype)
 
-    @torch.no_grad()
     def merge(self) -> nn.Linear:
         """The plain layer that does the same."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight = self.weight
-        plain.weight += (self.lora_B @ self.lora_A * self.scaling).to(plain.weight.dtype)
-        return plain
+        merge_adapter_(plain.weight, self.lora_A, self.lora_B, self.scaling)
+        return plain.train(self.training)
 
 
 class LoRAExperts(Experts):
@@ -57,79 +65,83 @@ class LoRAExperts(Experts):
     def __init__(self, base: Experts, scaling: float) -> None:
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
-        self.scaling = scaling
-        self.adapted: set[str] = set()
+        self.scaling, self.training = scaling, base.training
+        self.adapted: list[str] = []
 
     def adapt(self, name: str, rank: int) -> None:
-        weight = getattr(self, name)
-        experts, out_features, in_features = weight.shape
-        for suffix, shape in (("A", (experts, rank, in_features)), ("B", (experts, out_features, rank))):
-            adapter = nn.Parameter(torch.empty(shape, device=weight.device, dtype=torch.float32))
-            setattr(self, f"{name}_lora_{suffix}", adapter)
-        self.adapted.add(name)
+        for suffix, parameter in zip("AB", new_adapter(getattr(self, name), rank), strict=True):
+            self.register_parameter(f"{name}_lora_{suffix}", parameter)
+        self.adapted.append(name)
+
+    def adapter(self, name: str) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
 
     def project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         output = super().project(name, x, ends)
         if name not in self.adapted:
             return output
-        adapted = super().project(f"{name}_lora_A", x, ends)
-        return output + super().project(f"{name}_lora_B", adapted, ends) * self.scaling
+        a, b = self.adapter(name)
+        padding = -a.shape[1] % 8  # grouped_mm wants rows of whole 16 bytes, so the rank grows by zeros
+        a, b = F.pad(a, (0, 0, 0, padding)).to(x.dtype), F.pad(b, (0, padding)).to(x.dtype)
+        return output + F.grouped_mm(F.grouped_mm(x, a.mT, offs=ends), b.mT, offs=ends) * self.scaling
 
-    @torch.no_grad()
     def merge(self) -> Experts:
         """The plain experts that do the same."""
         plain = Experts.__new__(Experts)
         nn.Module.__init__(plain)
         plain.gate_up_proj, plain.down_proj = self.gate_up_proj, self.down_proj
         for name in self.adapted:
-            delta = getattr(self, f"{name}_lora_B") @ getattr(self, f"{name}_lora_A") * self.scaling
-            getattr(plain, name).add_(delta.to(self.down_proj.dtype))
-        return plain
+            merge_adapter_(getattr(plain, name), *self.adapter(name), self.scaling)
+        return plain.train(self.training)
+
+
+# ---------------------------------------------------------------- a model with adapters
+
+
+def adaptable_weights(model: nn.Module) -> dict[str, str]:
+    """Name of each weight that can have an adapter, and what it is called as a target: the blocks' linear layers by the
+    last part of their names, the routed experts as experts.gate_up_proj and experts.down_proj."""
+    targets = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            targets[f"{name}.weight"] = name.rpartition(".")[2]
+        if isinstance(module, Experts):
+            targets |= {f"{name}.{weight}": f"experts.{weight}" for weight in ("gate_up_proj", "down_proj")}
+    return targets
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]) -> None:
-    """Give each target an adapter, without values yet, and freeze everything else.
+    """Give each target an adapter and freeze everything else.
 
-    target_modules: last parts of names, as "q_proj", or "experts.gate_up_proj" and "experts.down_proj" for the routed
-    experts. Raises UserError where the model has nothing of these names.
+    target_modules: see adaptable_weights. Raises UserError for one that the model doesn't have; only the default ones
+    may be missing, since they name both ways of projecting queries.
     """
-    weights = adaptable_weights(model)
-    chosen = {path: rank for path in weights if any(path.endswith(f".{target}") for target in target_modules)}
-    check(bool(chosen), f"lora_target_modules: the model has none of {', '.join(target_modules)}")
-    stacked = any(path.endswith(f"experts.{name}") for path in chosen for name in EXPERT_WEIGHTS)
+    targets = adaptable_weights(model)
+    ranks = {name: rank for name, target in targets.items() if target in target_modules}
+    known = {*targets.values(), *TrainConfig.lora_target_modules}
+    unknown = [target for target in target_modules if target not in known or not ranks]
+    there = ", ".join(sorted(set(targets.values())))
+    check(bool(ranks) and not unknown, f"lora_target_modules: the model has no {', '.join(unknown)}; it has {there}")
+    stacked = any(target.startswith("experts.") for target in target_modules)
     check(not (dropout and stacked), "lora_dropout must be 0 where the routed experts are adapted")
-    attach(model, chosen, alpha / rank, dropout)
-
-
-def adaptable_weights(model: nn.Module) -> list[str]:
-    """Paths of all linear layers in the blocks, and of the stacked experts' weights."""
-    paths = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".layers." in name:
-            paths.append(name)
-        if isinstance(module, Experts):
-            paths += [f"{name}.{weight}" for weight in EXPERT_WEIGHTS]
-    return paths
+    attach(model, ranks, alpha / rank, dropout)
+    set_adapters(model, initial_weights(model))
 
 
 def attach(model: nn.Module, ranks: dict[str, int], scaling: float, dropout: float = 0.0) -> None:
-    """Freeze the model and put adapters of the given ranks at the given paths."""
+    """Freeze the model and put adapters of the given ranks, without values yet, beside the given weights."""
     model.requires_grad_(False)
-    for path, rank in ranks.items():
-        parent, _, last = path.rpartition(".")
-        module = model.get_submodule(parent)
-        if isinstance(module, Experts):
-            if not isinstance(module, LoRAExperts):
-                module = LoRAExperts(module, scaling)
-                replace_module(model, parent, module)
-            module.adapt(last, rank)
-        else:
-            replace_module(model, path, LoRALinear(getattr(module, last), rank, scaling, dropout))
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, last = path.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+    for name, rank in ranks.items():
+        path, _, weight = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            model.set_submodule(path, LoRALinear(module, rank, scaling, dropout))
+            continue
+        if not isinstance(module, LoRAExperts):
+            assert isinstance(module, Experts)
+            module = LoRAExperts(module, scaling)
+            model.set_submodule(path, module)
+        module.adapt(weight, rank)
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -147,14 +159,32 @@ def initial_weights(model: nn.Module, generator: torch.Generator | None = None) 
         yield name, value
 
 
+@torch.no_grad()
+def set_adapters(model: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> None:
+    for name, value in weights:
+        model.get_parameter(name).copy_(value)
+
+
 def merge(model: nn.Module) -> None:
-    """Fold every adapter into its weight; the model is then a plain one again."""
+    """Fold every adapter into its weight; the model is then a plain one again, that can be trained as a whole."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear | LoRAExperts):
-            replace_module(model, name, module.merge())
+            model.set_submodule(name, module.merge())
+    model.requires_grad_(True)
 
 
 # ---------------------------------------------------------------- PEFT's files
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings in PEFT's files that are read here, or that change nothing once an adapter is trained.
+KNOWN_OPTIONS = {
+    *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "bias"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
+# Other ways to start (PiSSA, OLoRA ...) change the base weights too.
+KNOWN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(
@@ -164,122 +194,112 @@ def save_adapter(
 
     base: where the base model is. state_dict: the adapters, where the model does not hold them whole (FSDP).
     """
-    weights: dict[str, Any] = adapters(model) if state_dict is None else state_dict
-    first = next(module for module in model.modules() if isinstance(module, LoRALinear | LoRAExperts))
-    rank = next(parameter.shape[-2] for name, parameter in adapters(model).items() if name.endswith("lora_A"))
-    linear = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    stacked = [
-        f"{name}.{weight}"
-        for name, module in model.named_modules()
-        if isinstance(module, LoRAExperts)
-        for weight in sorted(module.adapted)
-    ]
+    parameters = adapters(model)
+    scaling = next(module.scaling for module in model.modules() if isinstance(module, LoRALinear | LoRAExperts))
+    ranks = {adapted_weight(name): a.shape[-2] for name, a in parameters.items() if name.endswith("lora_A")}
+    rank = next(iter(ranks.values()))
+    others = {weight: other for weight, other in ranks.items() if other != rank}
     # PEFT takes gate_proj, up_proj and down_proj as target modules for the routed experts of transformers 5, wherever
     # they stand. So the dense and shared ones are named as parameters, which comes to the same.
-    in_mlp = [f"{name}.weight" for name in linear if ".mlp." in name]
+    as_parameters = [weight for weight in ranks if ".mlp." in weight]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": first.scaling * rank,
+        "lora_alpha": scaling * rank,
+        "rank_pattern": others,
+        "alpha_pattern": {weight: scaling * other for weight, other in others.items()},
         "lora_dropout": 0.0,  # plays no part once trained, and PEFT refuses it for parameters
         "bias": "none",
         "inference_mode": True,
-        "target_modules": sorted({name.rpartition(".")[2] for name in linear if ".mlp." not in name}),
-        "target_parameters": in_mlp + stacked,
+        "target_modules": sorted({weight.split(".")[-2] for weight in ranks.keys() - as_parameters}),
+        "target_parameters": as_parameters,
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    names = peft_names(model)
-    tensors = {names[name]: to_peft(tensor, name).contiguous() for name, tensor in weights.items()}
+    values = model.state_dict() if state_dict is None else state_dict
+    tensors = {peft: to_peft(values[name], name).contiguous() for name, peft in peft_names(model).items()}
     save_file(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """Attach the adapters that a directory in PEFT's format holds. Raises UserError for what is not LoRA as here."""
     path = Path(directory, ADAPTER_WEIGHTS)
-    config = read_adapter_config(Path(directory, ADAPTER_CONFIG))
+    scaling = read_scaling(Path(directory, ADAPTER_CONFIG))
     tensors = read_tensors(path)
-    with_experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    ranks: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        target = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        module = target.removesuffix(".base_layer")
-        if module not in with_experts:
-            ranks[target] = tensor.shape[0]
-            continue
-        experts = with_experts[module]
-        fits = [w for w in EXPERT_WEIGHTS if getattr(experts, w).shape[2] == tensor.shape[1]]
-        both = any(other.startswith(f"base_model.model.{module}.base_layer.") for other in tensors)
-        weight = EXPERT_WEIGHTS[target == module] if both else next((w for w in fits if names_weight(config, w)), "")
-        check(weight in fits, f"{path}: {name} fits no weight of the routed experts")
-        ranks[f"{module}.{weight}"] = tensor.shape[0] // len(getattr(experts, weight))
-    unknown = sorted(set(ranks) - set(adaptable_weights(model)))
-    check(bool(ranks) and not unknown, f"{path}: the model has no {', '.join(unknown[:5]) or 'part with an adapter'}")
-    attach(model, ranks, config["lora_alpha"] / config["r"])
-    with torch.no_grad():
-        for name, value in read_adapter(model, directory):
-            model.get_parameter(name).copy_(value)
-
-
-def names_weight(config: dict[str, Any], weight: str) -> bool:
-    return any(target.endswith(weight) for target in config.get("target_parameters") or ())
+    ranks = {}
+    for name in adaptable_weights(model):
+        weight = model.get_parameter(name)
+        module = f"base_model.model.{name.rpartition('.')[0]}"
+        for wrapper in (module, f"{module}.base_layer"):
+            a, b = (tensors.get(f"{wrapper}.lora_{suffix}.weight") for suffix in "AB")
+            # the widths tell which of the experts' two weights it is: no two have both in common
+            if a is not None and b is not None and weight.shape[-2:] == (len(b), a.shape[1]):
+                ranks[name] = len(a) // math.prod(weight.shape[:-2])
+    check(bool(ranks), f"{path}: no adapter in it fits the model")
+    attach(model, ranks, scaling)
+    set_adapters(model, read_adapter(model, directory))
 
 
 def read_adapter(model: nn.Module, directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Values for the model's adapters from a directory in PEFT's format. Raises UserError where they don't fit."""
     path = Path(directory, ADAPTER_WEIGHTS)
     tensors = read_tensors(path)
-    names, parameters = peft_names(model), adapters(model)
+    names = peft_names(model)
     wrong = sorted(names.values() ^ tensors.keys())
-    check(not wrong, f"{path}: {len(wrong)} tensors are missing or too many: {', '.join(wrong[:5])}")
-    for name, parameter in parameters.items():
-        value = from_peft(tensors[names[name]], parameter, name)
-        check(value.shape == parameter.shape, f"{path}: {names[name]} has shape {tuple(tensors[names[name]].shape)}")
-        yield name, value
+    check(not wrong, f"{path}: {len(wrong)} tensors are missing or fit no weight: {', '.join(wrong[:5])}")
+    for name, parameter in adapters(model).items():
+        tensor = tensors[names[name]]
+        wanted = to_peft(torch.empty(parameter.shape, device="meta"), name).shape
+        check(tensor.shape == wanted, f"{path}: {names[name]} has shape {tuple(tensor.shape)}, not {tuple(wanted)}")
+        yield name, from_peft(tensor, parameter.shape, name)
 
 
-def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Raises UserError for kinds of adapters whose result would be another one."""
+def read_scaling(path: Path) -> float:
+    """alpha / r, from adapter_config.json. Raises UserError for adapters that compute anything else than ours."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        ratio = config["lora_alpha"] / config["r"]
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        root = math.sqrt if config.get("use_rslora") else float
+        ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+        patterns = (None, *ranks, *alphas)
+        scalings = [alphas.get(p, config["lora_alpha"]) / root(ranks.get(p, config["r"])) for p in patterns]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is no adapter's configuration: {error!r}") from error
     check(config.get("peft_type") == "LORA", f"{path}: only adapters of type LORA are supported")
-    for option in ("use_dora", "use_rslora", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication"):
-        check(not config.get(option), f"{path}: {option} is not supported")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for pattern in ranks.keys() | alphas.keys():
-        scaling = alphas.get(pattern, config["lora_alpha"]) / ranks.get(pattern, config["r"])
-        check(scaling == ratio, f"{path}: another alpha / rank for {pattern} is not supported")
-    return config
+    unknown = [option for option, value in config.items() if value and option not in KNOWN_OPTIONS]
+    check(not unknown, f"{path}: {', '.join(unknown)} is not supported")
+    start = config.get("init_lora_weights")
+    check(start in KNOWN_STARTS, f"{path}: init_lora_weights {start!r} is not supported: it changes the base model")
+    same = math.isclose(min(scalings), max(scalings))
+    check(same, f"{path}: rank_pattern and alpha_pattern with different alpha / r are not supported")
+    return scalings[0]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    check(all(tensor.dim() == 2 for tensor in tensors.values()), f"{path}: not all tensors are matrices")
+    return tensors
+
+
+def adapted_weight(name: str) -> str:
+    """q_proj.lora_A -> q_proj.weight; experts.down_proj_lora_A -> experts.down_proj"""
+    stem = name[: -len("lora_A")]
+    return f"{stem}weight" if stem.endswith(".") else stem[:-1]
 
 
 def peft_names(model: nn.Module) -> dict[str, str]:
     """PEFT's name of each adapter. It wraps the stacked experts once for each adapted weight, the second around the
     first, which is then its `base_layer`."""
-    names = {}
-    for name in adapters(model):
-        module, _, last = name.rpartition(".")
-        if not last.startswith("lora"):
-            weight, last = last[:-7], last[-6:]
-            experts = model.get_submodule(module)
-            assert isinstance(experts, LoRAExperts)
-            if weight == "gate_up_proj" and len(experts.adapted) == 2:
-                module += ".base_layer"
-        names[name] = f"base_model.model.{module}.{last}.weight"
+    ours, names = adapters(model), {}
+    for name in ours:
+        module, _, weight = adapted_weight(name).rpartition(".")
+        inner = ".base_layer" if weight == "gate_up_proj" and f"{module}.down_proj_lora_A" in ours else ""
+        names[name] = f"base_model.model.{module}{inner}.{name[-6:]}.weight"
     return names
 
 
@@ -290,10 +310,10 @@ def to_peft(tensor: Tensor, name: str) -> Tensor:
     return tensor.flatten(0, 1) if name.endswith("lora_A") else tensor.permute(1, 2, 0).flatten(1)
 
 
-def from_peft(tensor: Tensor, parameter: Tensor, name: str) -> Tensor:
+def from_peft(tensor: Tensor, shape: torch.Size, name: str) -> Tensor:
     """The inverse, for a parameter of that shape."""
-    if parameter.dim() == 2:
+    if len(shape) == 2:
         return tensor
     if name.endswith("lora_A"):
-        return tensor.unflatten(0, parameter.shape[:2])
-    return tensor.unflatten(1, (parameter.shape[2], parameter.shape[0])).permute(2, 0, 1)
+        return tensor.unflatten(0, shape[:2])
+    return tensor.unflatten(1, (shape[2], shape[0])).permute(2, 0, 1)

@@ -94,9 +94,8 @@ class Trainer:
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes, device=world.device)
         self.stop_signal = 0
         counts = {part: active for part, (_, active) in parameter_counts(self.plain_model.config).items()}
-        self.head_parameters = (
-            counts["head"] or counts["embedding"]
-        )  # the embedding itself is looked up, not multiplied
+        # The embedding is looked up, not multiplied.
+        self.head_parameters = counts["head"] or counts["embedding"]
         self.body_parameters = sum(counts.values()) - counts["head"] - counts["embedding"]
         self.peak = measure_peak(world.device, getattr(torch, config.dtype)) * world.size
 
@@ -114,7 +113,10 @@ class Trainer:
             for batches in steps:
                 metrics = self.train_step(batches)
                 bar.update()
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", tok_s=f"{metrics['tokens_per_second']:,.0f}")
+                bar.set_postfix_str(
+                    f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+                    f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}"
+                )
                 last = self.step == self.total_steps or self.stop_signal != 0
                 if log and (last or self.due(config.logging_steps)):
                     log.write(metrics)
@@ -154,7 +156,10 @@ class Trainer:
     def load_step(self, first_row: int) -> list[Batch]:
         size = self.config.batch_size
         starts = range(first_row + self.world.rank * size, first_row + self.rows_per_step, size * self.world.size)
-        return [self.train_rows.batch(range(start, start + size)) for start in starts]
+        batches = [self.train_rows.batch(range(start, start + size)) for start in starts]
+        if self.world.device.type == "cuda":  # page-locked memory, from which a copy runs beside the computation
+            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+        return batches
 
     def train_step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on all micro-batches: the gradient of the sum over all their target tokens, on all ranks,

@@ -1,0 +1,136 @@
+"""Who learns faster by the clock: `tiny`, or a plain loop around transformers' DeepSeek-V2?
+
+    python benchmarks/time_to_quality.py [--seconds 180] [--plot docs/time_to_quality.png]
+
+First the loop (hidden 192, 4 layers, 8 experts, top 2, 8,192 entries, bf16 autocast, AdamW, 8 rows of 512), then
+`train_sft.py tiny`, one after the other on the same machine, the same training and held-out conversations. The clock
+counts training steps, not evaluations. Bits per byte as in trainer.py: all target tokens, the end of the turn too, over
+the bytes of the assistant's text.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rivals import autocast, transformers_loss, transformers_model  # first: sets the environment
+
+from config import ModelConfig
+from datacollator import IGNORE, DataCollator, RowStream
+from dataset import load_dataset_split
+from metrics import read_metrics
+from tokenizer import Tokenizer
+
+ROWS, WIDTH = 8, 512
+Curve = list[tuple[float, float]]  # seconds of training, bits per byte
+LOOP_MODEL = ModelConfig(
+    vocab_size=8192,
+    hidden_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=32,
+    intermediate_size=512,
+    moe_intermediate_size=128,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    max_position_embeddings=1024,
+)
+
+
+def rows(split: str, tokenizer: Tokenizer, shuffle: bool) -> RowStream:
+    data, _ = load_dataset_split("chitchat", split, tokenizer, WIDTH)
+    return RowStream(data, DataCollator(WIDTH, tokenizer.pad_token_id, packing=False), seed=0, shuffle=shuffle)
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, held_out: RowStream, num_bytes: torch.Tensor) -> float:
+    model.eval()
+    nats, total_bytes = 0.0, 0
+    for start in range(0, held_out.rows_per_epoch, ROWS):
+        batch = held_out.batch(range(start, min(start + ROWS, held_out.rows_per_epoch)))
+        with autocast("bfloat16"):
+            nats += transformers_loss(model, batch).item()
+        total_bytes += int(num_bytes[batch["labels"][batch["labels"] != IGNORE]].sum())
+    model.train()
+    return nats / math.log(2) / total_bytes
+
+
+def run_loop(seconds: float, peak_rate: float) -> Curve:
+    """A rival's loop, with a schedule that ends when its time does."""
+    tokenizer = Tokenizer(vocab_size=LOOP_MODEL.vocab_size)
+    train, held_out = rows("train", tokenizer, shuffle=True), rows("test", tokenizer, shuffle=False)
+    num_bytes = torch.tensor(tokenizer.token_num_bytes)
+    model = transformers_model(LOOP_MODEL)
+    optimizer = torch.optim.AdamW(model.parameters(), peak_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    curve: Curve = []
+    clock, tokens, step = 0.0, 0, 0
+    while clock < seconds:
+        began = time.perf_counter()
+        batch = train.batch(range(step * ROWS, (step + 1) * ROWS))
+        progress = clock / seconds
+        optimizer.param_groups[0]["lr"] = peak_rate * min((step + 1) / 20, 0.505 + 0.495 * math.cos(math.pi * progress))
+        with autocast("bfloat16"):
+            loss = transformers_loss(model, batch) / (batch["labels"] != IGNORE).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock += time.perf_counter() - began
+        step += 1
+        tokens += int((batch["sequence_ids"] > 0).sum())
+        if clock > seconds * (len(curve) + 1) / 6 or clock >= seconds:
+            curve.append((clock, evaluate(model, held_out, num_bytes)))
+            print(f"loop: {clock:5.0f} s, {tokens / clock:,.0f} tokens/s, {curve[-1][1]:.3f} bits per byte", flush=True)
+    return curve
+
+
+def run_tiny(arguments: list[str]) -> Curve:
+    """`train_sft.py tiny`; the clock is the sum of its steps' durations."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "train_sft.py", "tiny", "--output-dir", directory, "--sample-prompts", *arguments]
+        subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])
+        lines = read_metrics(directory)
+    curve: Curve = []
+    clock, tokens = 0.0, 0
+    for line in lines:
+        if "eval_bpb" in line:
+            curve.append((clock, line["eval_bpb"]))
+            print(f"tiny: {clock:5.0f} s, {tokens / clock:,.0f} tokens/s, {curve[-1][1]:.3f} bits per byte")
+        else:
+            clock += (line["num_tokens"] - tokens) / line["tokens_per_second"]
+            tokens = line["num_tokens"]
+    return curve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=180, help="training time of the loop")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate of the loop")
+    parser.add_argument("--plot", metavar="PATH", help="picture to write")
+    options, for_tiny = parser.parse_known_args()
+    curves = {"loop around transformers": run_loop(options.seconds, options.learning_rate), "tiny": run_tiny(for_tiny)}
+    goal = curves["loop around transformers"][-1][1]
+    reached = next((seconds for seconds, bits in curves["tiny"] if bits <= goal), math.inf)
+    print(f"the loop's {goal:.3f} bits per byte: loop {options.seconds:.0f} s, tiny at most {reached:.0f} s")
+    if options.plot:
+        import matplotlib.pyplot as plt
+
+        figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+        for name, curve in curves.items():
+            axis.plot(*zip(*curve, strict=True), "o-", label=name)
+        axis.set(xlabel="seconds of training", ylabel="held-out bits per byte", ylim=(None, 3))
+        axis.grid(alpha=0.3)
+        axis.legend()
+        figure.savefig(options.plot, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
