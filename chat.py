@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from config import UserError, check, one_line_errors
+from train_sft import parse_flags
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ class ChatConfig:
     """Talk to a checkpoint."""
 
     # A model directory, a run directory (meaning its newest checkpoint) or a LoRA adapter's.
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     # Answer this once and exit; without it, a conversation begins.
     prompt: str | None = None
     # Told to the model before the conversation.
@@ -49,6 +50,7 @@ class ChatConfig:
         check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
         check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
         check(self.top_k >= 0, f"top_k is {self.top_k}; it must not be negative")
+        check(abs(self.seed) < 2**63, f"seed is {self.seed}; it must be below 2**63")
 
 
 def reply(
@@ -92,11 +94,10 @@ def chat(config: ChatConfig) -> None:
     import torch
 
     from checkpoint import load_model_and_tokenizer
+    from parallel import choose_device
 
     config.validate()
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(config.device)
     model, tokenizer = load_model_and_tokenizer(config.checkpoint, device=device)
     model.eval()
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -125,6 +126,10 @@ def ask() -> str:
         return ""
 
 
-if __name__ == "__main__":
+def main() -> None:
     with one_line_errors("--debug" in sys.argv):
-        chat(tyro.cli(ChatConfig, description=__doc__))
+        chat(parse_flags(ChatConfig, sys.argv[1:], "chat.py", __doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ The model's fields have the names of DeepSeek-V2's `config.json` on Hugging Face
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
-    """Print a UserError as one line and exit with 2; with `debug`, let Python show where it came from."""
+    """Print what the user can mend (a full disk and the like too) as one line and exit with 2; with `debug`, let Python
+    show where it came from. Ctrl-C exits with 130, as it does in a shell."""
     try:
         yield
-    except UserError as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -254,7 +258,7 @@ class TrainConfig:
         self.model.validate()
         require_positive(self, POSITIVE_FIELDS)
         for name in NOT_NEGATIVE_FIELDS:
-            check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+            check(0 <= getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
             check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         widths = self.model.hidden_size % 8 == 0 and self.model.moe_intermediate_size % 8 == 0
@@ -262,6 +266,9 @@ class TrainConfig:
             self.dtype == "float32" or widths,
             "in bfloat16 the grouped product needs model.hidden_size and model.moe_intermediate_size in multiples of 8",
         )
+        bf16_only = "compile needs dtype bfloat16: torch cannot trace the grouped product in float32"
+        check(not self.compile or self.dtype == "bfloat16", bf16_only)
+        check(self.seed < 2**63, f"seed is {self.seed}; it must be below 2**63")
         check(self.max_seq_len >= 2, "max_seq_len is 1; a row needs a token to learn from and one to learn")
         check(
             self.max_seq_len <= self.model.max_position_embeddings,
@@ -293,7 +300,7 @@ def check(condition: bool, message: str) -> None:
 
 def require_positive(config: object, names: tuple[str, ...], prefix: str = "") -> None:
     for name in names:
-        check(getattr(config, name) > 0, f"{prefix}{name} is {getattr(config, name)}; it must be positive")
+        check(0 < getattr(config, name) < math.inf, f"{prefix}{name} is {getattr(config, name)}; it must be positive")
 
 
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.

@@ -196,12 +196,15 @@ def save_adapter(
     """
     parameters = adapters(model)
     scaling = next(module.scaling for module in model.modules() if isinstance(module, LoRALinear | LoRAExperts))
-    ranks = {adapted_weight(name): a.shape[-2] for name, a in parameters.items() if name.endswith("lora_A")}
-    rank = next(iter(ranks.values()))
-    others = {weight: other for weight, other in ranks.items() if other != rank}
     # PEFT takes gate_proj, up_proj and down_proj as target modules for the routed experts of transformers 5, wherever
-    # they stand. So the dense and shared ones are named as parameters, which comes to the same.
-    as_parameters = [weight for weight in ranks if ".mlp." in weight]
+    # they stand. So all weights in feed-forward networks are named as parameters, which comes to the same.
+    ranks = {}
+    for name, parameter in parameters.items():
+        if name.endswith("lora_A"):
+            weight = adapted_weight(name)
+            ranks[weight if ".mlp." in weight else weight.removesuffix(".weight")] = parameter.shape[-2]
+    rank = next(iter(ranks.values()))
+    others = {target: other for target, other in ranks.items() if other != rank}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -209,12 +212,12 @@ def save_adapter(
         "r": rank,
         "lora_alpha": scaling * rank,
         "rank_pattern": others,
-        "alpha_pattern": {weight: scaling * other for weight, other in others.items()},
+        "alpha_pattern": {target: scaling * other for target, other in others.items()},
         "lora_dropout": 0.0,  # plays no part once trained, and PEFT refuses it for parameters
         "bias": "none",
         "inference_mode": True,
-        "target_modules": sorted({weight.split(".")[-2] for weight in ranks.keys() - as_parameters}),
-        "target_parameters": as_parameters,
+        "target_modules": sorted({target.rpartition(".")[2] for target in ranks if ".mlp." not in target}),
+        "target_parameters": [target for target in ranks if ".mlp." in target],
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

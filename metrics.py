@@ -2,7 +2,7 @@
 
 import importlib
 import json
-import os
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from checkpoint import disk_errors
 from config import TrainConfig, UserError
 
 METRICS = "metrics.jsonl"
@@ -31,13 +32,15 @@ class MetricsLog:
         self.path = self.run / METRICS
         kept = [line for line in read_metrics(self.run) if line["step"] <= step] if self.path.exists() else []
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        with disk_errors(self.path):
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(self.path)
         self.tracker = open_tracker(config)
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def write(self, metrics: dict[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        with disk_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
         self.tracker(metrics)
 
     def close(self) -> None:

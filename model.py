@@ -106,26 +106,49 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 # ---------------------------------------------------------------- multi-head latent attention (section 2.1)
 
 
+QUERIES, LONGEST_PLAIN = 256, 1024
+RUN = 64
+
+
 def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
     """Causal attention within each document. q, k (N, H, qk_head_dim), v (N, H, v_head_dim) -> (N, H, v_head_dim).
 
-    No T x T mask exists: FlashAttention's kernel takes the documents' offsets; elsewhere each document is one call.
-    The fused kernels want q, k and v equally wide, so v is padded and the output cut.
+    No mask over all N tokens exists: FlashAttention's kernel takes the documents' offsets; elsewhere each document is
+    one call.
     """
-    v_head_dim = v.shape[-1]
-    v = F.pad(v, (0, q.shape[-1] - v_head_dim))
     if q.is_cuda and q.dtype == torch.bfloat16:
-        longest = max(documents.lengths)
-        offsets = documents.offsets
-        output = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
+        longest, offsets = max(documents.lengths), documents.offsets
+        output = varlen_attn(q, k, pad_like(v, q), offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
         assert isinstance(output, Tensor)
-        return output[..., :v_head_dim]
-    # SDPA wants heads before positions: (1, H, length, head_dim)
+        return output[..., : v.shape[-1]]
     parts = zip(*(x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v)), strict=True)
-    outputs = [
-        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0] for q, k, v in parts
-    ]
-    return torch.cat(outputs, dim=1).transpose(0, 1)[..., :v_head_dim]
+    return torch.cat([causal_attention(*part, scale) for part in parts], dim=1).transpose(0, 1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One document, heads first: q, k (H, T, qk_head_dim), v (H, T, v_head_dim) -> (H, T, v_head_dim).
+
+    On CPU plain products, QUERIES rows at a time against the keys up to them, are twice as fast as the fused kernel for
+    documents of a conversation's length. They keep T^2 / 2 weights, so that longer ones are left to the kernel.
+    """
+    length = q.shape[1]
+    if q.device.type != "cpu" or length > LONGEST_PLAIN:
+        output = F.scaled_dot_product_attention(q[None], k[None], pad_like(v, q)[None], is_causal=True, scale=scale)
+        return output[0, ..., : v.shape[-1]]
+    outputs = []
+    q, k, v = (F.pad(x, (0, 0, 0, -length % RUN)) for x in (q, k, v))  # what is added lies in the others' future
+    with torch.autocast("cpu", enabled=False):  # it would hold the weights in fp32, which softmax computes in anyway
+        for start in range(0, length, QUERIES):
+            end = min(start + QUERIES, q.shape[1])
+            future = q.new_full((end - start, end), -torch.inf).triu(start + 1)
+            scores = torch.baddbmm(future, q[:, start:end], k[:, :end].mT, alpha=scale)  # (H, end - start, end)
+            outputs.append(scores.softmax(dim=-1) @ v[:, :end])
+    return torch.cat(outputs, dim=1)[:, :length]
+
+
+def pad_like(v: Tensor, q: Tensor) -> Tensor:
+    """The fused kernels want q, k and v equally wide: zeros are added to v, and cut from the output."""
+    return F.pad(v, (0, q.shape[-1] - v.shape[-1]))
 
 
 class LayerCache(NamedTuple):
@@ -264,7 +287,11 @@ class Router(nn.Module):
 
 class Experts(nn.Module):
     """The routed experts' SwiGLU networks, stacked: one grouped matrix product serves them all, without a loop and
-    without the host having to know how many tokens each expert gets."""
+    without the host having to know how many tokens each expert gets.
+
+    On CPU every expert's run of rows is filled up with zeros to a multiple of RUN, because oneDNN generates code for
+    each new shape of matrix, which takes longer than the product itself.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -274,14 +301,20 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
         """x (N, hidden_size), weights and experts (N, K), counts (E,) tokens per expert -> (N, hidden_size)."""
-        order = experts.flatten().argsort(stable=True)  # (N K,) the slots, sorted by expert
-        tokens = order // experts.shape[1]
-        ends = counts.cumsum(0).to(torch.int32)
-        routed = x.to(compute_dtype(x)).index_select(0, tokens)  # (N K, hidden_size)
+        x, chosen = x.to(compute_dtype(x)), experts.shape[1]
+        run = RUN if x.device.type == "cpu" else 1
+        runs = (counts / run).ceil() * run  # (E,) rows of each expert
+        ends = runs.cumsum(0).to(torch.int32)
+        rows = int(ends[-1]) if run > 1 else experts.numel()
+        # a token's row in an expert's run: as many as earlier tokens have chosen it
+        order = experts.flatten().argsort(stable=True)
+        first = (ends - runs - (counts.cumsum(0) - counts)).long()[experts.flatten()[order]]
+        places = torch.empty_like(order).index_copy(0, order, first + torch.arange(len(order), device=x.device))
+        routed = x.new_zeros(rows, x.shape[1]).index_copy(0, places, x.repeat_interleave(chosen, dim=0))
+        scales = x.new_zeros(rows).index_copy(0, places, weights.flatten().to(x.dtype))
         gate, up = self.project("gate_up_proj", routed, ends).chunk(2, dim=-1)
-        output = self.project("down_proj", F.silu(gate) * up, ends)
-        output = output * weights.flatten()[order, None].to(output.dtype)
-        return torch.zeros_like(x, dtype=output.dtype).index_add(0, tokens, output)
+        output = self.project("down_proj", F.silu(gate) * up * scales[:, None], ends)
+        return output.index_select(0, places).view(-1, chosen, x.shape[1]).sum(dim=1)
 
     def project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         """Each expert's matrix times its own run of rows in x (N K, in) -> (N K, out)."""
@@ -340,12 +373,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropy of softmax(hidden @ weight.T) against targets.
 
     The logits of 100,000 entries are by far the largest tensor of a step. So they exist for CHUNK targets at a time,
-    and their gradient is taken at once, in place, as long as they are there. The softmax runs in fp32 on BLOCK rows at
-    a time, which stay in the processor's cache.
+    in one buffer, and their gradient is taken at once, in place, as long as they are there. What works on them goes in
+    BLOCK rows or ENTRIES columns at a time, whose intermediate results stay in the processor's cache.
     """
 
-    CHUNK = 1024
+    CHUNK = 512
     BLOCK = 16
+    ENTRIES = 8192
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
@@ -369,7 +403,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[chunk] = logits @ weight
                 if grad_weight is not None:
-                    grad_weight += logits.T @ h
+                    for part in range(0, len(weight), ChunkedCrossEntropy.ENTRIES):
+                        entries = slice(part, part + ChunkedCrossEntropy.ENTRIES)
+                        grad_weight[entries] += logits[:, entries].T @ h
         ctx.gradients = grad_hidden, grad_weight
         return loss
 
@@ -391,12 +427,12 @@ def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor)
     targets (n, 1); buffer (n, V) in fp32 is overwritten: a new one for each call would cost more than the arithmetic.
     """
     target_logits = logits.gather(1, targets).float()
-    largest = logits.amax(dim=-1, keepdim=True).float()
-    exponentials = buffer.copy_(logits).sub_(largest).exp_()
-    total = exponentials.sum(dim=-1, keepdim=True)
-    softmax = exponentials.div_(total)
+    largest = buffer.copy_(logits).amax(dim=-1, keepdim=True)
+    softmax = torch.softmax(buffer, dim=-1, out=buffer)
+    # the largest probability is 1 / sum(exp(logits - largest)): log-sum-exp without taking exponentials again
+    log_sum = largest - softmax.amax(dim=-1, keepdim=True).log()
     logits.copy_(softmax.scatter_add_(1, targets, softmax.new_full(targets.shape, -1.0)))
-    return (largest + total.log() - target_logits).sum()
+    return (log_sum - target_logits).sum()
 
 
 # ---------------------------------------------------------------- the whole
@@ -573,9 +609,9 @@ class DeepSeekV2(nn.Module):
 def find_documents(sequence_ids: Tensor, real: Tensor) -> Documents:
     """Documents of a batch, in order: a new one begins where the sequence id or the row changes. real (N,): the indices
     of the real tokens in the flattened batch."""
-    rows = torch.arange(len(sequence_ids), device=real.device)[:, None].expand_as(sequence_ids)
-    keys = torch.stack((rows.flatten()[real], sequence_ids.flatten()[real]))
-    _, ids, lengths = keys.unique_consecutive(return_inverse=True, return_counts=True, dim=1)
+    rows = torch.arange(len(sequence_ids), device=real.device)[:, None]
+    keys = (rows * (sequence_ids.shape[1] + 1) + sequence_ids).flatten()[real]
+    _, ids, lengths = keys.unique_consecutive(return_inverse=True, return_counts=True)
     return Documents(lengths.tolist(), ids, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32))
 
 

@@ -23,6 +23,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from config import UserError
+
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
@@ -38,10 +40,19 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+def choose_device(name: str) -> str:
+    """ "auto": CUDA where there is one, else the CPU. Raises UserError for a device that this machine does not have."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    with contextlib.suppress(RuntimeError, AttributeError):  # torch doesn't know it, or has nothing for it
+        if torch.get_device_module(name).is_available():
+            return name
+    raise UserError(f"there is no device {name!r} here that torch can use; try cpu")
+
+
 def join_world(device: str) -> World:
-    """Join the job that torchrun started, or be a world of one. device "auto": CUDA where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Join the job that torchrun started, or be a world of one. Raises UserError for a device that isn't there."""
+    device = choose_device(device)
     if not dist.is_torchelastic_launched():
         return World(0, 1, torch.device(device))
     if device == "cuda":

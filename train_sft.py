@@ -12,9 +12,10 @@ import io
 import json
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
@@ -23,6 +24,8 @@ from config import FIXED_FIELDS, PRESETS, TrainConfig, UserError, check, one_lin
 if TYPE_CHECKING:
     from model import DeepSeekV2
     from parallel import World
+
+Config = TypeVar("Config")
 
 # torch takes a while to import, and --help should not wait for it: what needs torch is imported where it is used.
 # On CPU, torch takes large tensors from huge pages if told so before it starts: a tenth of a step otherwise goes
@@ -36,33 +39,48 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     if flags and not flags[0].startswith("-"):
         preset = flags.pop(0)
         check(preset in PRESETS, f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    if not preset:
+    elif "-h" in flags or "--help" in flags:
+        preset = "tiny"
+    else:
         import torch
 
         preset = "mini" if torch.cuda.is_available() else "tiny"
         print(f"preset {preset}: there is {'a' if preset == 'mini' else 'no'} CUDA device")
+    config = parse_flags(TrainConfig, flags, f"train_sft.py {preset}", __doc__, default=PRESETS[preset])
+    config.output_dir = config.output_dir or f"runs/{preset}"
+    return config
+
+
+def parse_flags(kind: type[Config], flags: list[str], prog: str, description: str | None, **options: Any) -> Config:
+    """A dataclass from the command line, through tyro, whose complaints become one line. Raises UserError."""
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
             config, unknown = tyro.cli(
-                TrainConfig,
-                default=PRESETS[preset],
+                kind,
                 args=flags,
                 return_unknown_args=True,
-                prog=f"train_sft.py {preset}",
-                description=__doc__,
+                prog=prog,
+                description=description,
                 config=(tyro.conf.AvoidSubcommands,),
+                **options,
             )
     except SystemExit as exit_:
         if exit_.code:
             raise UserError(unframe(messages.getvalue())) from None
         raise
     if unknown:
-        known = ["--" + name.replace("_", "-") for name in asdict(config)]
-        close = difflib.get_close_matches(unknown[0].replace("_", "-"), known, n=1)
+        close = difflib.get_close_matches(unknown[0].replace("_", "-"), list(flag_names(kind)), n=1)
         raise UserError(f"unknown argument {unknown[0]}{f'; did you mean {close[0]}?' if close else ''} (see --help)")
-    config.output_dir = config.output_dir or f"runs/{preset}"
     return config
+
+
+def flag_names(kind: Any, prefix: str = "--") -> Iterator[str]:
+    for field in fields(kind):
+        name = prefix + field.name.replace("_", "-")
+        yield name
+        if is_dataclass(field.default_factory):
+            yield from flag_names(field.default_factory, f"{name}.")
 
 
 def unframe(box: str) -> str:
@@ -71,34 +89,45 @@ def unframe(box: str) -> str:
     return " ".join(lines[: lines.index("")] if "" in lines else lines)
 
 
+def check_changes(config: TrainConfig) -> None:
+    """Say what is new in the configuration of a run that is to be resumed. Raises UserError where it had another shape
+    or other data."""
+    from checkpoint import read_json
+
+    path = Path(config.output_dir, "config.json")
+    if not path.exists():
+        return
+    old, new = read_json(path), json.loads(json.dumps(asdict(config)))
+    changed = {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
+    changed.pop("resume", None)
+    fixed = {name: values for name, values in changed.items() if name in FIXED_FIELDS}
+    check(not fixed, f"{path.parent} cannot be resumed with another configuration: {describe_changes(fixed)}")
+    if changed:
+        print(f"resuming with changes: {describe_changes(changed)}")
+
+
 def open_run(config: TrainConfig) -> None:
     """Make the run directory and write the configuration into it. A run that is there and is not resumed moves aside:
-    nothing is overwritten. Raises UserError where the run to be resumed had another shape or other data."""
+    nothing is overwritten."""
+    from checkpoint import disk_errors
+
     directory = Path(config.output_dir)
     path = directory / "config.json"
-    new = json.loads(json.dumps(asdict(config)))
-    if path.exists() and config.resume:
-        old = json.loads(path.read_text())
-        changed = {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
-        changed.pop("resume", None)
-        fixed = {name: values for name, values in changed.items() if name in FIXED_FIELDS}
-        check(not fixed, f"{directory} cannot be resumed with another configuration: {describe_changes(fixed)}")
-        if changed:
-            print(f"resuming with changes: {describe_changes(changed)}")
-    elif path.exists():
+    if path.exists() and not config.resume:
         number = next(n for n in range(1, sys.maxsize) if not Path(f"{directory}.{n}").exists())
         directory.rename(f"{directory}.{number}")
         print(f"{directory} held an earlier run, which is now {directory}.{number} (--resume would have continued it)")
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(new, indent=2) + "\n")
-    temporary.replace(path)
+    with disk_errors(path):
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
+        temporary.replace(path)
 
 
 def describe_changes(changes: dict[str, tuple]) -> str:
     parts = []
     for name, (old, new) in changes.items():
-        if isinstance(old, dict):
+        if isinstance(old, dict) and isinstance(new, dict):
             inner = {f"{name}.{key}": (old.get(key), new[key]) for key in new if old.get(key) != new[key]}
             parts.append(describe_changes(inner))
         else:
@@ -141,7 +170,7 @@ def train(config: TrainConfig, world: "World") -> None:
     """Config -> data -> model -> trainer."""
     import torch
 
-    from checkpoint import load_config, newest_checkpoint, resolve_checkpoint
+    from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_checkpoint
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
     from parallel import replicate, wait_for_all
@@ -158,8 +187,8 @@ def train(config: TrainConfig, world: "World") -> None:
     config.chat_template = tokenizer.chat_template
     if source is None:
         config.model.vocab_size = tokenizer.vocab_size
-    if world.is_main:
-        open_run(config)
+    if world.is_main and config.resume:
+        check_changes(config)
 
     def load_rows(split: str, shuffle: bool) -> RowStream:
         if not world.is_main:
@@ -178,11 +207,14 @@ def train(config: TrainConfig, world: "World") -> None:
 
     torch.manual_seed(config.seed)
     checkpoint = newest_checkpoint(config.output_dir) if config.resume else None
+    damaged = config.resume and checkpoint is None and checkpoints(config.output_dir)
+    check(not damaged, f"{config.output_dir} has no checkpoint left that is whole; start without --resume")
     model = build_model(config, source if config.lora_rank else checkpoint or source, checkpoint, world)
     trainer = Trainer(config, replicate(model, config.parallel, world), tokenizer, train_rows, held_out, world)
     if checkpoint:
         trainer.resume(checkpoint)
     if world.is_main:
+        open_run(config)
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(
@@ -198,7 +230,6 @@ def main() -> None:
     with one_line_errors(debug):
         config = parse_arguments(sys.argv[1:])
         config.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun has started us again
-        config.validate()
 
         from parallel import join_world, leave_world
 

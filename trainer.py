@@ -112,15 +112,17 @@ class Trainer:
         with bar, contextlib.closing(self.prefetch()) as steps:
             for batches in steps:
                 metrics = self.train_step(batches)
+                # Asked once a step, so that all ranks do the same even if a signal comes in the middle of what follows.
+                stop = largest_over_ranks(self.stop_signal, self.world)
+                last = self.step == self.total_steps
                 bar.update()
                 bar.set_postfix_str(
                     f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
                     f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}"
                 )
-                last = self.step == self.total_steps or self.stop_signal != 0
                 if log and (last or self.due(config.logging_steps)):
                     log.write(metrics)
-                if self.held_out and not self.stop_signal and (last or self.due(config.eval_steps)):
+                if self.held_out and (last or self.due(config.eval_steps)):
                     evaluation = self.evaluate()
                     bar.write(
                         f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items() if k != "step")
@@ -128,10 +130,10 @@ class Trainer:
                     self.print_samples(bar)
                     if log:
                         log.write(evaluation)
-                if last or self.due(config.save_steps):
+                if last or stop or self.due(config.save_steps):
                     self.save()
-                if self.stop_signal:
-                    raise SystemExit(128 + self.stop_signal)
+                if stop:
+                    raise SystemExit(128 + stop)
         if log:
             log.close()
 
@@ -168,7 +170,8 @@ class Trainer:
         counts = torch.tensor([count_batch(batch) for batch in batches]).sum(dim=0).to(self.world.device)
         num_targets, num_documents, num_tokens = sum_over_ranks(counts).tolist()
         rate = learning_rate(self.step, self.config, self.total_steps)
-        torch.manual_seed((self.config.seed << 40) + self.step * self.world.size + self.world.rank)  # dropout
+        # for dropout; torch takes 64 bits
+        torch.manual_seed(((self.config.seed << 40) + self.step * self.world.size + self.world.rank) % 2**64)
         sums: list[Tensor] = []
         for i, batch in enumerate(batches):
             with synchronize_gradients(self.model, wanted=i == len(batches) - 1):
@@ -185,7 +188,6 @@ class Trainer:
         self.step += 1
         self.rows_seen += self.rows_per_step
         self.num_tokens += num_tokens
-        self.stop_signal = largest_over_ranks(self.stop_signal, self.world)
         seconds = time.perf_counter() - began
         products = 6 * (self.body_parameters * num_tokens + self.head_parameters * num_targets)
         return {
@@ -223,9 +225,9 @@ class Trainer:
             rows = range(self.rows_seen, self.rows_seen + self.rows_per_step)
             conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
             raise UserError(
-                f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (now in conversations "
-                f"{conversations} of {self.config.dataset}); the weights are those of the last good step, and "
-                f"{self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower learning_rate"
+                f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (now in "
+                f"conversations {conversations} of {self.config.dataset}); the weights are those of the last good "
+                f"step, and {self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower learning_rate"
             )
 
     # ---------------------------------------------------------------- evaluation
@@ -257,17 +259,21 @@ class Trainer:
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
     def print_samples(self, bar: tqdm) -> None:
-        """What the model answers by now. Under FSDP no rank has the whole model, so there are none."""
+        """What the model answers by now. Under FSDP no rank has the whole model, so there are none; nor where a prompt
+        fills the model's context."""
         prompts = self.config.sample_prompts
         if not prompts or not self.world.is_main or is_sharded(self.model):
             return
         rendered = [
             self.tokenizer.render([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts
         ]
+        room = self.plain_model.config.max_position_embeddings - max(len(ids) for ids in rendered)
+        if room < 1:
+            return
         generator = torch.Generator(self.world.device).manual_seed(self.config.seed)
         self.model.eval()
         tokens = self.plain_model.generate(
-            rendered, 40, (self.tokenizer.eos_token_id,), temperature=0.7, top_p=0.9, generator=generator
+            rendered, min(40, room), (self.tokenizer.eos_token_id,), temperature=0.7, top_p=0.9, generator=generator
         )
         for prompt, reply in zip(prompts, zip(*tokens, strict=True), strict=True):
             text = self.tokenizer.decode(t for t in reply if t != self.tokenizer.eos_token_id)

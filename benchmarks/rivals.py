@@ -4,16 +4,22 @@ Every step is a function of 8 conversations that returns the mean loss. Not a sc
 """
 
 import contextlib
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train_sft.py does; it helps everybody
+# As train_sft.py does, and it helps everybody: large tensors from huge pages; oneDNN is not to keep the code that it
+# generates for a thousand shapes of matrices, since no two batches have the same.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +36,7 @@ from tokenizer import Tokenizer
 from trainer import make_optimizer
 
 Step = Callable[[Sequence[Conversation]], float]
+Batches = Sequence[Sequence[Conversation]]
 BATCH_SIZE = 8
 MAX_TOKENS = 1000  # conversations longer than this are left out
 ROW = 2048  # width of our packed rows
@@ -55,7 +62,7 @@ def benchmark_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(shape | changes))
 
 
-def load_conversations(count: int, vocab_size: int | None = None) -> list[list[Conversation]]:
+def load_conversations(count: int, vocab_size: int) -> list[list[Conversation]]:
     """`count` batches of 8 shuffled chitchat conversations under 1,000 tokens."""
     from dataset import load_dataset_split  # takes 200 MB that no training step should be charged with
 
@@ -114,8 +121,8 @@ def our_loop(config: ModelConfig, dtype: str) -> Step:
 # ---------------------------------------------------------------- transformers
 
 
-def transformers_model(config: ModelConfig) -> Any:
-    """DeepseekV2ForCausalLM of the same shape, with its fastest attention and experts; new weights."""
+def transformers_model(config: ModelConfig, weights: dict[str, torch.Tensor] | None = None) -> Any:
+    """DeepseekV2ForCausalLM of the same shape, with its fastest attention and experts; with our weights, or new ones."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
     settings = asdict(config)
@@ -128,7 +135,10 @@ def transformers_model(config: ModelConfig) -> Any:
         experts_implementation="grouped_mm",
     )
     torch.manual_seed(0)
-    return DeepseekV2ForCausalLM(their_config)
+    model = DeepseekV2ForCausalLM(their_config)
+    if weights is not None:
+        model.load_state_dict(weights)  # in memory they have the same names
+    return model
 
 
 def transformers_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -158,7 +168,7 @@ def transformers_loop(config: ModelConfig, dtype: str) -> Step:
 # ---------------------------------------------------------------- TRL
 
 
-def trl_sft(config: ModelConfig, dtype: str, batches: Sequence[Sequence[Conversation]]) -> list[float]:
+def trl_sft(config: ModelConfig, dtype: str, batches: Batches) -> list[float]:
     """Seconds that each step of TRL's SFTTrainer takes on these batches."""
     import datasets
     from transformers import TrainerCallback
@@ -223,6 +233,12 @@ def transformers_tokenizer(directory: str) -> Any:
 def gemm_peak(dtype: str) -> float:
     """FLOP/s of large matrix products: the most that this machine could do."""
     return measure_peak(torch.device("cpu"), getattr(torch, dtype), size=4096)
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, from a fresh process: memory is counted by process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_memory() -> float:

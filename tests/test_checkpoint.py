@@ -261,7 +261,7 @@ def test_deepseeks_own_config_is_read(tmp_path: Path) -> None:
 
 def test_loading_takes_little_more_memory_than_the_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """In a process of its own: the peak of its resident memory over what it had before, by the model's size."""
-    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "n_routed_experts": 16, "moe_intermediate_size": 512}
+    sizes = {"hidden_size": 480, "num_hidden_layers": 8, "n_routed_experts": 16, "moe_intermediate_size": 512}
     with torch.device("meta"):
         model = DeepSeekV2(small_config(vocab_size=512, **sizes)).to(torch.bfloat16)
     save_pretrained(

@@ -1,0 +1,177 @@
+"""How fast is a training step, and how much memory does it take? We, a loop around transformers' model, and TRL.
+
+    python benchmarks/train_step.py [--dtype float32] [--rounds 12] [--trl-rounds 3] [--plot PATH] [--model.FIELD VALUE]
+
+All train on the same batches of 8 chitchat conversations and are charged for real tokens only, not for padding. We and
+the loop take turns on each batch; TRL runs in a process of its own. Memory is what a fresh process holds at most. The
+limit is what the machine's largest matrix products would allow, with the head at target positions only.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from rivals import (  # first: sets the environment
+    Batches,
+    Step,
+    autocast,
+    benchmark_config,
+    count_tokens,
+    gemm_peak,
+    in_child,
+    load_conversations,
+    our_loop,
+    pack,
+    pad,
+    peak_memory,
+    transformers_loop,
+    transformers_loss,
+    transformers_model,
+    trl_sft,
+)
+
+from config import ModelConfig
+from datacollator import IGNORE, Conversation
+from model import DeepSeekV2, parameter_counts
+
+US, LOOP, TRL = "this repository", "loop around transformers", "TRL's SFTTrainer"
+WARM_UP = 3  # batches
+
+
+@dataclass
+class Options:
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # Batches that we and the loop are timed on.
+    rounds: int = 12
+    # Batches that TRL is timed on; one takes it half a minute. 0: leave it out.
+    trl_rounds: int = 3
+    # Bar chart to write.
+    plot: str | None = None
+    model: ModelConfig = field(default_factory=benchmark_config)
+
+
+class Result(NamedTuple):
+    tokens_per_second: float
+    peak_memory: float  # bytes
+
+
+def flops_per_token(config: ModelConfig, batches: Batches) -> float:
+    """Of a real token, forward and backward: 2 and 4 for each parameter of a matrix that the token passes, the head's
+    at target positions only; and causal attention, half of each conversation's square."""
+    counts = {part: active for part, (_, active) in parameter_counts(config).items()}
+    head = counts["head"] or counts["embedding"]
+    body = sum(counts.values()) - counts["head"] - counts["embedding"]  # the embedding is looked up, not multiplied
+    conversations = [conversation for batch in batches for conversation in batch]
+    tokens, targets = count_tokens(conversations)
+    pairs = sum(len(ids) * (len(ids) + 1) / 2 for ids, _ in conversations)
+    widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    attention = config.num_hidden_layers * config.num_attention_heads * widths * pairs
+    return 6 * (body + (head * targets + attention) / tokens)
+
+
+def seconds(step: Step, conversations: Sequence[Conversation]) -> float:
+    began = time.perf_counter()
+    step(conversations)
+    return time.perf_counter() - began
+
+
+def rate(batches: Batches, times: Sequence[float]) -> float:
+    """Real tokens per second, without the first batches: memory that a process has not touched yet is slow."""
+    return sum(count_tokens(batch)[0] for batch in batches[WARM_UP:]) / sum(times[WARM_UP:])
+
+
+def measure_speed(contenders: dict[str, Callable[[], Step]], batches: Batches) -> dict[str, float]:
+    steps = {name: build() for name, build in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for batch in batches:
+        for name, step in steps.items():
+            times[name].append(seconds(step, batch))
+    return {name: rate(batches, taken) for name, taken in times.items()}
+
+
+def measure_memory(build: Callable[[], Step], batches: Batches) -> float:
+    step = build()
+    for batch in batches:
+        step(batch)
+    return peak_memory()
+
+
+def measure_trl(config: ModelConfig, dtype: str, batches: Batches) -> Result:
+    times = trl_sft(config, dtype, batches)
+    return Result(rate(batches, times), peak_memory())
+
+
+@torch.no_grad()
+def compare_losses(config: ModelConfig, dtype: str, conversations: Sequence[Conversation]) -> dict[str, float]:
+    """The mean loss of one batch with the same weights, as each computes it."""
+    ours, packed, padded = DeepSeekV2(config), pack(conversations), pad(conversations)
+    theirs = transformers_model(config, ours.state_dict())
+    targets = packed["labels"].flatten()
+    with autocast(dtype):
+        output = ours(**packed)
+        without_labels = {name: tensor for name, tensor in packed.items() if name != "labels"}
+        logits = ours(**without_labels).flatten(0, 1)[targets != IGNORE].float()
+        plain = torch.nn.functional.cross_entropy(logits, targets[targets != IGNORE])
+        loop = transformers_loss(theirs, padded) / (padded["labels"] != IGNORE).sum()
+    return {US: (output.loss_sum / output.num_targets).item(), "all logits": plain.item(), LOOP: loop.item()}
+
+
+def print_table(results: dict[str, Result], limit: float) -> None:
+    rivals = [name for name in results if name != US]
+    ratios = "".join(f"{f'times {name.split()[0]}':>14}" for name in rivals)
+    print(f"\n{'':26}{'tokens/s':>10}{ratios}{'of the limit':>14}{'peak memory':>14}")
+    for name, result in results.items():
+        speeds = [result.tokens_per_second / results[rival].tokens_per_second for rival in rivals]
+        ratios = "".join(f"{ratio:14.2f}" for ratio in speeds)
+        memory = f"{result.peak_memory / 1e9:.2f} GB"
+        print(f"{name:26}{result.tokens_per_second:10,.0f}{ratios}{result.tokens_per_second / limit:14.0%}{memory:>14}")
+    print(f"{'limit':26}{limit:10,.0f}")
+
+
+def draw(results: dict[str, Result], limit: float, path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.2), layout="constrained", sharey=True)
+    names = list(results)[::-1]
+    colours = ["C0" if name == US else "lightgrey" for name in names]
+    speed = left.barh(names, [results[name].tokens_per_second for name in names], color=colours)
+    left.axvline(limit, color="grey", linestyle=":", label="the machine's limit")
+    left.set(title="training: tokens per second", xlim=(0, limit * 1.05))
+    left.legend(loc="lower right")
+    memory = right.barh(names, [results[name].peak_memory / 1e9 for name in names], color=colours)
+    right.set(title="peak memory (GB)")
+    right.margins(x=0.15)
+    left.bar_label(speed, fmt="{:,.0f}", padding=3)
+    right.bar_label(memory, fmt="{:.1f}", padding=3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__, config=(tyro.conf.AvoidSubcommands,))
+    config, dtype = options.model, options.dtype
+    batches = load_conversations(WARM_UP + options.rounds, config.vocab_size)
+    peak = gemm_peak(dtype)
+    contenders = {US: partial(our_loop, config, dtype), LOOP: partial(transformers_loop, config, dtype)}
+    speeds = measure_speed(contenders, batches)
+    results = {name: Result(speeds[name], in_child(measure_memory, contenders[name], batches)) for name in contenders}
+    if options.trl_rounds:
+        results[TRL] = in_child(measure_trl, config, dtype, batches[: WARM_UP + options.trl_rounds])
+    peak = max(peak, gemm_peak(dtype))
+
+    flops = flops_per_token(config, batches)
+    tokens, targets = count_tokens([conversation for batch in batches for conversation in batch])
+    print(f"\n{dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}: {peak / 1e9:,.0f} GFLOP/s at most")
+    print(f"{tokens:,} tokens, {targets / tokens:.0%} of them targets; {flops / 1e6:,.0f} MFLOP a token")
+    print_table(results, peak / flops)
+    losses = compare_losses(config, dtype, batches[0])
+    print("\nloss with the same weights: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
+    if options.plot:
+        draw(results, peak / flops, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Training runs that take a second: in this process, or in children that can be killed.
+
+A child is forked from a server that has imported everything, which saves the seconds that importing takes.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import checkpoint
+import metrics
+import plot
+import train_sft
+import trainer
+from checkpoint import load_state, newest_checkpoint
+
+WORDS = ("one", "three", "seven", "eleven", "the", "a", "is", "was", "not", "and", "or", "but", "there", "☂", "é")
+
+
+def conversations(number: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    """Small talk of 2 or 4 messages and varied lengths."""
+    rng = random.Random(seed)
+    return [
+        [
+            {"role": ("user", "assistant")[turn % 2], "content": " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))}
+            for turn in range(rng.choice((2, 4)))
+        ]
+        for _ in range(number)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[list[dict[str, str]]]) -> Path:
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    return path
+
+
+SETTINGS = {
+    "max-seq-len": 96,
+    "batch-size": 2,
+    "max-steps": 12,
+    "warmup-steps": 2,
+    "save-steps": 3,
+    "eval-steps": 4,
+    "eval-split": "train[:5]",
+    "dtype": "float32",
+    "device": "cpu",
+    "num-proc": 1,
+    "model.vocab-size": 512,
+    "model.hidden-size": 32,
+    "model.num-hidden-layers": 2,
+    "model.num-attention-heads": 2,
+    "model.kv-lora-rank": 16,
+    "model.qk-nope-head-dim": 8,
+    "model.qk-rope-head-dim": 8,
+    "model.v-head-dim": 8,
+    "model.intermediate-size": 32,
+    "model.moe-intermediate-size": 16,
+    "model.n-routed-experts": 4,
+}
+
+
+def arguments(dataset: Path, output_dir: Path, *flags: str, **changes: Any) -> list[str]:
+    """The command line of a run of 24 thousand parameters; changes in Python's spelling, model_x for model.x."""
+    named = {name.replace("model_", "model.").replace("_", "-"): value for name, value in changes.items()}
+    settings = SETTINGS | {"dataset": dataset, "output-dir": output_dir} | named
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return ["tiny", *words, "--sample-prompts", *flags]
+
+
+# ---------------------------------------------------------------- in this process
+
+
+@contextlib.contextmanager
+def cheap_process(directory: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing is measured or drawn, the cache lies in `directory`, and signals are handled as before in the end."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "measure_peak", lambda *_: 1.0)
+        patch.setattr(plot, "plot_runs", lambda runs, out: out.touch())
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory / "cache")
+        yield patch
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_main(main: Callable[[], None], arguments: list[str], directory: Path) -> int:
+    """The exit code of an entry point's main function."""
+    with cheap_process(directory) as patch:
+        patch.setattr(sys, "argv", ["program", *arguments])
+        try:
+            main()
+        except SystemExit as leaving:
+            return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    return 0
+
+
+def train_here(arguments: list[str], directory: Path) -> int:
+    return run_main(train_sft.main, arguments, directory)
+
+
+# ---------------------------------------------------------------- in a child
+
+Fault = Callable[[], None]
+FORKSERVER = multiprocessing.get_context("forkserver")
+
+
+def start(arguments: list[str], log: Path, fault: Fault | None = None) -> ForkServerProcess:
+    """Start train_sft.py in a child that appends to `log` what it prints; `fault` is called in it before it begins."""
+    FORKSERVER.set_forkserver_preload(["pytest", "small_runs"])
+    path = os.pathsep.join(str(Path(__file__).resolve().parents[i]) for i in (0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path, prepend=os.pathsep)
+        forkserver.ensure_running()
+    child = FORKSERVER.Process(target=run_child, args=(arguments, log, fault))
+    child.start()
+    return child
+
+
+def run_child(arguments: list[str], log: Path, fault: Fault | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # instead of one for several processes, which a killed one would leave behind
+    if fault:
+        fault()
+    sys.exit(train_here(arguments, log.parent))
+
+
+def train_in_child(arguments: list[str], log: Path, fault: Fault | None = None) -> int:
+    """The exit code; minus the signal if one ended it."""
+    child = start(arguments, log, fault)
+    child.join(120)
+    assert child.exitcode is not None, f"still running: {log.read_text()}"
+    return child.exitcode
+
+
+def wait_for(text: str, log: Path, child: ForkServerProcess) -> None:
+    """Until the child has printed it, or has ended."""
+    while not (log.exists() and text in log.read_text()) and child.is_alive():
+        time.sleep(0.001)
+
+
+def kill_after(seconds: float, arguments: list[str], log: Path) -> int:
+    """SIGKILL that long after the child has begun to train. Its exit code: -9, or 0 if it was faster."""
+    log.unlink(missing_ok=True)
+    child = start(arguments, log)
+    wait_for("parameters, ", log, child)
+    time.sleep(seconds)
+    child.kill()
+    child.join()
+    return child.exitcode or 0
+
+
+# ---------------------------------------------------------------- faults
+
+
+def die_at_flush(number: int) -> None:
+    """SIGKILL in the middle of saving: when a file is about to be flushed to disk for the number-th time."""
+    flush, calls = checkpoint.flush_to_disk, iter(range(number))
+
+    def flush_or_die(path: Path) -> None:
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(path)
+
+    checkpoint.flush_to_disk = flush_or_die
+
+
+def fill_disk(step: int, size: int) -> None:
+    """From that step on, no file can grow beyond `size` bytes."""
+    save = trainer.Trainer.save
+
+    def save_on_full_disk(self: trainer.Trainer) -> None:
+        if self.step >= step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        save(self)
+
+    trainer.Trainer.save = save_on_full_disk  # type: ignore[method-assign]
+
+
+def save_slowly() -> None:
+    """Saving takes a minute, and says so."""
+
+    def save(self: trainer.Trainer) -> None:
+        print("saving", flush=True)
+        time.sleep(60)
+
+    trainer.Trainer.save = save  # type: ignore[method-assign]
+
+
+def signal_in_step(step: int, number: signal.Signals) -> None:
+    """That signal comes in the middle of the step, counted from 1."""
+    forward = trainer.Trainer.forward
+
+    def interrupted(self: trainer.Trainer, batch: dict[str, torch.Tensor]) -> Any:
+        if self.step + 1 == step and self.model.training:
+            os.kill(os.getpid(), number)
+        return forward(self, batch)
+
+    trainer.Trainer.forward = interrupted  # type: ignore[method-assign]
+
+
+# ---------------------------------------------------------------- what a run has come to
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    clock = ("tokens_per_second", "peak_share")
+    return [{k: v for k, v in line.items() if k not in clock} for line in metrics.read_metrics(run)]
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of the newest checkpoint, by name."""
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    (weights,) = newest.glob("*.safetensors")
+    state = load_state(newest / trainer.STATE)["optimizer"]["state"]
+    moments = {f"{name}: {key}": value for name, entry in state.items() for key, value in entry.items()}
+    return load_file(weights) | moments
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not equal bit for bit."""
+    return [name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]

@@ -1,0 +1,259 @@
+"""Whatever people get wrong is answered with one line that names the place, and with exit code 2."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from checkpoint import save_pretrained
+from config import PRESETS, ModelConfig, TrainConfig, UserError, one_line_errors
+from plot import plot_runs
+from small_models import small_model
+from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("errors") / "data.jsonl", conversations(20))
+
+
+@pytest.fixture
+def refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A call tries to train and gives the error back, after a look at its manners."""
+
+    def train(*flags: str, **changes: Any) -> str:
+        places = [changes.pop("dataset", data), changes.pop("output_dir", tmp_path / "run")]
+        command = arguments(*places, *flags, **changes)
+        return error_of(train_here(command, data.parent), capsys)
+
+    return train
+
+
+def error_of(code: int, capsys: pytest.CaptureFixture[str]) -> str:
+    printed = capsys.readouterr()
+    assert code == 2
+    assert "Traceback" not in printed.err + printed.out
+    lines = [line for line in printed.err.splitlines() if line.strip() and "Tokenising" not in line]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert lines[-1] == errors[0]
+    return errors[0].removeprefix("error: ")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-seq-leng", "4"], "unknown argument --max-seq-leng; did you mean --max-seq-len? (see --help)"),
+        (["--batchsize=4"], "unknown argument --batchsize=4; did you mean --batch-size?"),
+        (["--model.hidden-sizes", "4"], "unknown argument --model.hidden-sizes; did you mean --model.hidden-size?"),
+        (["--qqq"], "unknown argument --qqq (see --help)"),
+        (["--batch-size", "many"], "--batch-size: invalid literal for int() with base 10: 'many'"),
+        (["--batch-size"], "Missing value for argument '--batch-size'"),
+        (["--dtype", "float16"], "invalid choice 'float16' for argument '--dtype'"),
+        (["--learning-rate", "1e-3x"], "--learning-rate"),
+    ],
+)
+def test_wrong_flags(flags: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused(*flags)
+
+
+def test_hyphens_and_underscores_both_work(data: Path, tmp_path: Path) -> None:
+    command = arguments(data, tmp_path / "run", "--max_steps", "1", "--eval_steps=0", "--model.hidden_size", "16")
+    assert train_here(command, tmp_path) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["model"]["hidden_size"] == 16
+
+
+def test_an_unknown_preset_and_one_too_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = error_of(train_here(["huge", "--max-steps", "1"], tmp_path), capsys)
+    assert error == "unknown preset 'huge'; choose one of tiny, mini, v2_lite"
+    assert "unknown argument mini" in error_of(train_here(["tiny", "mini"], tmp_path), capsys)
+
+
+def test_debug_shows_the_traceback(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="max_steps is -1"):
+        train_here(arguments(data, tmp_path / "run", "--debug", max_steps=-1), tmp_path)
+
+
+def test_ctrl_c_before_training_exits_as_it_does_in_a_shell() -> None:
+    with pytest.raises(SystemExit) as leaving, one_line_errors():
+        raise KeyboardInterrupt
+    assert leaving.value.code == 130
+
+
+@pytest.mark.parametrize("preset", [[], ["mini"]])
+def test_help_lists_every_field_with_its_default_and_needs_no_torch(preset: list[str]) -> None:
+    script = """
+import sys, train_sft
+sys.argv = sys.argv[:1] + sys.argv[2:]
+try:
+    train_sft.main()
+finally:
+    assert not {"torch", "datasets", "transformers"} & sys.modules.keys()
+"""
+    command = [sys.executable, "-c", script, "", *preset, "--help"]
+    output = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, env={"COLUMNS": "300"}
+    ).stdout
+    config = PRESETS[preset[0] if preset else "tiny"]
+    words = " ".join(output.replace("│", " ").split())
+    for owner, prefix in ((config, "--"), (config.model, "--model.")):
+        for field in fields(owner):
+            flag = prefix + field.name.replace("_", "-")
+            if field.name not in ("model", "rope_scaling"):
+                assert f"{flag} " in words or f"{flag}," in words, flag
+    for default in (f"(default: {config.max_seq_len})", f"(default: {config.learning_rate})", "(default: chitchat)"):
+        assert default in words or (preset and "chitchat" in default)
+    assert "forgets a spike sooner" in words  # the reasons, too
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": -1}, "max_steps is -1; it must not be negative"),
+        ({"batch_size": 0}, "batch_size is 0; it must be positive"),
+        ({"gradient_accumulation_steps": -2}, "gradient_accumulation_steps is -2"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001"),
+        ({"learning_rate": "nan"}, "learning_rate is nan"),
+        ({"learning_rate": "inf"}, "learning_rate is inf"),
+        ({"weight_decay": "nan"}, "weight_decay is nan"),
+        ({"warmup_steps": -5}, "warmup_steps is -5"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0"),
+        ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it must be below 2**63"),
+        ({"logging_steps": 0}, "logging_steps is 0"),
+        ({"save_total_limit": 0}, "save_total_limit is 0"),
+        ({"max_seq_len": 0}, "max_seq_len is 0; it must be positive"),
+        ({"max_seq_len": 1}, "max_seq_len is 1"),
+        ({"max_seq_len": 5000}, "max_seq_len (5000) is above model.max_position_embeddings (1024)"),
+        ({"model_hidden_size": -32}, "model.hidden_size is -32"),
+        ({"model_vocab_size": 200}, "vocab_size is 200; 256 bytes and 3 control tokens need 259"),
+        ({"model_num_experts_per_tok": 5}, "model.num_experts_per_tok is 5, but there are 4 routed experts"),
+        ({"model_n_group": 3}, "model.n_group (3) must divide model.n_routed_experts (4)"),
+        ({"model_topk_group": 2}, "model.topk_group (2) is above model.n_group (1)"),
+        ({"model_qk_rope_head_dim": 7}, "model.qk_rope_head_dim must be even"),
+        ({"model_num_attention_heads": 3}, "model.num_attention_heads (3) must divide model.hidden_size (32)"),
+        ({"dtype": "bfloat16", "model_moe_intermediate_size": 12}, "multiples of 8"),
+        ({"device": "abacus"}, "there is no device 'abacus' here"),
+        ({"device": "mps:7"}, "there is no device 'mps:7' here"),
+        ({"chat_template": "mine"}, "chat template 'mine' is unknown; use one of chatml"),
+        ({"tokenizer": "nowhere"}, "there is no nowhere/tokenizer.json"),
+        ({"init_from": "nowhere"}, "nowhere is no checkpoint"),
+        ({"lora_rank": 2}, "lora_rank needs init_from"),
+    ],
+)
+def test_impossible_values(changes: dict[str, Any], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused(**changes)
+
+
+def test_compiling_needs_bfloat16(refused: Callable[..., str]) -> None:
+    assert "compile needs dtype bfloat16" in refused("--compile", dtype="float32")
+
+
+def test_presets_are_possible() -> None:
+    for config in PRESETS.values():
+        config.validate()
+    with pytest.raises(UserError, match="must divide"):
+        TrainConfig(model=ModelConfig(n_group=7)).validate()
+
+
+def test_a_context_longer_than_the_presets_may_come_with_the_checkpoint(data: Path, tmp_path: Path) -> None:
+    """The preset's model doesn't matter where another one is loaded."""
+    save_pretrained(tmp_path / "long", small_model(vocab_size=512), Tokenizer(vocab_size=512))
+    changes = {"init_from": tmp_path / "long", "max_seq_len": 2048, "batch_size": 1, "max_steps": 1}
+    assert train_here(arguments(data, tmp_path / "run", **changes), tmp_path) == 0
+
+
+# ---------------------------------------------------------------- data (what is wrong in a row: tests/test_dataset.py)
+
+
+def test_data_that_is_not_there(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert refused(dataset=tmp_path / "no.jsonl") == f"there is no file {tmp_path}/no.jsonl"
+    assert f"{tmp_path}/empty cannot be read as a dataset" in refused(dataset=tmp_path / "empty")
+    assert f"{tmp_path}/nowhere cannot be read as a dataset" in refused(dataset=tmp_path / "nowhere")
+
+
+def test_a_hub_that_cannot_be_reached(refused: Callable[..., str]) -> None:
+    assert "someone/something is no local directory, and the Hub cannot be reached" in refused(
+        dataset="someone/something"
+    )
+
+
+def test_wrong_splits(data: Path, refused: Callable[..., str]) -> None:
+    assert refused(train_split="train_sft").startswith(f"{data} has no split 'train_sft', only train")
+    assert refused(eval_split="test").startswith(f"{data} has no split 'test', only train")
+
+
+def test_wrong_columns(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "columns.jsonl").write_text('{"question": "a", "reply": "b"}\n')
+    error = refused(dataset=tmp_path / "columns.jsonl")
+    assert f"{tmp_path}/columns.jsonl, line 1" in error
+    assert "question, reply" in error
+
+
+def test_a_bad_row_in_the_held_out_split_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [*conversations(9), [{"role": "wizard", "content": "abracadabra"}]])
+    error = refused(dataset=tmp_path / "rows.jsonl", train_split="train[:9]", eval_split="train[9:]")
+    assert "rows.jsonl, line 10: " in error
+    assert "wizard" in error
+
+
+def test_too_few_rows_for_a_step(data: Path, refused: Callable[..., str]) -> None:
+    error = refused("--no-packing", batch_size=8, gradient_accumulation_steps=3)
+    assert error.startswith(f"{data}: its 20 rows don't fill one step of 24; lower batch_size")
+
+
+# ---------------------------------------------------------------- around the run
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_a_tracker_that_is_not_installed(
+    tracker: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "torch.utils.tensorboard" if tracker == "tensorboard" else tracker
+    monkeypatch.setitem(sys.modules, module, None)  # importing it then fails
+    assert refused(report_to=tracker) == f"report_to {tracker} is not installed: pip install {tracker}"
+
+
+def test_an_output_directory_that_cannot_be_made(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path}/file/run/config.json cannot be written" in refused(output_dir=tmp_path / "file/run")
+
+
+def test_a_run_whose_configuration_is_damaged(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"model": ')
+    assert f"{tmp_path}/run/config.json is no JSON" in refused("--resume")
+
+
+def test_plotting_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving, one_line_errors():
+        plot_runs([tmp_path / "nothing"], tmp_path / "out.png")
+    error = error_of(int(str(leaving.value)), capsys)
+    assert error == f"{tmp_path}/nothing is no run: it has no metrics.jsonl"
+
+
+def test_the_cache_of_a_full_disk(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    with cheap_process(tmp_path) as patch:
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device", "cache.arrow")
+
+        patch.setattr(datasets.Dataset, "map", full)
+        assert refused() == "[Errno 28] No space left on device: 'cache.arrow'"

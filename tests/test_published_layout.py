@@ -1,0 +1,289 @@
+"""A directory as DeepSeek-V2 is published, from its files through LoRA to a merged model, against transformers and PEFT."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import chat
+import checkpoint
+import lora
+import trainer
+from checkpoint import load_model_and_tokenizer, load_pretrained, load_state, newest_checkpoint
+from metrics import read_metrics
+from model import DeepSeekV2
+from small_models import relative_difference, small_config, small_model, transformers_model
+from small_runs import arguments, conversations, run_main, train_here, write_jsonl
+from tokenizer import Tokenizer
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+# More entries than the tokenizer has, as published; YaRN far beyond its original context.
+SHAPE: dict[str, Any] = {"vocab_size": 512, "moe_intermediate_size": 24, "max_position_embeddings": 640}
+YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 16,
+    "type": "yarn",
+}
+# As transformers has it for DeepSeek-V2-Chat, with {% generation %} around what is trained on.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
+    "{% else %}{{ 'Assistant:' }}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+TEXTS = conversations(12)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of bf16 with an index, a tensor for each expert, config.json in the Hub's words, DeepSeek's tokens."""
+    directory = tmp_path_factory.mktemp("hub") / "DeepSeek-V2-Mini"
+    model = transformers_model(small_model(**SHAPE, q_lora_rank=18)).to(torch.bfloat16)
+    model.save_pretrained(directory, max_shard_size="60KB")
+    (directory / "generation_config.json").unlink()
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"], config["dtype"]
+    config |= {
+        "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM"},
+        "rope_scaling": YARN,
+        "rope_theta": 10_000,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.33.1",
+    }
+    path.write_text(json.dumps(config))
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Byte-level BPE of about 400 entries; most of the control tokens are not marked as special."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, bytes_])
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    bpe = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([message["content"] for messages in TEXTS for message in messages], bpe)
+    backend.add_special_tokens(["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"])
+    names = ["<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜User｜>", "<｜Assistant｜>", "<|EOT|>"]
+    backend.add_tokens([tokenizers.AddedToken(name, special=False, normalized=True) for name in names])
+    backend.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<｜begin▁of▁sentence｜>",
+        "eos_token": "<｜end▁of▁sentence｜>",
+        "pad_token": "<｜end▁of▁sentence｜>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def run(request: pytest.FixtureRequest, published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few LoRA steps through train_sft.py, all conversations in each; in bf16, the routed experts' too."""
+    directory = tmp_path_factory.mktemp(request.param)
+    command = arguments(
+        write_jsonl(directory / "small.jsonl", TEXTS),
+        directory / "run",
+        *("--no-packing", "--lora-target-modules", *lora_targets(request.param)),
+        init_from=published,
+        chat_template="deepseek",
+        dtype=request.param,
+        lora_rank=4,
+        learning_rate=3e-2,
+        batch_size=len(TEXTS),
+        max_seq_len=200,
+        max_steps=6,
+        save_steps=0,
+        eval_steps=6,
+        eval_split="train",
+    )
+    assert train_here(command, directory) == 0
+    return directory / "run"
+
+
+def lora_targets(dtype: str) -> tuple[str, ...]:
+    default = trainer.TrainConfig.lora_target_modules
+    return (*default, *EXPERTS) if dtype == "bfloat16" else default
+
+
+def tokens(rows: int = 3, length: int = 70) -> Tensor:
+    return torch.randint(0, 512, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def transformers_loss(model: torch.nn.Module, tokenizer: Any) -> float:
+    """Mean over the assistant's tokens of all conversations, one at a time; ids and mask are transformers' own too."""
+    nats, count = 0.0, 0
+    for messages in TEXTS:
+        rendered = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, learned = (torch.tensor(rendered[name]) for name in ("input_ids", "assistant_masks"))
+        chosen = learned[1:] == 1
+        logits = model(ids[None]).logits[0, :-1].float()
+        nats += F.cross_entropy(logits[chosen], ids[1:][chosen], reduction="sum").item()
+        count += int(chosen.sum())
+    return nats / count
+
+
+# ---------------------------------------------------------------- before training
+
+
+def test_the_directory_is_laid_out_as_published(published: Path) -> None:
+    """What the tests below rest on."""
+    index = json.loads((published / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 3
+    assert "model.layers.1.mlp.experts.7.gate_proj.weight" in index
+    shards = [tensor for shard in set(index.values()) for tensor in load_file(published / shard).values()]
+    assert {tensor.dtype for tensor in shards} == {torch.bfloat16}
+    assert {file.name for file in published.iterdir()} == {
+        *index.values(),
+        *("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),
+    }
+
+
+@torch.no_grad()
+def test_logits_before_training_are_transformers(published: Path) -> None:
+    """To 1e-5 in fp32; in the bf16 of the files, as near to that as transformers comes."""
+    exact = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)(tokens()).logits
+    assert relative_difference(load_pretrained(published, torch.float32)(tokens()), exact) < 1e-5
+    theirs = AutoModelForCausalLM.from_pretrained(published, dtype=torch.bfloat16)(tokens()).logits
+    ours = load_pretrained(published)(tokens())
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert (ours - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean()
+
+
+def test_its_conversations_are_tokenised_as_transformers_does(published: Path) -> None:
+    ours, theirs = Tokenizer(str(published)), AutoTokenizer.from_pretrained(published)
+    assert ours.chat_template == "deepseek"
+    for messages in TEXTS:
+        rendered = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert ours.render(messages) == (rendered["input_ids"], rendered["assistant_masks"])
+
+
+def test_its_control_tokens_cannot_be_written_special_or_not(published: Path) -> None:
+    """transformers' tokenizer takes a text's word for them."""
+    ours, theirs = Tokenizer(str(published)), AutoTokenizer.from_pretrained(published)
+    for name in ours.control_ids:
+        assert ours.control_ids[name] in theirs.encode(f"a{name}b")
+        assert not set(ours.control_ids.values()) & set(ours.encode(f"a{name}b"))
+        assert ours.decode(ours.encode(f"a{name}b")) == f"a{name}b"
+
+
+# ---------------------------------------------------------------- after training
+
+
+def test_the_run_begins_at_transformers_loss_and_ends_at_pefts(run: Path, published: Path) -> None:
+    """The whole path: files, tokens, mask, training, adapter's files. PEFT finds the base by itself."""
+    first, *_, last, evaluation = read_metrics(run)
+    dtype = load_state(newest_checkpoint(run) / trainer.STATE)["config"]["dtype"]
+    tolerance = 1e-5 if dtype == "float32" else 2e-3
+    before = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
+    after = AutoPeftModelForCausalLM.from_pretrained(newest_checkpoint(run), dtype=torch.float32)
+    assert first["loss"] == pytest.approx(
+        transformers_loss(before, AutoTokenizer.from_pretrained(published)), rel=tolerance
+    )
+    assert evaluation["eval_loss"] == pytest.approx(
+        transformers_loss(after, AutoTokenizer.from_pretrained(newest_checkpoint(run))), rel=tolerance
+    )
+    assert evaluation["eval_loss"] < last["loss"] < first["loss"] - 0.5
+
+
+@torch.no_grad()
+def test_logits_after_training_are_pefts(run: Path, published: Path) -> None:
+    theirs = AutoPeftModelForCausalLM.from_pretrained(newest_checkpoint(run), dtype=torch.float32)(tokens()).logits
+    ours, _ = load_model_and_tokenizer(run, torch.float32)
+    assert relative_difference(ours(tokens()), theirs) < 1e-5
+    assert relative_difference(load_pretrained(published, torch.float32)(tokens()), theirs) > 1e-2
+
+
+def test_its_checkpoint_holds_adapters_alone(run: Path, published: Path) -> None:
+    newest = newest_checkpoint(run)
+    assert {file.name for file in newest.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("trainer_state.pt", "checksums.json"),
+    }
+    adapters = load_file(newest / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}
+    moments = load_state(newest / trainer.STATE)["optimizer"]["state"]
+    assert len(moments) == len(adapters)
+    assert sum(entry["exp_avg"].numel() for entry in moments.values()) == sum(t.numel() for t in adapters.values())
+    assert json.loads((newest / "adapter_config.json").read_text())["base_model_name_or_path"] == str(published)
+
+
+@torch.no_grad()
+def test_merged_it_is_a_model_like_the_published_one(run: Path, tmp_path: Path) -> None:
+    checkpoint.merge_adapter(run, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16
+    ours, _ = load_model_and_tokenizer(run, torch.float32)
+    lora.merge(ours)
+    assert all(torch.equal(merged.get_parameter(name), p.bfloat16()) for name, p in ours.named_parameters())
+    assert merged.config.rope_parameters["factor"] == 40
+    ours.bfloat16().float()  # what is left is the rounding of the weights
+    assert relative_difference(ours(tokens()), merged.float()(tokens()).logits) < 1e-5
+
+
+def test_it_talks_in_the_words_of_its_base(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """chat.py, greedily, against transformers' generate() with PEFT's adapter."""
+    capsys.readouterr()
+    flags = ["--prompt", "one three", "--temperature", "0", "--max-new-tokens", "12", "--device", "cpu"]
+    assert run_main(chat.main, [str(run), *flags], tmp_path) == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(newest_checkpoint(run))  # in bf16, as chat.py takes it
+    tokenizer = AutoTokenizer.from_pretrained(newest_checkpoint(run))
+    messages = [{"role": "user", "content": "one three"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    reply = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, prompt.input_ids.shape[1] :]
+    assert capsys.readouterr().out.strip() == tokenizer.decode(reply, skip_special_tokens=True).strip()
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_a_lora_run_takes_little_more_memory_than_its_base(tmp_path: Path) -> None:
+    """What train_sft.py builds from a directory, in a process of its own: the peak over what was held before."""
+    sizes = {"hidden_size": 480, "num_hidden_layers": 8, "n_routed_experts": 16, "moe_intermediate_size": 512}
+    with torch.device("meta"):
+        model = DeepSeekV2(small_config(vocab_size=512, **sizes)).to(torch.bfloat16)
+    weights = {name: torch.zeros_like(p, device="cpu") for name, p in model.state_dict().items()}
+    checkpoint.save_pretrained(tmp_path, model, Tokenizer(vocab_size=512), weights, max_shard_bytes=10**8)
+    script = """
+import sys, torch
+from pathlib import Path
+from checkpoint import load_config
+from config import TrainConfig
+from parallel import World
+from train_sft import build_model
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+config = TrainConfig(lora_rank=4, model=load_config(sys.argv[1]))
+import lora, model, parallel, torch._dynamo
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = memory("VmRSS")
+model = build_model(config, Path(sys.argv[1]), None, World(0, 1, torch.device("cpu")))
+print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1.2

@@ -1,0 +1,288 @@
+"""Runs that are killed, interrupted, starved of disk or damaged, against the same run left alone."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import small_runs
+from checkpoint import checksum, load_pretrained, load_state, write_json
+from metrics import read_metrics
+from small_runs import (
+    arguments,
+    conversations,
+    differing,
+    final_tensors,
+    kill_after,
+    numbers,
+    start,
+    train_here,
+    train_in_child,
+    wait_for,
+    write_jsonl,
+)
+
+RESUME = "--resume"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Path:
+    return write_jsonl(folder / "data.jsonl", conversations(40))
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, data: Path) -> Path:
+    """A run of 12 steps that nothing has happened to."""
+    assert train_here(arguments(data, folder / "alone"), folder) == 0
+    return folder / "alone"
+
+
+@pytest.fixture
+def run(alone: Path, tmp_path: Path) -> Path:
+    """A copy of it as it was at step 9: its last checkpoint is gone, the lines of its last steps are there."""
+    shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000012")
+    return tmp_path / "run"
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """The same losses, each step once, and bit-identical weights and optimizer state."""
+    assert numbers(run) == numbers(reference)
+    assert differing(final_tensors(run), final_tensors(reference)) == []
+
+
+def files(directory: Path) -> dict[str, str]:
+    """All files below a directory with their checksums."""
+    return {str(path.relative_to(directory)): checksum(path) for path in directory.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- killed
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        pytest.param({}, ["--packing"], id="packing"),
+        pytest.param({"gradient_accumulation_steps": 2}, ["--packing"], id="accumulation"),
+        pytest.param({"batch_size": 4, "dtype": "bfloat16"}, ["--no-packing"], id="padding-bf16"),
+        pytest.param({"init_from": "alone", "lora_rank": 2, "lora_dropout": 0.2}, [], id="lora"),
+    ],
+)
+def test_killed_again_and_again_it_ends_as_if_never_stopped(
+    changes: dict[str, Any], flags: list[str], folder: Path, data: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Killed within the first step, in its first save, in its second, and at a random moment; each run goes through its
+    data more than once."""
+    if "init_from" in changes:
+        changes = changes | {"init_from": alone}
+    log = tmp_path / "log"
+    assert train_here(arguments(data, tmp_path / "reference", *flags, **changes), folder) == 0
+    command = arguments(data, tmp_path / "run", *flags, RESUME, **changes)
+    rng = random.Random(str(flags) + str(len(changes)))
+    flushes = 8  # at least that many in a save: files, the directory and the one above
+    for fault in (
+        functools.partial(small_runs.signal_in_step, 1, signal.SIGKILL),
+        functools.partial(small_runs.die_at_flush, rng.randint(0, flushes - 1)),
+        functools.partial(small_runs.die_at_flush, flushes + 1 + rng.randint(0, flushes - 1)),
+    ):
+        assert train_in_child(command, log, fault) == -signal.SIGKILL
+    kill_after(rng.uniform(0, 0.1), command, log)
+    assert train_in_child(command, log) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "reference")
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_kill_in_the_middle_of_a_line_leaves_whole_lines(run: Path, data: Path, alone: Path) -> None:
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:-1]) + lines[-1][:20])
+    assert train_here(arguments(data, run, RESUME), run.parent) == 0
+    assert_same_run(run, alone)
+
+
+def test_resuming_a_finished_run_changes_nothing(run: Path, data: Path, alone: Path) -> None:
+    shutil.copytree(alone, run, dirs_exist_ok=True)
+    assert train_here(arguments(data, run, RESUME), run.parent) == 0
+    assert files(run / "checkpoints") == files(alone / "checkpoints")
+    assert read_metrics(run) == read_metrics(alone)
+
+
+# ---------------------------------------------------------------- interrupted
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(
+    number: signal.Signals, code: int, data: Path, alone: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    fault = functools.partial(small_runs.signal_in_step, 4, number)
+    assert train_in_child(arguments(data, tmp_path / "run"), log, fault) == code
+    assert "Traceback" not in log.read_text()
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-000003", "step-000004"]
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 4
+    assert train_here(arguments(data, tmp_path / "run", RESUME), tmp_path) == 0
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_leaves_at_once(number: signal.Signals, code: int, data: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    child = start(arguments(data, tmp_path / "run", eval_steps=0, save_steps=1), log, small_runs.save_slowly)
+    wait_for("saving", log, child)  # which would take a minute
+    assert child.pid is not None
+    os.kill(child.pid, number)
+    child.join(0.2)
+    assert child.is_alive()
+    for _ in range(100):  # a busy machine may take two for one
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, number)
+        child.join(0.2)
+        if not child.is_alive():
+            break
+    assert child.exitcode == code
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+# ---------------------------------------------------------------- a full disk, damaged and hostile files
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_costs_no_checkpoint(
+    data: Path, alone: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    fault = functools.partial(small_runs.fill_disk, step=9, size=300_000)
+    assert train_in_child(arguments(data, tmp_path / "run"), log, fault) == 2
+    assert "Traceback" not in log.read_text()
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert "step-000009 cannot be written" in error
+    assert "File too large" in error
+    kept = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step-000003", "step-000006"]
+    for path in kept:
+        load_pretrained(path)
+        assert load_state(path / "trainer_state.pt")["step"] == int(path.name[5:])
+    assert train_here(arguments(data, tmp_path / "run", RESUME), tmp_path) == 0
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_of_a_damaged_newest_checkpoint_the_one_before_is_taken(
+    data: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    weights = run / "checkpoints/step-000012/model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert train_here(arguments(data, run, RESUME), tmp_path) == 0
+    printed = capsys.readouterr()
+    assert f"warning: {weights.parent} is damaged (model.safetensors); trying the one before" in printed.err
+    assert "step 9 to 12" in printed.out
+    assert_same_run(run, alone)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints/step-000009/model.safetensors").unlink()
+    before = files(run)
+    assert train_here(arguments(data, run, RESUME), run.parent) == 2
+    assert "has no checkpoint left that is whole" in capsys.readouterr().err
+    assert files(run) == before
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_a_malicious_run_state_is_refused_and_not_run(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = run / "checkpoints/step-000009/trainer_state.pt"
+    torch.save({"step": 9, "optimizer": Malicious(tmp_path / "was run")}, state)
+    checksums = json.loads((state.parent / "checksums.json").read_text())
+    checksums[state.name] = hashlib.sha256(state.read_bytes()).hexdigest()
+    write_json(state.parent / "checksums.json", checksums)
+    assert train_here(arguments(data, run, RESUME), run.parent) == 2
+    assert f"error: {state} is damaged, or no run state; nothing in it was run" in capsys.readouterr().err
+    assert not (tmp_path / "was run").exists()
+
+
+# ---------------------------------------------------------------- another configuration, another run
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"model_hidden_size": 48}, "model.hidden_size 32 -> 48"),
+        ({"model_vocab_size": 520}, "model.vocab_size 512 -> 520"),
+        ({"chat_template": "llama3"}, "chat_template 'chatml' -> 'llama3'"),
+        ({"max_seq_len": 64, "seed": 7}, "max_seq_len 96 -> 64, seed 42 -> 7"),
+    ],
+)
+def test_what_cannot_change_is_refused_with_the_difference(
+    changes: dict[str, Any], difference: str, run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(run)
+    assert train_here(arguments(data, run, RESUME, **changes), run.parent) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {run} cannot be resumed with another configuration: {difference}\n"
+    assert files(run) == before
+
+
+def test_what_may_change_is_taken_and_logged(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"max_steps": 14, "logging_steps": 2, "learning_rate": 0.001}
+    assert train_here(arguments(data, run, RESUME, **changes), run.parent) == 0
+    printed = capsys.readouterr().out
+    for difference in ("max_steps 12 -> 14", "logging_steps 1 -> 2", "learning_rate 0.003 -> 0.001"):
+        assert difference in printed
+    assert [line["step"] for line in read_metrics(run) if "loss" in line] == [*range(1, 10), 10, 12, 14]
+    config = json.loads((run / "config.json").read_text())
+    assert {name: config[name] for name in changes} == changes
+
+
+def test_settings_that_come_or_go_are_described() -> None:
+    from train_sft import describe_changes
+
+    yarn = {"type": "yarn", "factor": 4.0}
+    changes = {"model": ({"rope_scaling": yarn, "n_group": 1}, {"rope_scaling": None, "n_group": 2})}
+    assert describe_changes(changes) == f"model.rope_scaling {yarn!r} -> None, model.n_group 1 -> 2"
+    assert describe_changes({"model": ({"rope_scaling": None}, {"rope_scaling": yarn})}).endswith(f"None -> {yarn!r}")
+
+
+def test_an_earlier_run_moves_aside_and_is_never_overwritten(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = files(run)
+    assert train_here(arguments(data, run, max_steps=1, eval_steps=0), tmp_path) == 0
+    assert f"{run} held an earlier run, which is now {run}.1" in capsys.readouterr().out
+    second = files(run)
+    assert train_here(arguments(data, run, max_steps=2, eval_steps=0), tmp_path) == 0
+    assert files(Path(f"{run}.1")) == first
+    assert files(Path(f"{run}.2")) == second
+
+
+def test_a_run_that_cannot_start_leaves_an_earlier_one_in_place(run: Path, data: Path, tmp_path: Path) -> None:
+    before = files(run)
+    assert train_here(arguments(tmp_path / "nothing.jsonl", run), tmp_path) == 2
+    assert train_here(arguments(data, run, batch_size=1000), tmp_path) == 2
+    assert files(run) == before
+    assert not Path(f"{run}.1").exists()

@@ -1,0 +1,417 @@
+"""The training loop. Oracles: the same run arranged otherwise, a literal AdamW, a literal loop over conversations."""
+
+import copy
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+import lora
+import metrics
+import plot
+import trainer as trainer_module
+from checkpoint import load_pretrained
+from config import TrainConfig, UserError
+from datacollator import DataCollator, RowStream
+from metrics import read_metrics
+from parallel import World
+from small_models import small_config, small_model
+from small_runs import cheap_process, conversations
+from tokenizer import Tokenizer
+from trainer import Trainer, learning_rate
+
+TOKENIZER = Tokenizer(vocab_size=512)
+TEXTS = conversations(12, seed=1)
+WIDTH = 128
+REAL_PLOT = plot.plot_runs
+# Weights move by about the learning rate, 1e-3, a step. Where a gradient is hardly more than its rounding error, Adam
+# blows that up, but not beyond a hundredth of a step.
+ROUNDING = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def one_cheap_process(tmp_path: Path) -> Iterator[None]:
+    with cheap_process(tmp_path):
+        yield
+
+
+def rows(texts: list, packing: bool = False, shuffle: bool = False, width: int = WIDTH) -> RowStream:
+    rendered = [TOKENIZER.render(messages) for messages in texts]
+    columns = {"input_ids": [ids for ids, _ in rendered], "mask": [mask for _, mask in rendered]}
+    return RowStream(
+        datasets.Dataset.from_dict(columns), DataCollator(width, TOKENIZER.pad_token_id, packing), 0, shuffle
+    )
+
+
+def make_trainer(directory: Path, train: RowStream | None = None, held_out: RowStream | None = None, **changes: Any):
+    """A trainer of a few thousand parameters; changes to its configuration, model_x to its model's."""
+    model_changes = {name.removeprefix("model_"): changes.pop(name) for name in [*changes] if name.startswith("model_")}
+    config = TrainConfig(
+        **{
+            "dataset": "talk.jsonl",
+            "batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 4,
+            "warmup_steps": 2,
+            "learning_rate": 1e-3,
+            "min_learning_rate": 1e-4,
+            "max_grad_norm": 1.0,
+            "dtype": "float32",
+            "eval_steps": 0,
+            "save_steps": 0,
+            "sample_prompts": (),
+            "output_dir": str(directory),
+            "model": small_config(vocab_size=512, **model_changes),
+        }
+        | changes
+    )
+    torch.manual_seed(0)
+    model = small_model(vocab_size=512, **model_changes)
+    model.model.gradient_checkpointing = config.gradient_checkpointing
+    world = World(0, 1, torch.device("cpu"))
+    return Trainer(config, model, TOKENIZER, train or rows(TEXTS), held_out, world)
+
+
+def run_steps(trainer: Trainer, number: int) -> list[dict[str, float]]:
+    """Steps without the loop around them."""
+    trainer.model.train()
+    return [trainer.train_step(trainer.load_step(trainer.rows_seen)) for _ in range(number)]
+
+
+def losses(lines: list[dict[str, float]]) -> Tensor:
+    return torch.tensor([line["loss"] for line in lines])
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_accumulated_and_one_big_batch_train_the_same(packing: bool, tmp_path: Path) -> None:
+    """Micro-batches differ in their number of targets, so a mean of means would not pass."""
+    train = rows(TEXTS, packing, shuffle=True)
+    whole = make_trainer(tmp_path, train, batch_size=4)
+    parts = make_trainer(tmp_path, train, batch_size=1, gradient_accumulation_steps=4)
+    torch.testing.assert_close(losses(run_steps(parts, 4)), losses(run_steps(whole, 4)), atol=1e-6, rtol=0)
+    assert_same_weights(parts.model, whole.model, ROUNDING)
+
+
+def test_packed_and_padded_rows_train_the_same(tmp_path: Path) -> None:
+    """A step on all of the data, once one conversation a row, once packed."""
+    packed_rows = rows(TEXTS, packing=True, width=256)
+    assert packed_rows.rows_per_epoch < len(TEXTS) / 2
+    padded = make_trainer(tmp_path, rows(TEXTS), batch_size=len(TEXTS))
+    packed = make_trainer(tmp_path, packed_rows, batch_size=packed_rows.rows_per_epoch)
+    torch.testing.assert_close(losses(run_steps(packed, 4)), losses(run_steps(padded, 4)), atol=1e-5, rtol=0)
+    assert_same_weights(packed.model, padded.model, ROUNDING)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
+def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(max_grad_norm: float, tmp_path: Path) -> None:
+    """Against the formulas of the AdamW paper (algorithm 2), and cross entropy over all logits."""
+    trainer = make_trainer(tmp_path, max_grad_norm=max_grad_norm, model_aux_loss_alpha=0.0, weight_decay=0.5)
+    model = copy.deepcopy(trainer.plain_model)
+    parameters = list(model.parameters())
+    means = [torch.zeros_like(p) for p in parameters]
+    squares = [torch.zeros_like(p) for p in parameters]
+    beta1, beta2 = 0.9, 0.95
+    lines = run_steps(trainer, 3)
+    for step in range(3):
+        batch = trainer.train_rows.batch(range(4 * step, 4 * step + 4))
+        labels = batch.pop("labels")
+        loss = F.cross_entropy(model(**batch).flatten(0, 1), labels.flatten())  # the mean over all targets
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        assert lines[step]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert lines[step]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        rate = (0.5e-3, 1e-3, 1e-3)[step]
+        assert lines[step]["learning_rate"] == pytest.approx(rate)
+        with torch.no_grad():
+            for p, g, m, v in zip(parameters, gradients, means, squares, strict=True):
+                g = g * min(1.0, max_grad_norm / norm)
+                m.copy_(beta1 * m + (1 - beta1) * g)
+                v.copy_(beta2 * v + (1 - beta2) * g * g)
+                direction = (m / (1 - beta1 ** (step + 1))) / ((v / (1 - beta2 ** (step + 1))).sqrt() + 1e-8)
+                decay = 0.5 * p if p.dim() >= 2 else 0.0
+                p -= rate * (direction + decay)
+    assert any(p.dim() == 1 for p in parameters)
+    assert_same_weights(trainer.model, model, ROUNDING)
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
+    plain, checkpointed = (make_trainer(tmp_path, gradient_checkpointing=wanted) for wanted in (False, True))
+    assert losses(run_steps(plain, 2)).equal(losses(run_steps(checkpointed, 2)))
+    assert_same_weights(checkpointed.model, plain.model, 0)
+
+
+def test_bfloat16_trains_fp32_weights_to_nearly_the_same_losses(tmp_path: Path) -> None:
+    exact, rounded = (make_trainer(tmp_path, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    torch.testing.assert_close(losses(run_steps(rounded, 3)), losses(run_steps(exact, 3)), atol=0.05, rtol=0)
+    assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+
+
+def test_any_seed_will_do(tmp_path: Path) -> None:
+    run_steps(make_trainer(tmp_path, seed=2**63 - 1), 1)
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (1, 1), (10, 10), (20, 10), (0, 1)])
+def test_the_rate_warms_up_and_follows_transformers_cosine(warmup: int, total: int) -> None:
+    config = TrainConfig(learning_rate=0.5, min_learning_rate=0.05, warmup_steps=warmup)
+    ours = [learning_rate(step, config, total) for step in range(total + 1)]
+    expected = [0.5 * (step + 1) / warmup for step in range(min(warmup, total + 1))]  # no step is wasted at rate 0
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.5)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, total, min_lr=0.05)
+    for step in range(total + 1):
+        if step >= warmup:
+            expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert ours == pytest.approx(expected)
+    assert max(ours) <= 0.5
+    if warmup < total:
+        assert ours[-1] == pytest.approx(0.05)
+
+
+def test_steps_are_counted_in_epochs_or_given(tmp_path: Path) -> None:
+    """12 rows, 4 a step."""
+    assert make_trainer(tmp_path, max_steps=0).total_steps == 3
+    assert make_trainer(tmp_path, max_steps=0, num_train_epochs=1.5).total_steps == 5
+    assert make_trainer(tmp_path, max_steps=7, num_train_epochs=1.5).total_steps == 7
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize(("packing", "batch_size"), [(False, 5), (True, 2), (False, 100)])
+def test_evaluation_is_a_loop_over_single_conversations(packing: bool, batch_size: int, tmp_path: Path) -> None:
+    """Each exactly once, also where the last batch is not full; bits over the bytes of what the assistant said."""
+    held_out = rows(TEXTS, packing)
+    assert held_out.rows_per_epoch % batch_size
+    trainer = make_trainer(tmp_path, held_out=held_out, batch_size=batch_size if batch_size < 100 else 12)
+    trainer.config.batch_size = batch_size
+    nats, targets, num_bytes = 0.0, 0, 0
+    for messages in TEXTS:
+        ids, mask = (torch.tensor(x) for x in TOKENIZER.render(messages))
+        logits = trainer.plain_model(ids[None])[0, :-1]
+        learned = mask[1:] == 1
+        nats += F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum").item()
+        targets += int(learned.sum())
+        num_bytes += sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+    line = trainer.evaluate()
+    assert line["eval_loss"] == pytest.approx(nats / targets, rel=1e-5)
+    assert line["eval_bpb"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert trainer.model.training
+
+
+def test_evaluation_leaves_dropout_and_random_numbers_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, held_out=rows(TEXTS), sample_prompts=("Hello", "Oh?"))
+    lora.add_lora(trainer.plain_model, 2, 4.0, 0.5, ("o_proj",))
+    for name, parameter in trainer.plain_model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    before = torch.get_rng_state()
+    first = trainer.evaluate()
+    trainer.print_samples(SimpleNamespace(write=lambda text: None))
+    assert trainer.evaluate() == first
+    assert torch.get_rng_state().equal(before)
+
+
+def test_only_the_last_evaluation_takes_all_rows(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, held_out=rows(TEXTS), eval_max_rows=3)
+    few = make_trainer(tmp_path, held_out=rows(TEXTS[:3])).evaluate()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(few["eval_loss"])
+    trainer.step = trainer.total_steps
+    everything = make_trainer(tmp_path, held_out=rows(TEXTS)).evaluate()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(everything["eval_loss"])
+
+
+def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
+    """A context with room for one token after the prompt, and one with none."""
+    prompt, _ = TOKENIZER.render([{"role": "user", "content": "a"}], add_generation_prompt=True)
+    for context, expected in ((len(prompt) + 1, 1), (len(prompt), 0)):
+        trainer = make_trainer(tmp_path, sample_prompts=("a",), model_max_position_embeddings=context)
+        printed: list[str] = []
+        trainer.print_samples(SimpleNamespace(write=printed.append))
+        assert len(printed) == expected
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def test_a_run_writes_what_the_design_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plot, "plot_runs", REAL_PLOT)
+    trainer = make_trainer(tmp_path, held_out=rows(TEXTS[:4]), max_steps=5, eval_steps=2, save_steps=2)
+    trainer.train()
+    lines = read_metrics(tmp_path)
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    fields = ("step", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second")
+    assert all(line.keys() >= set(fields) for line in training)
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5]
+    assert all(line.keys() == {"step", "eval_loss", "eval_bpb"} for line in evaluations)
+    assert [line["step"] for line in evaluations] == [2, 4, 5]
+    lengths = trainer.train_rows.lengths.tolist()
+    assert training[2]["num_tokens"] == sum(lengths)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    assert_same_weights(load_pretrained(tmp_path / "checkpoints/step-000005"), trainer.model, 0)
+
+
+def test_balance_losses_are_trained_on_but_not_reported(tmp_path: Path) -> None:
+    without, with_balance = (make_trainer(tmp_path, model_aux_loss_alpha=alpha) for alpha in (0.0, 1.0))
+    assert losses(run_steps(without, 1)).equal(losses(run_steps(with_balance, 1)))
+    router = "model.layers.1.mlp.gate.weight"
+    assert not without.model.get_parameter(router).equal(with_balance.model.get_parameter(router))
+
+
+def test_zero_turns_evaluation_and_saving_off_but_for_the_last_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, logging_steps=3)
+    trainer.train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4]
+    assert not any("eval_loss" in line for line in read_metrics(tmp_path))
+
+
+def test_a_signal_during_an_evaluation_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, held_out=rows(TEXTS[:2]), eval_steps=2)
+    evaluate = trainer.evaluate
+
+    def interrupted() -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate()
+
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as leaving:
+        trainer.train()
+    assert leaving.value.code == 143
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_a_tracker_gets_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple[int, dict]] = []
+    tracker = SimpleNamespace(init=lambda **_: None, log=lambda line, step: got.append((step, line)))
+    monkeypatch.setattr(metrics.importlib, "import_module", lambda name: {"trackio": tracker}[name])
+    make_trainer(tmp_path, report_to="trackio").train()
+    assert got == [(line["step"], line) for line in read_metrics(tmp_path)]
+
+
+def test_a_full_disk_under_the_metrics_is_named(tmp_path: Path) -> None:
+    log = metrics.MetricsLog(make_trainer(tmp_path).config, 0)
+    log.path = Path("/dev/full")
+    with pytest.raises(UserError, match=r"/dev/full cannot be written \(.*No space left"):
+        log.write({"step": 1})
+
+
+# ---------------------------------------------------------------- numbers that have gone bad
+
+
+def poison_gradient(trainer: Trainer, steps: tuple[int, ...], value: float) -> None:
+    """One entry of one gradient, at these steps, counted from 1."""
+
+    def poison(gradient: Tensor) -> Tensor:
+        if trainer.step + 1 in steps:
+            gradient = gradient.clone()
+            gradient.view(-1)[3] = value
+        return gradient
+
+    trainer.plain_model.model.norm.weight.register_hook(poison)
+
+
+def poison_loss(trainer: Trainer, steps: tuple[int, ...], value: float) -> None:
+    forward = trainer.forward
+
+    def poisoned(batch: dict) -> Any:
+        output = forward(batch)
+        return output._replace(loss_sum=output.loss_sum * (value if trainer.step + 1 in steps else 1.0))
+
+    trainer.forward = poisoned  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("poison", [poison_gradient, poison_loss])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bad_step_is_skipped_bit_for_bit_counted_and_logged(poison: Any, value: float, tmp_path: Path) -> None:
+    """Steps 2 and 3 are bad. Weights and moments stay those of step 1, and step 4 is the optimizer's second."""
+    trainer = make_trainer(tmp_path)
+    poison(trainer, (2, 3), value)
+    lines = run_steps(trainer, 1)
+    weights = copy.deepcopy(trainer.model.state_dict())
+    moments = copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    lines += run_steps(trainer, 2)
+    assert all(weights[name].equal(tensor) for name, tensor in trainer.model.state_dict().items())
+    for number, state in trainer.optimizer.state_dict()["state"].items():
+        assert all(moments[number][name].equal(tensor) for name, tensor in state.items())
+    lines += run_steps(trainer, 1)
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert not weights["lm_head.weight"].equal(trainer.model.state_dict()["lm_head.weight"])
+
+
+def test_bad_numbers_leave_valid_json(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    poison_loss(trainer, (2,), math.nan)
+    trainer.train()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["loss"] is None
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
+
+
+def test_five_bad_steps_in_a_row_stop_the_run_and_name_rows_and_checkpoint(tmp_path: Path) -> None:
+    """Steps 2 to 5 are bad, which is one too few; from step 7 on all are."""
+    trainer = make_trainer(tmp_path, rows(TEXTS, shuffle=True), max_steps=20, save_steps=6)
+    poison_loss(trainer, (2, 3, 4, 5, *range(7, 20)), math.nan)
+    with pytest.raises(UserError) as caught:
+        trainer.train()
+    names = sorted(index for row in range(40, 44) for index in trainer.train_rows.row_indices(row))
+    assert "step 11: loss or gradient was not finite 5 times in a row" in str(caught.value)
+    assert f"conversations {names} of talk.jsonl" in str(caught.value)
+    assert str(tmp_path / "checkpoints/step-000006") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert_same_weights(load_pretrained(tmp_path / "checkpoints/step-000006"), trainer.model, 0)
+
+
+def test_counters_survive_a_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    poison_loss(trainer, (2, 3), math.nan)
+    run_steps(trainer, 3)
+    trainer.save()
+    other = make_trainer(tmp_path)
+    other.resume(tmp_path / "checkpoints/step-000003")
+    names = trainer_module.COUNTERS
+    assert [getattr(other, name) for name in names] == [getattr(trainer, name) for name in names]
+    assert (other.skipped_steps, other.bad_steps, other.rows_seen) == (2, 2, 12)
+
+
+def test_fewer_rows_than_a_step_takes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"talk\.jsonl: its 12 rows don't fill one step of 16; lower batch_size"):
+        make_trainer(tmp_path, gradient_accumulation_steps=4)
+
+
+def test_a_configuration_is_not_changed_by_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    before = replace(trainer.config)
+    trainer.train()
+    assert trainer.config == before
