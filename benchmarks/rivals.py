@@ -122,18 +122,14 @@ def our_loop(config: ModelConfig, dtype: str) -> Step:
 
 
 def transformers_model(config: ModelConfig, weights: dict[str, torch.Tensor] | None = None) -> Any:
-    """DeepseekV2ForCausalLM of the same shape, with its fastest attention and experts; with our weights, or new ones."""
+    """DeepseekV2ForCausalLM of the same shape, with its fastest attention and experts; weights: ours, or new ones."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
     settings = asdict(config)
     theta, scaling = settings.pop("rope_theta"), settings.pop("rope_scaling")
     assert scaling is None, "the benchmarks need no YaRN"
-    their_config = DeepseekV2Config(
-        **settings,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-        attn_implementation="sdpa",
-        experts_implementation="grouped_mm",
-    )
+    settings |= {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
+    their_config = DeepseekV2Config(**settings, rope_parameters={"rope_type": "default", "rope_theta": theta})
     torch.manual_seed(0)
     model = DeepseekV2ForCausalLM(their_config)
     if weights is not None:

@@ -8,7 +8,7 @@ limit is what the machine's largest matrix products would allow, with the head a
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -84,7 +84,7 @@ def rate(batches: Batches, times: Sequence[float]) -> float:
     return sum(count_tokens(batch)[0] for batch in batches[WARM_UP:]) / sum(times[WARM_UP:])
 
 
-def measure_speed(contenders: dict[str, Callable[[], Step]], batches: Batches) -> dict[str, float]:
+def measure_speed(contenders: Mapping[str, Callable[[], Step]], batches: Batches) -> dict[str, float]:
     steps = {name: build() for name, build in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for batch in batches:
