@@ -106,8 +106,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 # ---------------------------------------------------------------- multi-head latent attention (section 2.1)
 
 
-QUERIES, LONGEST_PLAIN = 256, 1024
-RUN = 64
+# On CPU: query rows at a time, the longest document that plain products take, and what lengths are rounded up to.
+QUERIES, LONGEST_PLAIN, RUN = 256, 1024, 64
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
@@ -121,7 +121,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, sc
         output = varlen_attn(q, k, pad_like(v, q), offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
         assert isinstance(output, Tensor)
         return output[..., : v.shape[-1]]
-    parts = zip(*(x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v)), strict=True)
+    queries, keys, values = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v))
+    parts = zip(queries, keys, values, strict=True)
     return torch.cat([causal_attention(*part, scale) for part in parts], dim=1).transpose(0, 1)
 
 
