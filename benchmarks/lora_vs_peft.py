@@ -1,0 +1,225 @@
+"""LoRA here, PEFT around transformers, and full fine-tuning: what each learns, and what it takes.
+
+    python benchmarks/lora_vs_peft.py [BASE] [--dataset ../shared/data/ultrachat_200k] [--steps 50]
+
+All start from BASE, a model directory or a run, and see the same batches of 8 conversations in fp32; the two kinds of
+LoRA start from the same adapters on the same weights. They take turns on each batch, we on packed rows and PEFT on
+padded ones. Memory is what a fresh process of each comes to hold beyond its libraries.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import tyro
+from peft import PeftModel
+from rivals import in_child, pack, pad, peak_memory, transformers_loss, update  # first of ours: sets the environment
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import lora
+from checkpoint import load_model_and_tokenizer, load_pretrained, resolve_checkpoint, save_pretrained
+from config import TrainConfig, check, one_line_errors
+from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
+from dataset import load_dataset_split
+from tokenizer import Tokenizer
+from trainer import make_optimizer
+
+FULL, LORA, PEFT = "full fine-tuning", "LoRA, this repository", "LoRA, PEFT + transformers"
+RANK, ALPHA = 8, 16.0
+LEARNING_RATE = 1e-3
+BATCH_SIZE = 8
+MAX_TOKENS = 512
+Batches = Sequence[Sequence[Conversation]]
+
+
+@dataclass
+class Options:
+    # Where to start: a model directory or a run. `python train_sft.py tiny` makes the default one.
+    base: Annotated[str, tyro.conf.Positional] = "runs/tiny"
+    dataset: str = "../shared/data/ultrachat_200k"
+    train_split: str = "train_sft"
+    eval_split: str = "test_sft"
+    steps: int = 50
+    # Held-out conversations.
+    eval_rows: int = 200
+    # Steps in the processes whose memory is measured.
+    memory_steps: int = 5
+
+
+# ---------------------------------------------------------------- the three
+
+
+class Contender(NamedTuple):
+    model: nn.Module
+    # Conversations, one a row or packed, to a batch.
+    collate: Callable[[Sequence[Conversation]], Batch]
+    # A batch to the sum of its cross entropy; without balance losses, which transformers does not have.
+    loss: Callable[[Batch], Tensor]
+    # Writes what has been trained.
+    save: Callable[[str], Any]
+
+
+def build_full(base: Path, adapter: str) -> Contender:
+    model, tokenizer = load_model_and_tokenizer(base, torch.float32)
+    save = partial(save_pretrained, model=model, tokenizer=tokenizer)
+    return Contender(model, pack, lambda batch: model(**batch).loss_sum, save)
+
+
+def build_lora(base: Path, adapter: str) -> Contender:
+    model = load_pretrained(base, torch.float32)
+    lora.load_adapter(model, adapter)
+    save = partial(lora.save_adapter, model=model, base=str(base))
+    return Contender(model, pack, lambda batch: model(**batch).loss_sum, save)
+
+
+def build_peft(base: Path, adapter: str) -> Contender:
+    """With transformers' fastest attention and experts, and the head at target positions only."""
+    fastest = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **fastest)
+    adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return Contender(adapted, pad, partial(transformers_loss, adapted.get_base_model()), adapted.save_pretrained)
+
+
+CONTENDERS = {FULL: build_full, LORA: build_lora, PEFT: build_peft}
+
+
+def new_adapter(base: Path, directory: str) -> None:
+    """What both kinds of LoRA start from, in a file that both read."""
+    torch.manual_seed(0)
+    model = load_pretrained(base, torch.float32)
+    lora.add_lora(model, RANK, ALPHA, 0.0, TrainConfig.lora_target_modules)
+    lora.save_adapter(directory, model, str(base))
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def load_rows(options: Options, tokenizer: Tokenizer, split: str) -> RowStream:
+    data, report = load_dataset_split(options.dataset, split, tokenizer, MAX_TOKENS, num_proc=2)
+    print(report)
+    return RowStream(data, DataCollator(MAX_TOKENS, tokenizer.pad_token_id, packing=False), seed=0)
+
+
+def batches_of(rows: RowStream, count: int) -> Batches:
+    conversations = [rows.row(i)[0] for i in range(count)]
+    return [conversations[i : i + BATCH_SIZE] for i in range(0, count, BATCH_SIZE)]
+
+
+def num_targets(batch: Batch) -> int:
+    return int((batch["labels"] != IGNORE).sum())
+
+
+@torch.no_grad()
+def evaluate(contender: Contender, batches: Batches) -> float:
+    collated = [contender.collate(conversations) for conversations in batches]
+    return sum(contender.loss(batch).item() for batch in collated) / sum(map(num_targets, collated))
+
+
+def training_step(contender: Contender) -> Callable[[Sequence[Conversation]], float]:
+    """A function of conversations that trains on them and returns their mean loss."""
+    optimizer = make_optimizer(contender.model, TrainConfig())
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+
+    def step(conversations: Sequence[Conversation]) -> float:
+        batch = contender.collate(conversations)
+        loss = contender.loss(batch) / num_targets(batch)
+        loss.backward()
+        update(contender.model, optimizer)
+        return loss.item()
+
+    return step
+
+
+def train_in_turns(contenders: dict[str, Contender], batches: Batches) -> tuple[dict, dict]:
+    """Losses and seconds of each contender's steps."""
+    steps = {name: training_step(contender) for name, contender in contenders.items()}
+    losses: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for conversations in batches:
+        for name, step in steps.items():
+            began = time.perf_counter()
+            losses[name].append(step(conversations))
+            seconds[name].append(time.perf_counter() - began)
+    return losses, seconds
+
+
+def measure_memory(name: str, base: Path, adapter: str, batches: Batches) -> float:
+    """The most that this process holds while it builds and trains, beyond what it held before."""
+    resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    before = int(resident.split()[1]) * 1024
+    step = training_step(CONTENDERS[name](base, adapter))
+    for conversations in batches:
+        step(conversations)
+    return peak_memory() - before
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """Trained, and all."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def file_size(contender: Contender) -> int:
+    """Bytes of the weights that a checkpoint holds."""
+    with tempfile.TemporaryDirectory() as directory:
+        contender.save(directory)
+        return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+
+
+# ---------------------------------------------------------------- the report
+
+
+def print_curves(losses: dict[str, list[float]]) -> None:
+    print(f"\n{'loss at step':26}" + "".join(f"{step:>9}" for step in reported(losses[LORA])))
+    for name, curve in losses.items():
+        print(f"{name:26}" + "".join(f"{curve[step - 1]:9.4f}" for step in reported(curve)))
+    largest = max(abs(ours - theirs) for ours, theirs in zip(losses[LORA], losses[PEFT], strict=True))
+    print(f"largest difference between the two kinds of LoRA: {largest:.1e}")
+
+
+def reported(curve: Sequence[float]) -> list[int]:
+    return [1, *range(10, len(curve) + 1, 10)]
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    check(Path(options.base).exists(), f"there is no {options.base}; `python train_sft.py tiny` makes runs/tiny")
+    base = resolve_checkpoint(options.base)
+    tokenizer = Tokenizer(str(base))
+    train = batches_of(load_rows(options, tokenizer, options.train_split), options.steps * BATCH_SIZE)
+    eval_rows = load_rows(options, tokenizer, options.eval_split)
+    held_out = batches_of(eval_rows, min(options.eval_rows, eval_rows.rows_per_epoch))
+
+    with tempfile.TemporaryDirectory() as adapter:
+        new_adapter(base, adapter)
+        memory = {
+            name: in_child(measure_memory, name, base, adapter, train[: options.memory_steps]) for name in CONTENDERS
+        }
+        contenders = {name: build(base, adapter) for name, build in CONTENDERS.items()}
+    before = {name: evaluate(contender, held_out) for name, contender in contenders.items()}
+    losses, seconds = train_in_turns(contenders, train)
+    after = {name: evaluate(contender, held_out) for name, contender in contenders.items()}
+
+    print(f"\nfp32, {torch.get_num_threads()} threads, torch {torch.__version__}; rank {RANK}, rate {LEARNING_RATE}")
+    print_curves(losses)
+    print(f"\n{'':26}{'validation loss':>20}{'trained':>18}{'file':>10}{'step':>9}{'memory':>10}")
+    for name, contender in contenders.items():
+        trained, total = parameters(contender.model)
+        print(
+            f"{name:26}{before[name]:10.4f} ->{after[name]:7.4f}{trained:11,} {trained / total:6.2%}"
+            f"{file_size(contender) / 1e6:7.2f} MB{statistics.median(seconds[name]) * 1000:6.0f} ms"
+            f"{memory[name] / 1e6:7.0f} MB"
+        )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
