@@ -1,14 +1,15 @@
 """From one process to many: PyTorch's own engines, put around the model from outside. model.py knows nothing of them.
 
 Under `torchrun` every process (rank) runs the whole program on its share of each batch. DDP keeps a copy of everything
-on each rank and sums the gradients; FSDP2 (`fully_shard`) also shards parameters, gradients and optimizer state, and
-gathers a block's weights just before they are needed. Without torchrun all of this comes down to nothing.
+on each rank and averages the gradients. FSDP2 (`fully_shard`) leaves a rank 1/N of parameters, gradients and optimizer
+state, and gathers a block's weights just before they are needed. Without torchrun all of this comes down to nothing.
 """
 
 import contextlib
 import os
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,19 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
 
+Value = TypeVar("Value")
+
+# torchrun notices a rank that has died and stops the others. This is for one that lives and does not answer, and has to
+# be longer than what the first rank does alone: tokenise the data, write a checkpoint.
+TIMEOUT = timedelta(minutes=30)
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
@@ -55,30 +63,57 @@ def join_world(device: str) -> World:
     device = choose_device(device)
     if not dist.is_torchelastic_launched():
         return World(0, 1, torch.device(device))
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        # A node keeps its store when it starts the ranks again (pytorch/pytorch#135712); they must not find in it where
+        # the earlier ones were. Several nodes count restarts each on their own: see the README for what they need.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+    backend, bound = ("nccl", torch.device(device)) if device.startswith("cuda") else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=bound)
+    return World(rank, size, torch.device(device))
 
 
 def leave_world() -> None:
+    """For a run that ends in order, on all ranks: after an error NCCL would wait for operations that never come."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def recorded(function: Callable[..., None]) -> Callable[..., None]:
+    """Under torchrun, keep an error of the function where torchrun finds it: it then names the rank and the error."""
+    return record(function) if dist.is_torchelastic_launched() else function
+
+
+def was_restarted(world: World) -> bool:
+    """Whether torchrun (--max-restarts) has started this job again. It counts for each node on its own, so ask all."""
+    return largest_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), world) > 0
+
+
 def parallelize(model: nn.Module, blocks: Iterable[nn.Module], engine: str, world: World) -> nn.Module:
-    """Shard a model that is still on the meta device (fsdp), or prepare its copy (ddp), and give it memory."""
+    """Give memory to a model that is still on the meta device: to this rank's shard of it (fsdp), or to a copy (ddp).
+
+    Each block is gathered and released as a whole; what is outside of them (embedding, norm, head) is the root's.
+    """
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        """Along the first dimension that splits evenly: 6 experts would leave 4 ranks with 2, 2, 2 and 0."""
+        return next((Shard(i) for i, size in enumerate(parameter.shape) if size % world.size == 0), None)
+
     if world.size > 1 and engine == "fsdp":
-        for block in blocks:
-            fully_shard(block)
-        fully_shard(model)
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for module in (*blocks, model):
+            fully_shard(module, mesh=mesh, shard_placement_fn=place)
     return model.to_empty(device=world.device)
 
 
 def replicate(model: nn.Module, engine: str, world: World) -> nn.Module:
     """Wrap a model that has its weights for DDP; under FSDP, and alone, it is ready as it is."""
-    return DistributedDataParallel(model) if world.size > 1 and engine == "ddp" else model
+    if world.size == 1 or engine != "ddp":
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # gradients lie where they are sent from
 
 
 @torch.no_grad()
@@ -86,17 +121,15 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
     """Copy whole tensors, one at a time, into the model's parameters, of which a rank may hold only a shard."""
     parameters = dict(model.named_parameters())
     for name, tensor in weights:
-        target = parameters[name]
+        target: Tensor = parameters[name]
         if isinstance(target, DTensor):
-            whole = tensor.to(target.device, target.dtype)
-            shard = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-            target.copy_(shard)
-        else:
-            target.copy_(tensor)
+            tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(tensor)
 
 
 def synchronize_gradients(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
-    """A context for one micro-batch: gradients travel only with the last of a step."""
+    """A context for one micro-batch: gradients travel only with the last of a step. Under FSDP a rank keeps those of
+    all parameters until then, since it has nowhere to send them."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
     if isinstance(model, DistributedDataParallel) and not wanted:
@@ -109,6 +142,14 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def from_first_rank(value: Value, world: World) -> Value:
+    """The first rank's value (anything that can be pickled) on all ranks, whatever theirs is."""
+    values = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def largest_over_ranks(value: int, world: World) -> int:

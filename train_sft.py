@@ -173,7 +173,7 @@ def train(config: TrainConfig, world: "World") -> None:
     from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_checkpoint
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
-    from parallel import replicate, wait_for_all
+    from parallel import from_first_rank, replicate, wait_for_all
     from tokenizer import Tokenizer
     from trainer import Trainer
 
@@ -206,7 +206,8 @@ def train(config: TrainConfig, world: "World") -> None:
     held_out = load_rows(config.eval_split, shuffle=False) if config.eval_steps else None
 
     torch.manual_seed(config.seed)
-    checkpoint = newest_checkpoint(config.output_dir) if config.resume else None
+    newest = newest_checkpoint(config.output_dir) if config.resume and world.is_main else None
+    checkpoint = from_first_rank(newest, world)
     damaged = config.resume and checkpoint is None and checkpoints(config.output_dir)
     check(not damaged, f"{config.output_dir} has no checkpoint left that is whole; start without --resume")
     model = build_model(config, source if config.lora_rank else checkpoint or source, checkpoint, world)
@@ -229,15 +230,13 @@ def main() -> None:
     debug = "--debug" in sys.argv
     with one_line_errors(debug):
         config = parse_arguments(sys.argv[1:])
-        config.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun has started us again
 
-        from parallel import join_world, leave_world
+        from parallel import join_world, leave_world, recorded, was_restarted
 
         world = join_world(config.device)
-        try:
-            train(config, world)
-        finally:
-            leave_world()
+        config.resume |= was_restarted(world)
+        recorded(train)(config, world)
+        leave_world()
 
 
 if __name__ == "__main__":

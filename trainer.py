@@ -23,10 +23,12 @@ from metrics import MetricsLog, measure_peak
 from model import DeepSeekV2, LossOutput, parameter_counts
 from parallel import (
     World,
+    from_first_rank,
     full_tensor,
     gather_state,
     is_sharded,
     largest_over_ranks,
+    leave_world,
     scatter_optimizer_state,
     sum_over_ranks,
     synchronize_gradients,
@@ -124,15 +126,15 @@ class Trainer:
                     log.write(metrics)
                 if self.held_out and (last or self.due(config.eval_steps)):
                     evaluation = self.evaluate()
-                    bar.write(
-                        f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items() if k != "step")
-                    )
-                    self.print_samples(bar)
                     if log:
+                        described = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items() if k != "step")
+                        bar.write(f"step {self.step}: {described}")
+                        self.print_samples(bar)
                         log.write(evaluation)
                 if last or stop or self.due(config.save_steps):
                     self.save()
                 if stop:
+                    leave_world()
                     raise SystemExit(128 + stop)
         if log:
             log.close()
@@ -262,7 +264,7 @@ class Trainer:
         """What the model answers by now. Under FSDP no rank has the whole model, so there are none; nor where a prompt
         fills the model's context."""
         prompts = self.config.sample_prompts
-        if not prompts or not self.world.is_main or is_sharded(self.model):
+        if not prompts or is_sharded(self.model):
             return
         rendered = [
             self.tokenizer.render([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts
@@ -302,10 +304,11 @@ class Trainer:
 
     def resume(self, directory: Path) -> None:
         """Take over everything but the weights, which the model has already, from a checkpoint."""
-        state = load_state(directory / STATE)
-        for name in COUNTERS:
-            setattr(self, name, state[name])
-        scatter_optimizer_state(self.model, self.optimizer, state["optimizer"] if self.world.is_main else {})
+        state = load_state(directory / STATE) if self.world.is_main else {"optimizer": {}}
+        scatter_optimizer_state(self.model, self.optimizer, state.pop("optimizer"))
+        for name, value in from_first_rank(state, self.world).items():
+            if name in COUNTERS:
+                setattr(self, name, value)
         self.last_checkpoint = directory
 
 

@@ -1,0 +1,189 @@
+"""What do several ranks cost, and bring? Bytes sent and tokens per second, for each engine; and what more would do.
+
+    python benchmarks/scaling.py [--ranks 1 2] [--steps 20] [--preset tiny]
+
+The real program on chitchat, one thread a rank, the same batch on each rank whatever their number. Bytes are counted
+twice: from the collectives that a rank takes part in, as algorithms on a ring send them, and on the loopback interface
+that all ranks of this machine talk through (so nothing else should). The calculation at the end measures nothing.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from config import PRESETS
+from model import parameter_counts
+
+WARM_UP = COUNTED = 3  # steps
+WORKER = "RANK" in os.environ
+
+
+@dataclass
+class Options:
+    # Numbers of ranks.
+    ranks: tuple[int, ...] = (1, 2)
+    # Steps that are timed, after those to warm up and those whose bytes are counted.
+    steps: int = 20
+    # Times that each is run, taking turns; the fastest counts, since whatever else the machine does only slows it down.
+    rounds: int = 3
+    preset: str = "tiny"
+
+
+# ---------------------------------------------------------------- counting
+
+# Bytes that a rank of N sends, over (N - 1) / N of the whole tensor.
+ON_A_RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up in `sent` the bytes that this rank sends, by kind of collective: DDP's and FSDP's pass here too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = func._schema.name.removeprefix("c10d::")
+        if kind in ON_A_RING:
+            whole = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+            ranks = dist.get_world_size()
+            self.sent[kind] = self.sent.get(kind, 0) + ON_A_RING[kind] * (ranks - 1) / ranks * whole
+        return func(*args, **(kwargs or {}))
+
+
+def loopback_bytes() -> int:
+    """Sent so far; 0 where the system doesn't say."""
+    path = Path("/proc/net/dev")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[9]) for line in lines if line.split()[0] == "lo:"), 0)
+
+
+def theory(engine: str, ranks: int, preset: str) -> float:
+    """Bytes per rank and step: DDP reduces gradients; FSDP gathers parameters twice and reduces gradients."""
+    parameters = sum(total for total, _ in parameter_counts(PRESETS[preset].model).values())
+    return {"ddp": 2, "fsdp": 3}[engine] * (ranks - 1) / ranks * 4 * parameters
+
+
+# ---------------------------------------------------------------- a rank
+
+
+def train(engine: str, steps: int, preset: str) -> dict[str, float]:
+    """What this rank sends in a step, and tokens per second of all ranks."""
+    import train_sft
+    from datacollator import DataCollator, RowStream
+    from dataset import load_dataset_split
+    from parallel import join_world, leave_world, replicate, wait_for_all
+    from tokenizer import Tokenizer
+    from trainer import Trainer
+
+    total = str(WARM_UP + COUNTED + steps)
+    flags = [preset, "--dataset", "chitchat", "--parallel", engine, "--max-steps", total, "--device", "cpu"]
+    config = train_sft.parse_arguments(flags)
+    tokenizer = Tokenizer(vocab_size=config.model.vocab_size)
+    data, _ = load_dataset_split("chitchat", "train", tokenizer, config.max_seq_len)
+    rows = RowStream(data, DataCollator(config.max_seq_len, tokenizer.pad_token_id), config.seed)
+    world = join_world(config.device)
+    model = train_sft.build_model(config, None, None, world)
+    trainer = Trainer(config, replicate(model, engine, world), tokenizer, rows, None, world)
+    traffic = Traffic()
+    with contextlib.closing(trainer.prefetch()) as batches:
+        for batch in itertools.islice(batches, WARM_UP):
+            trainer.train_step(batch)
+        wait_for_all()
+        wire = loopback_bytes()
+        for batch in itertools.islice(batches, COUNTED):
+            with traffic:
+                trainer.train_step(batch)
+        wait_for_all()
+        wire = loopback_bytes() - wire
+        tokens, began = trainer.num_tokens, time.perf_counter()
+        for batch in batches:
+            trainer.train_step(batch)
+        wait_for_all()
+        rate = (trainer.num_tokens - tokens) / (time.perf_counter() - began)
+    leave_world()
+    return {"sent": sum(traffic.sent.values()) / COUNTED, "wire": wire / COUNTED / world.size, "rate": rate}
+
+
+def start(engine: str, ranks: int, options: Options) -> dict[str, float]:
+    """Have torchrun start the ranks; the first one's result."""
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory, "result.json")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        worker = [__file__, engine, str(options.steps), options.preset, str(result)]
+        subprocess.run(launcher + worker, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        return json.loads(result.read_text())
+
+
+# ---------------------------------------------------------------- a calculation, not a measurement
+
+TOKENS = 4 * 4096  # a GPU's micro-batch: four full rows
+FLOPS = 0.4 * 989e12  # an H100's in bf16, of which 40% is a good share
+INSIDE, BETWEEN = 350e9, 40e9  # bytes a second and GPU: NVLink within a node of 8; 400 Gb/s of network between nodes
+
+
+def calculate(preset: str, micro_batches: int) -> None:
+    """Print how long a step computes and sends, at the slowest link, and what is left of perfect scaling.
+
+    FSDP sends beside all of the computation, DDP beside the last micro-batch's backward pass, two thirds of its work.
+    Gradients and gathered weights are fp32.
+    """
+    counts = {part: active for part, (_, active) in parameter_counts(PRESETS[preset].model).items()}
+    size = 4 * sum(total for total, _ in parameter_counts(PRESETS[preset].model).values())
+    flops = 6 * (sum(counts.values()) - counts["embedding"]) * TOKENS * micro_batches
+    computing = flops / FLOPS
+    print(f"\nCalculated, not measured: {preset}, {micro_batches} micro-batches of {TOKENS:,} tokens a GPU and step")
+    print(f"{'GPUs':>4} {'engine':6}{'sent per GPU':>14}{'compute':>10}{'send':>10}{'beside it':>11}{'efficiency':>12}")
+    for ranks, bandwidth in ((8, INSIDE), (64, BETWEEN)):
+        for engine, times in (("ddp", 2), ("fsdp", 2 * micro_batches + 1)):
+            sent = times * (ranks - 1) / ranks * size
+            sending = sent / bandwidth
+            beside = computing if engine == "fsdp" else 2 / 3 * computing / micro_batches
+            efficiency = computing / (computing + max(0, sending - beside))
+            print(
+                f"{ranks:4} {engine:6}{sent / 1e9:11.2f} GB{computing * 1e3:7.0f} ms{sending * 1e3:7.0f} ms"
+                f"{min(beside, sending) * 1e3:8.0f} ms{efficiency:12.0%}"
+            )
+
+
+def main() -> None:
+    import tyro
+
+    options = tyro.cli(Options, description=__doc__)
+    runs = [(engine, ranks) for ranks in options.ranks for engine in ("ddp", "fsdp") if ranks > 1 or engine == "ddp"]
+    rounds = [{run: start(*run, options) for run in runs} for _ in range(options.rounds)]
+    results = {run: max((round_[run] for round_ in rounds), key=lambda result: result["rate"]) for run in runs}
+    one = results[runs[0]]["rate"] / runs[0][1]
+    print(f"\n{options.preset} on chitchat, one thread a rank; megabytes per rank and step")
+    print(f"{'ranks':>5} {'engine':6}{'counted':>10}{'theory':>10}{'on the wire':>14}{'tokens/s':>11}{'of linear':>12}")
+    for (engine, ranks), result in results.items():
+        print(
+            f"{ranks:5} {engine if ranks > 1 else '-':6}{result['sent'] / 1e6:10.2f}"
+            f"{theory(engine, ranks, options.preset) / 1e6:10.2f}{result['wire'] / 1e6:14.2f}"
+            f"{result['rate']:11,.0f}{result['rate'] / (ranks * one):12.0%}"
+        )
+    calculate("mini", PRESETS["mini"].gradient_accumulation_steps)
+
+
+if __name__ == "__main__" and WORKER:
+    engine, steps, preset, path = sys.argv[1:]
+    result = train(engine, int(steps), preset)
+    if os.environ["RANK"] == "0":
+        Path(path).write_text(json.dumps(result))
+elif __name__ == "__main__":
+    main()

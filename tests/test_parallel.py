@@ -1,0 +1,295 @@
+"""Real torchrun jobs on this machine's CPU, against the same runs in one process.
+
+The runs themselves take a second and starting processes takes many, so that two jobs (of two and of four ranks) do most
+of them, and the tests look at what they have left. See ranks.py for what is recorded there.
+"""
+
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from checkpoint import load_pretrained
+from metrics import read_metrics
+from ranks import take_over
+from small_runs import arguments, conversations, final_tensors, numbers, train_here, write_jsonl
+
+# One worker of pytest-xdist runs them all, so that the jobs run once.
+pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, SAVED = 4, 2
+ADAPTED = ("kv_b_proj", "o_proj", "down_proj", "experts.gate_up_proj")
+# Six experts split evenly over two ranks, but not over four.
+VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "packed": (["--packing"], {}),
+    "padded": (["--no-packing"], {}),
+    "tied": (["--model.tie-word-embeddings", "--gradient-checkpointing"], {}),
+    "bf16": ([], {"dtype": "bfloat16"}),
+    "lora": ([], {"lora_rank": 4, "init_from": "packed-1"}),
+    "lora-bf16": (
+        ["--lora-target-modules", *ADAPTED],
+        {"lora_rank": 4, "init_from": "packed-1", "dtype": "bfloat16"},
+    ),
+}
+FOUR_RANKS = ("packed", "padded", "lora")
+# Other roundings of the same sums: in bf16 they grow with the steps.
+TOLERANCES = {"bf16": 1e-3}
+ENGINES = ("ddp-2", "fsdp-2", "fsdp-4")
+RUNS = [(variant, engine) for engine in ENGINES for variant in VARIANTS if engine != "fsdp-4" or variant in FOUR_RANKS]
+# A run, and the one whose checkpoint of step 2 it goes on from.
+RESUMED = {
+    "packed-ddp-2": "packed-1",
+    "packed-fsdp-2": "packed-ddp-2",
+    "packed-fsdp-4": "packed-fsdp-2",
+    "packed-1": "packed-fsdp-4",
+    "lora-fsdp-4": "lora-1",
+    "lora-1": "lora-fsdp-4",
+}
+
+
+def command(folder: Path, variant: str, where: str, output_dir: Path, *more: str, **changes: Any) -> list[str]:
+    """train_sft.py's arguments for a variant on "1" process, "ddp-2", ...: the same global batch of eight rows."""
+    flags, settings = VARIANTS[variant]
+    engine, _, ranks = where.rpartition("-")
+    settings = {"max_steps": STEPS, "save_steps": SAVED, "eval_steps": 2, "model_n_routed_experts": 6} | settings
+    if "init_from" in settings:
+        settings |= {"init_from": folder / settings["init_from"]}
+    settings |= {"gradient_accumulation_steps": 4 // int(ranks)} | ({"parallel": engine} if engine else {}) | changes
+    return arguments(folder / "data.jsonl", output_dir, *flags, *more, **settings)
+
+
+def start(folder: Path, log: Path, ranks: int, *words: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """torchrun on a script of ours, which with all its ranks appends to `log` what it prints."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *(launcher or ("--standalone",))]
+    line = [*torchrun, "--nproc-per-node", str(ranks), *(str(word) for word in words)]
+    with log.open("a") as output:
+        return subprocess.Popen(line, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def finish(job: subprocess.Popen) -> int:
+    """Its exit code; nothing of it is left behind."""
+    try:
+        return job.wait(120)
+    except subprocess.TimeoutExpired:
+        job.terminate()  # torchrun passes it on
+        raise
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every variant has run on one process, and then in each engine, and gone on from each other's checkpoints.
+
+    Runs are packed-1, packed-ddp-2, ...; those that went on are packed-ddp-2-resumed, ...
+    """
+    folder = tmp_path_factory.mktemp("parallel")
+    write_jsonl(folder / "data.jsonl", conversations(60))
+    for variant in VARIANTS:
+        assert train_here(command(folder, variant, "1", folder / f"{variant}-1"), folder) == 0
+    for ranks in (2, 4):
+        runs: list[dict[str, Any]] = []
+        for variant, engine in RUNS:
+            name = f"{variant}-{engine}"
+            if not engine.endswith(str(ranks)):
+                continue
+            runs.append({"arguments": command(folder, variant, engine, folder / name), "continues": None})
+            if name in RESUMED:
+                resumed = command(folder, variant, engine, folder / f"{name}-resumed", "--resume")
+                runs.append({"arguments": resumed, "continues": str(folder / RESUMED[name])})
+        (folder / f"{ranks}.json").write_text(json.dumps(runs))
+        log = folder / f"{ranks}.log"
+        code = finish(start(folder, log, ranks, ROOT / "tests/ranks.py", folder / f"{ranks}.json"))
+        assert code == 0, log.read_text()
+    for variant in ("packed", "lora"):
+        resumed_run = folder / f"{variant}-1-resumed"
+        take_over(folder / RESUMED[f"{variant}-1"], resumed_run)
+        assert train_here(command(folder, variant, "1", resumed_run, "--resume"), folder) == 0
+    return folder
+
+
+@functools.cache
+def ranks_of(run: Path) -> list[dict[str, Any]]:
+    """What each rank has recorded."""
+    return [json.loads(path.read_text()) for path in sorted(run.glob("rank-*.json"))]
+
+
+def whole_bytes(run: Path) -> int:
+    """Of all parameters."""
+    (file,) = (run / f"checkpoints/step-{STEPS:06d}").glob("model.safetensors")
+    return sum(tensor.nbytes for tensor in load_file(file).values())
+
+
+def assert_same_run(run: Path, reference: Path, tolerance: float = 1e-5) -> None:
+    """Metrics line by line, and weights and optimizer state tensor by tensor."""
+    ours, theirs = numbers(run), numbers(reference)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for line, expected in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(expected, rel=tolerance)
+    tensors, expected_tensors = final_tensors(run), final_tensors(reference)
+    assert tensors.keys() == expected_tensors.keys()
+    for name, tensor in expected_tensors.items():
+        difference = (tensors[name].double() - tensor.double()).norm()
+        assert difference <= tolerance * tensor.double().norm(), name
+
+
+# ---------------------------------------------------------------- the same result
+
+
+@pytest.mark.parametrize(("variant", "engine"), RUNS)
+def test_ranks_train_the_same_model_as_one_process(folder: Path, variant: str, engine: str) -> None:
+    assert_same_run(folder / f"{variant}-{engine}", folder / f"{variant}-1", TOLERANCES.get(variant, 1e-5))
+
+
+@pytest.mark.parametrize("run", RESUMED)
+def test_a_checkpoint_knows_no_world_size(folder: Path, run: str) -> None:
+    variant = run.partition("-")[0]
+    assert_same_run(folder / f"{run}-resumed", folder / f"{variant}-1")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_looks_the_same_whoever_wrote_it(folder: Path, engine: str) -> None:
+    ours, theirs = (folder / f"packed-{where}/checkpoints/step-{STEPS:06d}" for where in (engine, "1"))
+    assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    load_pretrained(ours)
+
+
+@pytest.mark.parametrize("variant", ["packed", "padded"])
+def test_ranks_hold_different_numbers_of_targets(folder: Path, variant: str) -> None:
+    """Otherwise a mean of means would have passed."""
+    per_rank = [sum(rank["targets"]) for rank in ranks_of(folder / f"{variant}-fsdp-4")]
+    assert len(set(per_rank)) == 4
+
+
+@pytest.mark.parametrize("variant", ["packed", "padded"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_held_out_target_counts_once(folder: Path, variant: str, engine: str) -> None:
+    """Five conversations with 104 targets; of four ranks at least one gets no conversation."""
+    evaluated = [rank["evaluated"] for rank in ranks_of(folder / f"{variant}-{engine}")]
+    assert sum(evaluated) == 104
+    assert engine != "fsdp-4" or 0 in evaluated
+
+
+# ---------------------------------------------------------------- what is sent
+
+
+def test_gradients_travel_with_the_last_micro_batch_only(folder: Path) -> None:
+    for rank in ranks_of(folder / "packed-ddp-2"):
+        first, last = rank["sent"]
+        assert first == {}
+        assert last.keys() == {"allreduce_"}
+    for rank in ranks_of(folder / "packed-fsdp-2"):
+        first, last = rank["sent"]
+        assert first.keys() == {"_allgather_base_"}
+        assert last["_reduce_scatter_base_"] > 0
+
+
+def test_as_much_is_sent_as_theory_has_it(folder: Path) -> None:
+    size = whole_bytes(folder / "packed-1")
+    root = 2 * 512 * 32 * 4 + 32 * 4  # embedding, head and last norm: not gathered again for the backward pass
+    for rank in ranks_of(folder / "packed-ddp-2"):
+        assert sum(rank["sent"][-1].values()) == pytest.approx(size, rel=0.01)  # 2 (N - 1) / N
+    for rank in ranks_of(folder / "packed-fsdp-4"):
+        (sent,) = rank["sent"]
+        assert sent["_allgather_base_"] == pytest.approx(3 / 4 * (2 * size - root), rel=0.01)
+        assert sent["_reduce_scatter_base_"] == pytest.approx(3 / 4 * size, rel=0.01)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(("variant", "engine"), [run for run in RUNS if run[1] != "ddp-2"])
+def test_a_rank_holds_its_share(folder: Path, variant: str, engine: str) -> None:
+    """Parameters, gradients and optimizer state, against those of a DDP rank, which holds everything."""
+    whole, ranks = ranks_of(folder / f"{variant}-ddp-2")[0], ranks_of(folder / f"{variant}-{engine}")
+    assert len(ranks) == int(engine[-1])
+    for rank in ranks:
+        for part in ("parameters", "gradients", "optimizer"):
+            assert rank[part] == pytest.approx(whole[part] / len(ranks), rel=0.1), part
+
+
+def test_the_whole_model_is_never_built(folder: Path) -> None:
+    """A rank's share, the tensor at hand and the one before."""
+    size = whole_bytes(folder / "packed-1")
+    for rank in ranks_of(folder / "packed-fsdp-4"):
+        assert rank["peak"] <= 1.1 * size / 4 + 2 * rank["largest"] < size
+
+
+# ---------------------------------------------------------------- failures, signals, nodes
+
+
+@pytest.fixture(scope="module")
+def eight_steps(folder: Path) -> Path:
+    """A longer run on one process."""
+    assert train_here(command(folder, "packed", "1", folder / "eight", max_steps=8), folder) == 0
+    return folder / "eight"
+
+
+def test_a_restarted_job_goes_on_by_itself_and_a_killed_rank_ends_it(
+    folder: Path, eight_steps: Path, tmp_path: Path
+) -> None:
+    """The last rank raises in step 4, after the checkpoint of step 3; started again, it is killed in step 6."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = command(folder, "packed", "fsdp-2", run, max_steps=8, save_steps=3)
+    launcher = ("--standalone", "--max-restarts=1")
+    faults = "raise:4,kill:6"
+    job = start(folder, log, 2, ROOT / "tests/faulty_rank.py", faults, *words, launcher=launcher)
+    assert finish(job) != 0
+    assert time.time() - (run / "failed").stat().st_mtime < 60
+    printed = log.read_text()
+    assert "error: out of cheese" in printed
+    assert "step 3 to 8" in printed
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 .*\(SIGKILL\)", printed)
+    steps = [line["step"] for line in read_metrics(run) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5]
+    assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=8), folder) == 0
+    assert_same_run(run, eight_steps)
+
+
+def test_two_nodes_form_one_job_and_name_the_rank_that_fails(folder: Path, eight_steps: Path, tmp_path: Path) -> None:
+    """Two torchrun agents with one rank each; the second raises in step 5."""
+    run, logs = tmp_path / "run", [tmp_path / f"log-{node}" for node in (0, 1)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
+    words = ("raise:5", *command(folder, "packed", "ddp-2", run, max_steps=8))
+    jobs = [start(folder, log, 1, ROOT / "tests/faulty_rank.py", *words, launcher=launcher) for log in logs]
+    assert 0 not in [finish(job) for job in jobs]
+    assert time.time() - (run / "failed").stat().st_mtime < 60
+    printed = "".join(log.read_text() for log in logs)
+    assert "8 rows on 2 x cpu" in printed
+    assert re.search(r"rank +: 1 (.*\n)+? +config.UserError: out of cheese", printed)
+    assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=8), folder) == 0
+    assert_same_run(run, eight_steps)
+
+
+def test_a_signal_reaches_all_ranks_and_saves_once(folder: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = command(folder, "packed", "ddp-2", run, max_steps=100_000, save_steps=0, eval_steps=0)
+    job = start(folder, log, 2, ROOT / "tests/faulty_rank.py", "raise:0", *words)
+    metrics = run / "metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert finish(job) == 1  # torchrun's own code
+    assert len(re.findall("Sending process .* closing signal SIGTERM", log.read_text())) == 2
+    assert "SIGKILL" not in log.read_text()
+    last = read_metrics(run)[-1]["step"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{last:06d}"]
+    assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=last + 1, eval_steps=0), folder) == 0
+    assert read_metrics(run)[-1]["step"] == last + 1
