@@ -31,6 +31,9 @@ Config = TypeVar("Config")
 # On CPU, torch takes large tensors from huge pages if told so before it starts: a tenth of a step otherwise goes
 # into handing out small ones.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# On CPU, oneDNN generates code for each shape and keeps it. Packed batches hardly ever repeat one, so it would pile up.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
 def parse_arguments(arguments: list[str]) -> TrainConfig:
