@@ -6,6 +6,7 @@ state, and gathers a block's weights just before they are needed. Without torchr
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -77,8 +78,13 @@ def join_world(device: str) -> World:
 
 
 def leave_world() -> None:
-    """For a run that ends in order, on all ranks: after an error NCCL would wait for operations that never come."""
+    """For a run that ends in order, on all ranks: after an error NCCL would wait for operations that never come.
+
+    What still refers to the group keeps Gloo's threads alive, and a process that exits with them is now and then aborted
+    by C++ (pytorch/pytorch#190489). So the model has to go first. Under FSDP, torch's own caches hold on to the group.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -106,8 +106,8 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step. Exits with 128 + signal after SIGINT or SIGTERM, once the step is done and saved."""
         config = self.config
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop_after_step)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: signal.signal(number, self.stop_after_step) for number in numbers}
         self.model.train()
         log = MetricsLog(config, self.step) if self.world.is_main else None
         bar = tqdm(total=self.total_steps, initial=self.step, disable=log is None, dynamic_ncols=True, unit="step")
@@ -138,6 +138,8 @@ class Trainer:
                     raise SystemExit(128 + stop)
         if log:
             log.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # ours would keep this trainer, and with it the model, alive
 
     def stop_after_step(self, number: int, frame: object) -> None:
         """Signal handler: finish the step, save and exit; a second signal leaves at once."""

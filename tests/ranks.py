@@ -126,6 +126,7 @@ def main() -> None:
                 take_over(Path(run["continues"]), Path(config.output_dir))
             dist.barrier()
             train_sft.train(config, world)
+    gc.unfreeze()  # or leave_world could not collect what the runs have left
     parallel.leave_world()
 
 

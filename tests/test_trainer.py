@@ -415,3 +415,12 @@ def test_a_configuration_is_not_changed_by_training(tmp_path: Path) -> None:
     before = replace(trainer.config)
     trainer.train()
     assert trainer.config == before
+
+
+def test_a_finished_trainer_is_let_go(tmp_path: Path) -> None:
+    """Its signal handlers go with it: left behind they would keep the model, and a rank's process group, alive."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    assert [signal.getsignal(number) for number in numbers] == before
