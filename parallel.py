@@ -80,8 +80,8 @@ def join_world(device: str) -> World:
 def leave_world() -> None:
     """For a run that ends in order, on all ranks: after an error NCCL would wait for operations that never come.
 
-    What still refers to the group keeps Gloo's threads alive, and a process that exits with them is now and then aborted
-    by C++ (pytorch/pytorch#190489). So the model has to go first. Under FSDP, torch's own caches hold on to the group.
+    What still refers to the group keeps Gloo's threads alive, and now and then C++ aborts a process that exits with
+    them (pytorch/pytorch#190489). So the model has to go first. Under FSDP, torch's own caches hold on to the group.
     """
     if dist.is_initialized():
         gc.collect()
