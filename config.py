@@ -106,7 +106,8 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     # Base of the rotary frequencies.
     rope_theta: float = 10_000.0
-    # YaRN; None: plain RoPE. It extends a context that was already trained, so no run from scratch needs it.
+    # YaRN; None: plain RoPE. It extends a context that was already trained, so no run from scratch needs it. On the
+    # command line any of its fields turns it on: --model.rope-scaling.factor 4.
     rope_scaling: RopeScaling | None = None
     # Added to the variance in RMSNorm.
     rms_norm_eps: float = 1e-6

@@ -13,13 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from config import FIXED_FIELDS, PRESETS, TrainConfig, UserError, check, one_line_errors
+from config import FIXED_FIELDS, PRESETS, RopeScaling, TrainConfig, UserError, check, one_line_errors
 
 if TYPE_CHECKING:
     from model import DeepSeekV2
@@ -49,7 +49,13 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
 
         preset = "mini" if torch.cuda.is_available() else "tiny"
         print(f"preset {preset}: there is {'a' if preset == 'mini' else 'no'} CUDA device")
-    config = parse_flags(TrainConfig, flags, f"train_sft.py {preset}", __doc__, default=PRESETS[preset])
+    default = PRESETS[preset]
+    if any(
+        flag.replace("_", "-").startswith("--model.rope-scaling.") for flag in flags
+    ):  # one of its fields turns it on
+        yarn = default.model.rope_scaling or RopeScaling()
+        default = replace(default, model=replace(default.model, rope_scaling=yarn))
+    config = parse_flags(TrainConfig, flags, f"train_sft.py {preset}", __doc__, default=default)
     config.output_dir = config.output_dir or f"runs/{preset}"
     return config
 

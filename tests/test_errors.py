@@ -11,8 +11,9 @@ from typing import Any
 import datasets
 import pytest
 
+import train_sft
 from checkpoint import save_pretrained
-from config import PRESETS, ModelConfig, TrainConfig, UserError, one_line_errors
+from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError, one_line_errors
 from plot import plot_runs
 from small_models import small_model
 from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl
@@ -257,3 +258,13 @@ def test_the_cache_of_a_full_disk(data: Path, tmp_path: Path, refused: Callable[
 
         patch.setattr(datasets.Dataset, "map", full)
         assert refused() == "[Errno 28] No space left on device: 'cache.arrow'"
+
+
+def test_yarn_is_turned_on_by_any_of_its_flags() -> None:
+    parse = train_sft.parse_arguments
+    assert parse(["mini", "--model.rope-scaling.factor", "4"]).model.rope_scaling == RopeScaling(factor=4.0)
+    changed = parse(["v2_lite", "--model.rope_scaling.factor", "8"]).model.rope_scaling
+    assert changed == RopeScaling(factor=8.0, mscale=0.707, mscale_all_dim=0.707)
+    assert parse(["mini"]).model.rope_scaling is None
+    with pytest.raises(UserError, match="rope-scaling"):
+        parse(["mini", "--model.rope-scaling.factr", "4"])
