@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 import lora
-from config import POSITIVE_MODEL_FIELDS, ModelConfig, RopeScaling, UserError, check
+from config import ModelConfig, RopeScaling, UserError, check
 from model import DeepSeekV2
 from tokenizer import Tokenizer
 
@@ -140,7 +140,8 @@ SUPPORTED = {
     "scoring_func": "softmax",
 }
 # The shape has to be told: DeepSeek's defaults differ from ours.
-REQUIRED = set(POSITIVE_MODEL_FIELDS) - {"n_group", "topk_group", "rope_theta", "rms_norm_eps", "initializer_range"}
+SIZES = {field.name for field in fields(ModelConfig) if type(field.default) is int}
+REQUIRED = SIZES - {"first_k_dense_replace", "n_group", "topk_group"}
 
 
 def load_config(directory: str | Path) -> ModelConfig:

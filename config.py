@@ -8,9 +8,9 @@ The model's fields have the names of DeepSeek-V2's `config.json` on Hugging Face
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 class UserError(ValueError):
@@ -118,10 +118,11 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Refuse a shape that cannot be built. Raises UserError."""
-        require_positive(self, POSITIVE_MODEL_FIELDS, "model.")
+        balance = ("aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha")
+        check_numbers(self, ("first_k_dense_replace", *balance), "model.")
+        if self.rope_scaling is not None:
+            check_numbers(self.rope_scaling, ("mscale", "mscale_all_dim"), "model.rope_scaling.")
         chosen, routed, groups = self.num_experts_per_tok, self.n_routed_experts, self.n_group
-        check(self.q_lora_rank is None or self.q_lora_rank > 0, "model.q_lora_rank must be positive or None")
-        check(self.first_k_dense_replace >= 0, "model.first_k_dense_replace must not be negative")
         check(self.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim must be even: RoPE rotates pairs")
         check(chosen <= routed, f"model.num_experts_per_tok is {chosen}, but there are {routed} routed experts")
         check(routed % groups == 0, f"model.n_group ({groups}) must divide model.n_routed_experts ({routed})")
@@ -136,10 +137,9 @@ class ModelConfig:
 
 
 @dataclass
-class TrainConfig:
-    """One run of supervised fine-tuning."""
+class DataConfig:
+    """What is learned from."""
 
-    # --- Data ---
     # A Hub name, a local dataset directory, a .jsonl/.json/.parquet file, `chitchat` or `chatterbot`.
     dataset: str = "HuggingFaceH4/ultrachat_200k"
     # Split to train on.
@@ -157,13 +157,21 @@ class TrainConfig:
     # Processes that tokenise.
     num_proc: int = 2
 
-    # --- Tokenizer ---
+
+@dataclass
+class TokenizerConfig:
+    """How conversations become tokens."""
+
     # `cl100k_base`, or a directory with a tokenizer.json. With init_from, that directory's own is taken.
     tokenizer: str = "cl100k_base"
     # Chat template: chatml, llama3 or deepseek (tables in tokenizer.py); None: the tokenizer's own, else chatml.
     chat_template: str | None = None
 
-    # --- Batch and length of the run ---
+
+@dataclass
+class BatchConfig:
+    """How many rows a step takes, and how many steps a run."""
+
     # Rows a micro-batch and process: as many as memory holds.
     batch_size: int = 4
     # Micro-batches a step: global batch = batch_size * gradient_accumulation_steps * processes.
@@ -173,8 +181,14 @@ class TrainConfig:
     # Optimizer steps; 0: as many as num_train_epochs takes.
     max_steps: int = 0
 
-    # --- Optimizer ---
-    # Peak learning rate.
+
+@dataclass
+class OptimizerConfig:
+    """How the weights move."""
+
+    # adamw, or muon for the blocks' matrices (adamw stays for the rest): it learns faster from scratch.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    # Peak learning rate, of both.
     learning_rate: float = 2e-5
     # The rate that the cosine ends at.
     min_learning_rate: float = 2e-6
@@ -189,7 +203,11 @@ class TrainConfig:
     # Gradients with a larger norm are scaled down to it.
     max_grad_norm: float = 1.0
 
-    # --- Precision, device, speed ---
+
+@dataclass
+class ComputeConfig:
+    """Where and how it is computed."""
+
     # bfloat16: matrix products in bf16 (autocast); weights and optimizer stay fp32.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # cuda, cpu, ...; "auto": CUDA where there is one.
@@ -203,7 +221,11 @@ class TrainConfig:
     # Engine under torchrun: ddp keeps a copy of everything per process, fsdp shards it.
     parallel: Literal["ddp", "fsdp"] = "ddp"
 
-    # --- Start, save, resume ---
+
+@dataclass
+class CheckpointConfig:
+    """Where a run begins, and what it leaves."""
+
     # Start from a checkpoint directory in Hugging Face layout (or a run directory, meaning its newest checkpoint).
     init_from: str | None = None
     # Where the run is written; "": runs/<preset>.
@@ -215,7 +237,11 @@ class TrainConfig:
     # Checkpoints kept; older ones go once a new one stands.
     save_total_limit: int = 2
 
-    # --- LoRA (lora.py) ---
+
+@dataclass
+class LoraConfig:
+    """Adapters instead of all weights (lora.py)."""
+
     # Rank of the adapters; 0: full fine-tuning.
     lora_rank: int = 0
     # The adapters' output is scaled by alpha / rank.
@@ -235,7 +261,11 @@ class TrainConfig:
         "down_proj",
     )
 
-    # --- Watching ---
+
+@dataclass
+class WatchConfig:
+    """How to see what goes on."""
+
     # Steps between evaluations; 0: none.
     eval_steps: int = 250
     # Rows of the held-out split used at an evaluation; 0: all. The last evaluation always takes all.
@@ -249,17 +279,44 @@ class TrainConfig:
     # Show Python's traceback with an error.
     debug: bool = False
 
+
+# The groups that --help shows.
+GROUPS = (
+    DataConfig,
+    TokenizerConfig,
+    BatchConfig,
+    OptimizerConfig,
+    ComputeConfig,
+    CheckpointConfig,
+    LoraConfig,
+    WatchConfig,
+)
+
+
+@dataclass
+class TrainConfig(
+    WatchConfig,
+    LoraConfig,
+    CheckpointConfig,
+    ComputeConfig,
+    OptimizerConfig,
+    BatchConfig,
+    TokenizerConfig,
+    DataConfig,
+):
+    """One run of supervised fine-tuning: the fields of all groups above, and the model's."""
+
     # The model's shape, for runs that start from scratch.
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def validate(self) -> None:
         """Refuse values that no run can have. Raises UserError."""
         self.model.validate()
-        require_positive(self, POSITIVE_FIELDS)
-        for name in NOT_NEGATIVE_FIELDS:
-            check(0 <= getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
-            check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        below_one = ("adam_beta1", "adam_beta2", "lora_dropout")
+        switches = ("max_steps", "warmup_steps", "save_steps", "eval_steps", "eval_max_rows", "lora_rank")
+        check_numbers(self, (*below_one, *switches, "min_learning_rate", "weight_decay", "lora_alpha", "seed"))
+        for name in below_one:
+            check(getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be below 1")
         widths = self.model.hidden_size % 8 == 0 and self.model.moe_intermediate_size % 8 == 0
         check(
             self.dtype == "float32" or widths,
@@ -276,60 +333,51 @@ class TrainConfig:
         )
 
 
-POSITIVE_MODEL_FIELDS = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"),
-    *("qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size", "n_routed_experts"),
-    *("n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings", "rope_theta"),
-    *("rms_norm_eps", "initializer_range"),
-)
-POSITIVE_FIELDS = (
-    *("max_seq_len", "batch_size", "gradient_accumulation_steps", "num_train_epochs", "learning_rate", "max_grad_norm"),
-    *("save_total_limit", "logging_steps", "num_proc"),
-)
-NOT_NEGATIVE_FIELDS = (
-    *("max_steps", "min_learning_rate", "warmup_steps", "weight_decay", "save_steps", "eval_steps", "lora_rank"),
-    *("lora_alpha", "eval_max_rows", "seed"),
-)
-
-
 def check(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
 
-def require_positive(config: object, names: tuple[str, ...], prefix: str = "") -> None:
-    for name in names:
-        check(0 < getattr(config, name) < math.inf, f"{prefix}{name} is {getattr(config, name)}; it must be positive")
+def check_numbers(config: Any, may_be_zero: Collection[str], prefix: str = "") -> None:
+    """Every number is finite and positive, or zero where that has a meaning."""
+    for name, value in vars(config).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if name in may_be_zero:
+                check(0 <= value < math.inf, f"{prefix}{name} is {value}; it must not be negative")
+            else:
+                check(0 < value < math.inf, f"{prefix}{name} is {value}; it must be positive")
 
 
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.
 FIXED_FIELDS = (
     *("model", "tokenizer", "chat_template", "dataset", "train_split", "max_seq_len", "packing", "shuffle"),
-    *("skip_bad_rows", "seed", "init_from", "lora_rank", "lora_alpha", "lora_target_modules"),
+    *("skip_bad_rows", "seed", "optimizer", "init_from", "lora_rank", "lora_alpha", "lora_target_modules"),
 )
 
 
 # One GPU: the shape this project began with.
 MINI = TrainConfig()
 
-# Any CPU, no network, under five minutes: the same parts, 6 million parameters, a vocabulary of 8,192 entries.
+# Any CPU, no network, under five minutes: the same parts, but two layers and a vocabulary of 8,192 entries. How it came
+# to this shape, rate and optimizer: benchmarks/README.md.
 TINY = TrainConfig(
     dataset="chitchat",
     train_split="train",
     eval_split="test",
     max_seq_len=512,
-    batch_size=8,
+    batch_size=4,
     gradient_accumulation_steps=1,
-    max_steps=300,
-    learning_rate=3e-3,
+    max_steps=1000,
+    optimizer="muon",
+    learning_rate=4e-3,
     min_learning_rate=3e-5,
     warmup_steps=15,
-    eval_steps=100,
-    save_steps=100,
+    eval_steps=200,
+    save_steps=200,
     model=ModelConfig(
         vocab_size=8192,
-        hidden_size=192,
-        num_hidden_layers=4,
+        hidden_size=256,
+        num_hidden_layers=2,
         num_attention_heads=4,
         kv_lora_rank=64,
         qk_nope_head_dim=32,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from config import TrainConfig, UserError, check
-from model import Experts
+from model import Experts, Linear, Product, linear
 
 # ---------------------------------------------------------------- layers with adapters
 
@@ -47,13 +47,14 @@ class LoRALinear(nn.Linear):
         self.scaling, self.dropout, self.training = scaling, dropout, base.training
 
     def forward(self, x: Tensor) -> Tensor:
-        base = F.linear(x, self.weight)
+        base = linear(x, self.weight)
         adapted = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
         return base + (F.linear(adapted, self.lora_B) * self.scaling).to(base.dtype)
 
     def merge(self) -> nn.Linear:
         """The plain layer that does the same."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        with torch.device("meta"):
+            plain = Linear(self.in_features, self.out_features)
         plain.weight = self.weight
         merge_adapter_(plain.weight, self.lora_A, self.lora_B, self.scaling)
         return plain.train(self.training)
@@ -76,14 +77,14 @@ class LoRAExperts(Experts):
     def adapter(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
 
-    def project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        output = super().project(name, x, ends)
+    def project(self, name: str, x: Tensor, product: Product) -> Tensor:
+        output = super().project(name, x, product)
         if name not in self.adapted:
             return output
         a, b = self.adapter(name)
         padding = -a.shape[1] % 8  # grouped_mm wants rows of whole 16 bytes, so the rank grows by zeros
         a, b = F.pad(a, (0, 0, 0, padding)).to(x.dtype), F.pad(b, (0, padding)).to(x.dtype)
-        return output + F.grouped_mm(F.grouped_mm(x, a.mT, offs=ends), b.mT, offs=ends) * self.scaling
+        return output + product(product(x, a), b) * self.scaling
 
     def merge(self) -> Experts:
         """The plain experts that do the same."""

@@ -11,7 +11,7 @@ Modules are named as in the checkpoints on Hugging Face, so that `state_dict()` 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig, UserError
+
+# On CPU: what numbers of rows are rounded up to in training, and how many rows are few in generation.
+RUN, FEW = 64, 32
 
 
 class Documents(NamedTuple):
@@ -52,6 +55,29 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products take: autocast's where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, in), weight (out, in) -> (N, out).
+
+    In generation on CPU memory sets the pace, and MKL reads a matrix for a handful of rows on one thread. Two halves of
+    it are read on two.
+    """
+    few = x.is_cpu and len(x) <= FEW and len(weight) % 2 == 0
+    if not (few and torch.is_inference_mode_enabled()):
+        return F.linear(x, weight)
+    halves = torch.bmm(weight.view(2, -1, weight.shape[1]), x.T.expand(2, -1, -1))  # (2, out / 2, N)
+    return halves.permute(2, 0, 1).flatten(1)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -106,8 +132,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 # ---------------------------------------------------------------- multi-head latent attention (section 2.1)
 
 
-# On CPU: query rows at a time, the longest document that plain products take, and what lengths are rounded up to.
-QUERIES, LONGEST_PLAIN, RUN = 256, 1024, 64
+# On CPU: query rows at a time, the longest document that plain products take.
+QUERIES, LONGEST_PLAIN = 256, 1024
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
@@ -158,8 +184,9 @@ class LayerCache(NamedTuple):
     latents: Tensor  # (B, S, kv_lora_rank + qk_rope_head_dim), preallocated
     w_uk: Tensor  # (H, qk_nope_head_dim, kv_lora_rank) up-projection of keys
     w_uv: Tensor  # (H, kv_lora_rank, v_head_dim) up-projection of values
+    rows: Tensor  # (B, 1) 0, 1, 2 ...
     positions: Tensor  # (B, T) of the tokens at hand
-    end: int  # 1 + the largest position
+    future: Tensor  # (B, T, S) true where a token at hand must not look; S is 1 + the largest position
 
 
 class Attention(nn.Module):
@@ -171,15 +198,15 @@ class Attention(nn.Module):
         heads, rank = config.num_attention_heads, config.kv_lora_rank
         self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, heads * self.qk_head_dim, bias=False)
+            self.q_proj = Linear(config.hidden_size, heads * self.qk_head_dim)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, rank + config.qk_rope_head_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * self.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(rank)  # the latents' norms keep 1e-6 whatever rms_norm_eps is, as DeepSeek's do
-        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+        self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
         self.scale = self.qk_head_dim**-0.5
         if config.rope_scaling is not None:
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
@@ -222,17 +249,16 @@ class Attention(nn.Module):
         q . (W_uk c) = (W_uk^T q) . c, so queries move into the latent space, and all heads share one key per token.
         """
         (batch, length), heads, rank = cache.positions.shape, q_nope.shape[1], self.config.kv_lora_rank
-        rows = torch.arange(batch, device=latent.device)[:, None]
         entries = torch.cat((latent, k_pe), dim=-1).to(cache.latents.dtype)
-        cache.latents[rows, cache.positions] = entries.view(batch, length, -1)
-        keys = cache.latents[:, : cache.end].to(q_pe.dtype)  # (B, S, rank + rope)
-        q_latent = torch.einsum("nhd,hdr->nhr", q_nope, cache.w_uk.to(q_nope.dtype))
+        cache.latents[cache.rows, cache.positions] = entries.view(batch, length, -1)
+        keys = cache.latents[:, : cache.future.shape[-1]].to(q_pe.dtype)  # (B, S, rank + rope)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), cache.w_uk.to(q_nope.dtype)).transpose(0, 1)  # (B T, H, rank)
         q = torch.cat((q_latent, q_pe), dim=-1).view(batch, length * heads, -1)
-        scores = (q @ keys.mT).float().view(batch, length, heads, cache.end) * self.scale
-        future = torch.arange(cache.end, device=q.device) > cache.positions[..., None]  # (B, T, S)
-        weights = scores.masked_fill(future[:, :, None], -torch.inf).softmax(dim=-1).to(keys.dtype)
+        scores = (q @ keys.mT).float().mul_(self.scale).view(batch, length, heads, -1)
+        weights = scores.masked_fill_(cache.future[:, :, None], -torch.inf).softmax(dim=-1).to(keys.dtype)
         context = weights.view(batch, length * heads, -1) @ keys[..., :rank]  # (B, T H, rank)
-        return torch.einsum("nhr,hrv->nhv", context.view(-1, heads, rank), cache.w_uv.to(keys.dtype))
+        context = context.view(-1, heads, rank).transpose(0, 1)
+        return torch.bmm(context, cache.w_uv.to(keys.dtype)).transpose(0, 1)
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """W_uk (H, qk_nope_head_dim, rank) and W_uv (H, rank, v_head_dim), read off the module's action on the unit
@@ -252,9 +278,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, intermediate_size)
+        self.up_proj = Linear(config.hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -286,13 +312,13 @@ class Router(nn.Module):
         return scores, weights * config.routed_scaling_factor, experts
 
 
+# Rows of tokens and the experts' stacked matrices (E, out, in) -> each row times its own expert's matrix.
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
 class Experts(nn.Module):
     """The routed experts' SwiGLU networks, stacked: one grouped matrix product serves them all, without a loop and
-    without the host having to know how many tokens each expert gets.
-
-    On CPU every expert's run of rows is filled up with zeros to a multiple of RUN, because oneDNN generates code for
-    each new shape of matrix, which takes longer than the product itself.
-    """
+    without the host having to know how many tokens each expert gets."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -300,26 +326,51 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
-        """x (N, hidden_size), weights and experts (N, K), counts (E,) tokens per expert -> (N, hidden_size)."""
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """x (N, hidden_size), weights and experts (N, K) -> (N, hidden_size)."""
         x, chosen = x.to(compute_dtype(x)), experts.shape[1]
-        run = RUN if x.device.type == "cpu" else 1
-        runs = (counts / run).ceil() * run  # (E,) rows of each expert
-        ends = runs.cumsum(0).to(torch.int32)
-        rows = int(ends[-1]) if run > 1 else experts.numel()
-        # a token's row in an expert's run: as many as earlier tokens have chosen it
-        order = experts.flatten().argsort(stable=True)
-        first = (ends - runs - (counts.cumsum(0) - counts)).long()[experts.flatten()[order]]
-        places = torch.empty_like(order).index_copy(0, order, first + torch.arange(len(order), device=x.device))
-        routed = x.new_zeros(rows, x.shape[1]).index_copy(0, places, x.repeat_interleave(chosen, dim=0))
-        scales = x.new_zeros(rows).index_copy(0, places, weights.flatten().to(x.dtype))
-        gate, up = self.project("gate_up_proj", routed, ends).chunk(2, dim=-1)
-        output = self.project("down_proj", F.silu(gate) * up * scales[:, None], ends)
-        return output.index_select(0, places).view(-1, chosen, x.shape[1]).sum(dim=1)
+        rows = x.repeat_interleave(chosen, dim=0)  # (N K, hidden_size)
+        scales = weights.flatten().to(x.dtype)
+        if x.is_cpu and len(rows) <= FEW and torch.is_inference_mode_enabled():
+            output = self.swiglu(rows, scales, row_product(experts.flatten().tolist()))
+        else:
+            places, ends = sort_by_expert(experts.flatten(), len(self.down_proj), RUN if x.is_cpu else 1)
+            total = int(ends[-1]) if x.is_cpu else len(rows)
+            sorted_rows = rows.new_zeros(total, rows.shape[1]).index_copy(0, places, rows)
+            sorted_scales = scales.new_zeros(total).index_copy(0, places, scales)
+            output = self.swiglu(sorted_rows, sorted_scales, grouped_product(ends)).index_select(0, places)
+        return output.view(-1, chosen, rows.shape[1]).sum(dim=1)
 
-    def project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        """Each expert's matrix times its own run of rows in x (N K, in) -> (N K, out)."""
-        return F.grouped_mm(x, getattr(self, name).to(x.dtype).mT, offs=ends)
+    def swiglu(self, x: Tensor, scales: Tensor, product: Product) -> Tensor:
+        gate, up = self.project("gate_up_proj", x, product).chunk(2, dim=-1)
+        return self.project("down_proj", F.silu(gate) * up * scales[:, None], product)
+
+    def project(self, name: str, x: Tensor, product: Product) -> Tensor:
+        return product(x, getattr(self, name).to(x.dtype))
+
+
+def sort_by_expert(experts: Tensor, num_experts: int, run: int) -> tuple[Tensor, Tensor]:
+    """experts (R,) of each row -> the place of each row (R,), and where each expert's run of rows ends (E,).
+
+    Runs are filled up to multiples of `run`: on CPU oneDNN generates code for each new shape of matrix, which takes
+    longer than the product itself.
+    """
+    counts = experts.new_zeros(num_experts).index_add(0, experts, torch.ones_like(experts))
+    runs = (counts + run - 1) // run * run
+    ends = runs.cumsum(0)
+    order = experts.argsort(stable=True)  # a row's place in its run: as many as earlier rows go to its expert
+    first = (ends - runs - (counts.cumsum(0) - counts))[experts[order]]
+    places = torch.empty_like(order).index_copy(0, order, first + torch.arange(len(order), device=order.device))
+    return places, ends.to(torch.int32)
+
+
+def grouped_product(ends: Tensor) -> Product:
+    return lambda x, matrices: F.grouped_mm(x, matrices.mT, offs=ends)
+
+
+def row_product(experts: list[int]) -> Product:
+    """For a handful of rows in generation on CPU, where the grouped product visits all experts."""
+    return lambda x, matrices: torch.cat([linear(row, matrices[e]) for row, e in zip(x.split(1), experts, strict=True)])
 
 
 class MoE(nn.Module):
@@ -332,14 +383,14 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = MLP(config, config.n_shared_experts * config.moe_intermediate_size)
 
-    def forward(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Routing]:
-        """x (N, hidden_size) -> the same shape. Balance losses are computed where documents are given."""
+    def forward(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Routing | None]:
+        """x (N, hidden_size) -> the same shape, and what the router did, where documents are given."""
         scores, weights, experts = self.gate(x)
+        output = self.shared_experts(x) + self.experts(x, weights, experts)
+        if documents is None:
+            return output, None
         chosen = torch.zeros_like(scores).scatter(1, experts, 1.0)  # (N, E), 1 where the token goes to the expert
-        counts = chosen.sum(dim=0)
-        output = self.shared_experts(x) + self.experts(x, weights, experts, counts)
-        loss = balance_loss(self.config, scores, chosen, documents) if documents is not None else counts.new_zeros(())
-        return output, Routing(counts, loss)
+        return output, Routing(chosen.sum(dim=0), balance_loss(self.config, scores, chosen, documents))
 
 
 def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents: Documents) -> Tensor:
@@ -500,7 +551,7 @@ class DeepSeekV2(nn.Module):
         self.config = config
         self.model = Decoder(config)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
         with torch.no_grad():
             for parameter, (_, value) in zip(self.parameters(), self.initial_weights(), strict=True):
                 parameter.copy_(value)
@@ -511,8 +562,8 @@ class DeepSeekV2(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., hidden_size) -> (..., V)"""
-        return F.linear(hidden, self.output_weight)
+        """(N, hidden_size) -> (N, V)"""
+        return linear(hidden, self.output_weight)
 
     def initial_weights(self, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
         """A value for each parameter, one at a time: matrices normal with one deviation, norms one (section 3.1.2)."""
@@ -565,7 +616,7 @@ class DeepSeekV2(nn.Module):
             else loss_sum.new_zeros(0, self.config.n_routed_experts),
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         prompts: list[list[int]],
@@ -604,7 +655,7 @@ class DeepSeekV2(nn.Module):
             stopped |= torch.isin(tokens, stops)
             if stopped.all() or step == max_new_tokens - 1:
                 return
-            logits = cache.step(tokens[:, None], (lengths + step)[:, None], longest + step + 1)[:, -1]
+            logits = cache.step(tokens, lengths + step, longest + step + 1)
 
 
 def find_documents(sequence_ids: Tensor, real: Tensor) -> Documents:
@@ -648,12 +699,14 @@ class LatentCache:
         return last
 
     def step(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
-        """tokens, positions (B, T), end: 1 + the largest position -> logits (B, T, V)."""
-        return self.model.logits(self.hidden(tokens, positions, end)).float()
+        """tokens, positions (B,), end: 1 + the largest position -> logits (B, V)."""
+        return self.model.logits(self.hidden(tokens[:, None], positions[:, None], end)[:, 0]).float()
 
     def hidden(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        future = torch.arange(end, device=tokens.device) > positions[..., None]
         layers = zip(self.latents, self.up_projections, strict=True)
-        contexts = [LayerCache(latents, *up, positions, end) for latents, up in layers]
+        contexts = [LayerCache(latents, *up, rows, positions, future) for latents, up in layers]
         hidden, _ = self.model.model(tokens.flatten(), positions.flatten(), contexts)
         return hidden.view(*tokens.shape, -1)
 

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from config import UserError
 
 Value = TypeVar("Value")
+Optimizers = list[torch.optim.Optimizer]
 
 # torchrun notices a rank that has died and stops the others. This is for one that lives and does not answer, and has to
 # be longer than what the first rank does alone: tokenise the data, write a checkpoint.
@@ -179,17 +180,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def gather_state(model: nn.Module, optimizers: Optimizers) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trained parameters and optimizer state, whole and by name, whatever the engine. Empty on all ranks but the first,
     under any engine; every rank has to call it."""
-    return get_model_state_dict(model, options=FULL_STATE), get_optimizer_state_dict(
-        model, optimizer, options=FULL_STATE
-    )
+    weights = get_model_state_dict(model, options=FULL_STATE)
+    return weights, get_optimizer_state_dict(model, optimizers, options=FULL_STATE)
 
 
-def scatter_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of gather_state for the optimizer; only the first rank's `state` is used."""
+def scatter_optimizer_state(model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
+    """The inverse of gather_state for the optimizers; only the first rank's `state` is used."""
     options = StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), ignore_frozen_params=True
     )
-    set_optimizer_state_dict(model, optimizer, state, options=options)
+    set_optimizer_state_dict(model, optimizers, state, options=options)

@@ -7,19 +7,27 @@ Without a preset: mini where there is CUDA, else tiny. All fields, their default
 """
 
 import contextlib
-import difflib
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from config import FIXED_FIELDS, PRESETS, RopeScaling, TrainConfig, UserError, check, one_line_errors
+from config import (
+    FIXED_FIELDS,
+    GROUPS,
+    PRESETS,
+    ModelConfig,
+    RopeScaling,
+    TrainConfig,
+    UserError,
+    check,
+    one_line_errors,
+)
 
 if TYPE_CHECKING:
     from model import DeepSeekV2
@@ -32,7 +40,7 @@ Config = TypeVar("Config")
 # into handing out small ones.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # On CPU, oneDNN generates code for each shape and keeps it. Packed batches hardly ever repeat one, so it would pile up.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
@@ -50,52 +58,46 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         preset = "mini" if torch.cuda.is_available() else "tiny"
         print(f"preset {preset}: there is {'a' if preset == 'mini' else 'no'} CUDA device")
     default = PRESETS[preset]
-    if any(
-        flag.replace("_", "-").startswith("--model.rope-scaling.") for flag in flags
-    ):  # one of its fields turns it on
+    if any(flag.replace("_", "-").startswith("--model.rope-scaling.") for flag in flags):  # any of them turns it on
         yarn = default.model.rope_scaling or RopeScaling()
         default = replace(default, model=replace(default.model, rope_scaling=yarn))
-    config = parse_flags(TrainConfig, flags, f"train_sft.py {preset}", __doc__, default=default)
+    parsed: Any = parse_flags(COMMAND_LINE, flags, f"train_sft.py {preset}", __doc__, default=in_groups(default))
+    groups = [vars(getattr(parsed, name)) for name in GROUP_NAMES]
+    config = TrainConfig(**{name: value for group in groups for name, value in group.items()}, model=parsed.model)
     config.output_dir = config.output_dir or f"runs/{preset}"
     return config
+
+
+# TrainConfig's fields in groups, as --help shows them; only the model's flags have their group's name before them.
+GROUP_NAMES = {group.__name__.removesuffix("Config").lower(): group for group in GROUPS}
+COMMAND_LINE = make_dataclass(
+    "CommandLine",
+    [(name, Annotated[group, tyro.conf.OmitArgPrefixes]) for name, group in GROUP_NAMES.items()]
+    + [("model", ModelConfig)],
+)
+
+
+def in_groups(config: TrainConfig) -> Any:
+    groups = {
+        name: group(**{field.name: getattr(config, field.name) for field in fields(group)})
+        for name, group in GROUP_NAMES.items()
+    }
+    return COMMAND_LINE(**groups, model=config.model)
 
 
 def parse_flags(kind: type[Config], flags: list[str], prog: str, description: str | None, **options: Any) -> Config:
     """A dataclass from the command line, through tyro, whose complaints become one line. Raises UserError."""
     messages = io.StringIO()
+    options |= {"prog": prog, "description": description, "config": (tyro.conf.AvoidSubcommands,)}
     try:
         with contextlib.redirect_stderr(messages):
-            config, unknown = tyro.cli(
-                kind,
-                args=flags,
-                return_unknown_args=True,
-                prog=prog,
-                description=description,
-                config=(tyro.conf.AvoidSubcommands,),
-                **options,
-            )
+            return tyro.cli(kind, args=flags, **options)
     except SystemExit as exit_:
-        if exit_.code:
-            raise UserError(unframe(messages.getvalue())) from None
-        raise
-    if unknown:
-        close = difflib.get_close_matches(unknown[0].replace("_", "-"), list(flag_names(kind)), n=1)
-        raise UserError(f"unknown argument {unknown[0]}{f'; did you mean {close[0]}?' if close else ''} (see --help)")
-    return config
-
-
-def flag_names(kind: Any, prefix: str = "--") -> Iterator[str]:
-    for field in fields(kind):
-        name = prefix + field.name.replace("_", "-")
-        yield name
-        if is_dataclass(field.default_factory):
-            yield from flag_names(field.default_factory, f"{name}.")
-
-
-def unframe(box: str) -> str:
-    """The message in the box that tyro draws around it, as one line."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    return " ".join(lines[: lines.index("")] if "" in lines else lines)
+        if not exit_.code:
+            raise
+        lines = [line.strip("│| ") for line in messages.getvalue().splitlines()[1:]]  # tyro draws a box around it
+        sections = " ".join(line if line.strip("─-+╰╯") else "\n" for line in lines).split("\n")
+        raise UserError("; ".join(section.strip() for section in sections if section.strip())) from None
 
 
 def check_changes(config: TrainConfig) -> None:

@@ -51,15 +51,27 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; decay pulls on matrices only, not on the norms' gains."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, whose decay pulls on matrices only, not on the norms' gains; with `optimizer` muon, Muon for the matrices
+    in the blocks (https://kellerjordan.github.io/posts/muon/), scaled so that AdamW's learning rates fit it. The
+    router, the embedding and the head are no such matrices: their rows stand for experts and words; and the experts'
+    are stacked, which Muon does not take."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_blocks = [n for n, p in trained.items() if ".layers." in n and p.dim() == 2 and ".gate." not in n]
+    blocks = [trained.pop(name) for name in (in_blocks if config.optimizer == "muon" else [])]
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, fused=True)
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        betas = (config.adam_beta1, config.adam_beta2)
+        optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=True))
+    if blocks:
+        muon = torch.optim.Muon(blocks, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
 
 
 class Trainer:
@@ -81,7 +93,7 @@ class Trainer:
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
         self.train_rows, self.held_out = train, held_out
         self.plain_model = cast(DeepSeekV2, getattr(model, "module", model))
-        self.optimizer = make_optimizer(model, config)
+        self.optimizers = make_optimizers(model, config)
         self.output_dir = Path(config.output_dir)
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
         if train.rows_per_epoch < self.rows_per_step:
@@ -217,14 +229,15 @@ class Trainer:
     def update_weights(self, loss_sum: float, grad_norm: float, rate: float) -> None:
         """Step, unless the numbers have gone bad: NaN and infinity never reach the weights."""
         if math.isfinite(loss_sum) and math.isfinite(grad_norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
             self.bad_steps = 0
         else:
             self.skipped_steps += 1
             self.bad_steps += 1
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         if self.bad_steps == MAX_BAD_STEPS:
             rows = range(self.rows_seen, self.rows_seen + self.rows_per_step)
             conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
@@ -288,7 +301,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; every rank takes part in gathering it, the first one writes."""
-        weights, optimizer_state = gather_state(self.model, self.optimizer)
+        weights, optimizer_state = gather_state(self.model, self.optimizers)
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"config": asdict(self.config), "optimizer": optimizer_state}
 
@@ -307,7 +320,7 @@ class Trainer:
     def resume(self, directory: Path) -> None:
         """Take over everything but the weights, which the model has already, from a checkpoint."""
         state = load_state(directory / STATE) if self.world.is_main else {"optimizer": {}}
-        scatter_optimizer_state(self.model, self.optimizer, state.pop("optimizer"))
+        scatter_optimizer_state(self.model, self.optimizers, state.pop("optimizer"))
         for name, value in from_first_rank(state, self.world).items():
             if name in COUNTERS:
                 setattr(self, name, value)

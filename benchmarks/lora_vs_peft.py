@@ -29,7 +29,7 @@ from config import TrainConfig, check, one_line_errors
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
 from dataset import load_dataset_split
 from tokenizer import Tokenizer
-from trainer import make_optimizer
+from trainer import make_optimizers
 
 FULL, LORA, PEFT = "full fine-tuning", "LoRA, this repository", "LoRA, PEFT + transformers"
 RANK, ALPHA = 8, 16.0
@@ -124,7 +124,7 @@ def evaluate(contender: Contender, batches: Batches) -> float:
 
 def training_step(contender: Contender) -> Callable[[Sequence[Conversation]], float]:
     """A function of conversations that trains on them and returns their mean loss."""
-    optimizer = make_optimizer(contender.model, TrainConfig())
+    (optimizer,) = make_optimizers(contender.model, TrainConfig())
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
 

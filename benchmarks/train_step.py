@@ -2,21 +2,21 @@
 
     python benchmarks/train_step.py [--dtype float32] [--rounds 12] [--trl-rounds 3] [--plot PATH] [--model.FIELD VALUE]
 
-All train on the same batches of 8 chitchat conversations and are charged for real tokens only, not for padding. We and
-the loop take turns on each batch; TRL runs in a process of its own. Memory is what a fresh process holds at most. The
+All train on the same batches of 8 chitchat conversations and are charged for real tokens only, not for padding. Each
+has a process of its own, whose most memory is counted; we and the loop take turns on each batch, TRL comes after. The
 limit is what the machine's largest matrix products would allow, with the head at target positions only.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import tyro
 from rivals import (  # first: sets the environment
     Batches,
+    Child,
     Step,
     autocast,
     benchmark_config,
@@ -73,31 +73,35 @@ def flops_per_token(config: ModelConfig, batches: Batches) -> float:
     return 6 * (body + (head * targets + attention) / tokens)
 
 
-def seconds(step: Step, conversations: Sequence[Conversation]) -> float:
-    began = time.perf_counter()
-    step(conversations)
-    return time.perf_counter() - began
-
-
 def rate(batches: Batches, times: Sequence[float]) -> float:
     """Real tokens per second, without the first batches: memory that a process has not touched yet is slow."""
     return sum(count_tokens(batch)[0] for batch in batches[WARM_UP:]) / sum(times[WARM_UP:])
 
 
-def measure_speed(contenders: Mapping[str, Callable[[], Step]], batches: Batches) -> dict[str, float]:
-    steps = {name: build() for name, build in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for batch in batches:
-        for name, step in steps.items():
-            times[name].append(seconds(step, batch))
-    return {name: rate(batches, taken) for name, taken in times.items()}
+in_this_process: list[Step] = []  # a child's step, which stays from batch to batch
 
 
-def measure_memory(build: Callable[[], Step], batches: Batches) -> float:
-    step = build()
-    for batch in batches:
-        step(batch)
-    return peak_memory()
+def start(build: Callable[[ModelConfig, str], Step], config: ModelConfig, dtype: str) -> None:
+    in_this_process.append(build(config, dtype))
+
+
+def seconds(conversations: Sequence[Conversation]) -> float:
+    began = time.perf_counter()
+    in_this_process[0](conversations)
+    return time.perf_counter() - began
+
+
+def take_turns(config: ModelConfig, dtype: str, batches: Batches) -> dict[str, Result]:
+    """We and the loop, each in a process of its own, one after the other on each batch."""
+    with Child() as ours, Child() as loops:
+        ours.run(start, our_loop, config, dtype)
+        loops.run(start, transformers_loop, config, dtype)
+        times = [(ours.run(seconds, batch), loops.run(seconds, batch)) for batch in batches]
+        our_times, loop_times = zip(*times, strict=True)
+        return {
+            US: Result(rate(batches, our_times), ours.run(peak_memory)),
+            LOOP: Result(rate(batches, loop_times), loops.run(peak_memory)),
+        }
 
 
 def measure_trl(config: ModelConfig, dtype: str, batches: Batches) -> Result:
@@ -155,9 +159,7 @@ def main() -> None:
     config, dtype = options.model, options.dtype
     batches = load_conversations(WARM_UP + options.rounds, config.vocab_size)
     peak = gemm_peak(dtype)
-    contenders = {US: partial(our_loop, config, dtype), LOOP: partial(transformers_loop, config, dtype)}
-    speeds = measure_speed(contenders, batches)
-    results = {name: Result(speeds[name], in_child(measure_memory, contenders[name], batches)) for name in contenders}
+    results = take_turns(config, dtype, batches)
     if options.trl_rounds:
         results[TRL] = in_child(measure_trl, config, dtype, batches[: WARM_UP + options.trl_rounds])
     peak = max(peak, gemm_peak(dtype))

@@ -74,7 +74,9 @@ class WatchedTrainer(trainer.Trainer):
         self.seen["parameters"] = local_bytes(self.model.parameters())
         self.seen["gradients"] = local_bytes(p.grad for p in trained)
         super().update_weights(loss_sum, grad_norm, rate)
-        self.seen["optimizer"] = local_bytes(x for state in self.optimizer.state.values() for x in state.values())
+        self.seen["optimizer"] = local_bytes(
+            x for optimizer in self.optimizers for state in optimizer.state.values() for x in state.values()
+        )
 
     def train(self) -> None:
         super().train()

@@ -53,6 +53,8 @@ def write_jsonl(path: Path, rows: list[list[dict[str, str]]]) -> Path:
 
 
 SETTINGS = {
+    "optimizer": "adamw",
+    "learning-rate": 3e-3,
     "max-seq-len": 96,
     "batch-size": 2,
     "max-steps": 12,

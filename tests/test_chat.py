@@ -247,7 +247,7 @@ def test_an_answer_ends_with_the_context(
         (["RUN", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["RUN", "--seed", str(2**70)], "it must be below 2**63"),
         (["RUN", "--device", "abacus"], "there is no device 'abacus' here"),
-        (["RUN", "--promt", "x"], "unknown argument --promt; did you mean --prompt?"),
+        (["RUN", "--promt", "x"], "Unrecognized options: --promt, x; Perhaps you meant: --prompt {None}|STR"),
         (["RUN", "--top-k", "few"], "--top-k"),
         ([], "CHECKPOINT"),
     ],

@@ -56,10 +56,10 @@ def error_of(code: int, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max-seq-leng", "4"], "unknown argument --max-seq-leng; did you mean --max-seq-len? (see --help)"),
-        (["--batchsize=4"], "unknown argument --batchsize=4; did you mean --batch-size?"),
-        (["--model.hidden-sizes", "4"], "unknown argument --model.hidden-sizes; did you mean --model.hidden-size?"),
-        (["--qqq"], "unknown argument --qqq (see --help)"),
+        (["--max-seq-leng", "4"], "Unrecognized options: --max-seq-leng, 4; Perhaps you meant: --max-seq-len INT"),
+        (["--batchsize=4"], "Unrecognized options: --batchsize=4; Perhaps you meant: --batch-size INT"),
+        (["--model.hidden-sizes", "4"], "--model.hidden-sizes, 4; Perhaps you meant: --model.hidden-size INT"),
+        (["--qqq"], "Unrecognized options: --qqq; For full helptext, run train_sft.py tiny --help"),
         (["--batch-size", "many"], "--batch-size: invalid literal for int() with base 10: 'many'"),
         (["--batch-size"], "Missing value for argument '--batch-size'"),
         (["--dtype", "float16"], "invalid choice 'float16' for argument '--dtype'"),
@@ -79,7 +79,7 @@ def test_hyphens_and_underscores_both_work(data: Path, tmp_path: Path) -> None:
 def test_an_unknown_preset_and_one_too_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = error_of(train_here(["huge", "--max-steps", "1"], tmp_path), capsys)
     assert error == "unknown preset 'huge'; choose one of tiny, mini, v2_lite"
-    assert "unknown argument mini" in error_of(train_here(["tiny", "mini"], tmp_path), capsys)
+    assert "Unrecognized options: mini" in error_of(train_here(["tiny", "mini"], tmp_path), capsys)
 
 
 def test_debug_shows_the_traceback(data: Path, tmp_path: Path) -> None:
@@ -117,6 +117,7 @@ finally:
     for default in (f"(default: {config.max_seq_len})", f"(default: {config.learning_rate})", "(default: chitchat)"):
         assert default in words or (preset and "chitchat" in default)
     assert "forgets a spike sooner" in words  # the reasons, too
+    assert words.index("data options") < words.index("--dataset") < words.index("model options")
 
 
 # ---------------------------------------------------------------- values

@@ -19,7 +19,7 @@ import lora
 from config import TrainConfig, UserError
 from model import DeepSeekV2, Experts
 from small_models import relative_difference, small_config, small_model, transformers_model
-from trainer import make_optimizer
+from trainer import make_optimizers
 
 DEFAULT = TrainConfig.lora_target_modules
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -94,7 +94,7 @@ def test_new_adapters_change_nothing(case: tuple[tuple[str, ...], int, dict[str,
 
 def test_default_targets_are_all_linear_layers_but_no_routed_expert() -> None:
     model = small_model(**COMPRESSED)
-    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
     lora.add_lora(model, 4, 8.0, 0.0, DEFAULT)
     assert {name for name, module in model.named_modules() if isinstance(module, lora.LoRALinear)} == linear
     assert {name.rpartition(".")[0] for name in lora.adapters(model)} == linear
@@ -315,7 +315,7 @@ def test_adapters_take_part_in_generation() -> None:
 def test_only_adapters_get_gradients_and_optimizer_state() -> None:
     model = adapted_model((*DEFAULT, *EXPERTS))
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in lora.adapters(model)}
-    optimizer = make_optimizer(model, TrainConfig())
+    (optimizer,) = make_optimizers(model, TrainConfig())
     model(tokens(), labels=tokens()).loss_sum.backward()
     optimizer.step()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -396,7 +396,7 @@ def test_losses_stay_pefts_for_fifty_steps(targets: tuple[str, ...], tmp_path: P
     lora.add_lora(model, 8, 16.0, 0.0, targets)
     lora.save_adapter(tmp_path, model, "base")
     reference = open_with_peft(tmp_path, trainable=True)
-    optimizers = [make_optimizer(one, TrainConfig(weight_decay=0.1)) for one in (model, reference)]
+    optimizers = [make_optimizers(one, TrainConfig(weight_decay=0.1))[0] for one in (model, reference)]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = 3e-3
     lengths = torch.tensor([25, 11, 18, 30])

@@ -9,7 +9,15 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from config import RopeScaling
-from model import ChunkedCrossEntropy, DeepSeekV2, LossOutput, document_attention, find_documents, rope_frequencies
+from model import (
+    ChunkedCrossEntropy,
+    DeepSeekV2,
+    LossOutput,
+    document_attention,
+    find_documents,
+    linear,
+    rope_frequencies,
+)
 from small_models import relative_difference, small_config, small_model, transformers_model
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
@@ -174,7 +182,7 @@ def test_experts_equal_a_loop_over_experts() -> None:
     x = torch.randn(40, 48, requires_grad=True)
     chosen = torch.stack([torch.randperm(7)[:3] for _ in range(40)])  # the last expert gets no token
     weights = torch.rand(40, 3, requires_grad=True)
-    ours = experts(x, weights, chosen, torch.bincount(chosen.flatten(), minlength=8).float())
+    ours = experts(x, weights, chosen)
     theirs = torch.zeros(40, 48)
     for expert in range(8):
         gate, up = experts.gate_up_proj[expert].chunk(2)
@@ -187,6 +195,26 @@ def test_experts_equal_a_loop_over_experts() -> None:
         torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction), strict=True
     ):
         assert relative_difference(a, b) < 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tokens", [1, 2, 11])
+def test_few_tokens_in_generation_take_another_way_to_the_same_experts(tokens: int) -> None:
+    mlp = small_model().model.layers[1].mlp
+    x = torch.randn(tokens, 48)
+    _, weights, chosen = mlp.gate(x)
+    many = torch.cat((x, torch.randn(50, 48)))  # too many rows for that way
+    _, more_weights, more_chosen = mlp.gate(many)
+    ours = mlp.experts(x, weights, chosen)
+    assert relative_difference(ours, mlp.experts(many, more_weights, more_chosen)[:tokens]) < 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 2, 3, 32, 33])
+@pytest.mark.parametrize("out_features", [1, 6, 7, 512])
+def test_a_matrix_in_two_halves_multiplies_as_the_whole(rows: int, out_features: int) -> None:
+    x, weight = torch.randn(rows, 24), torch.randn(out_features, 24)
+    assert relative_difference(linear(x, weight), x @ weight.T) < 1e-6
 
 
 # ---------------------------------------------------------------- balance losses
@@ -296,8 +324,9 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_document_attention_equals_a_dense_mask() -> None:
-    sequence_ids = make_batch([[7, 1, 12], [5], [3, 3]])["sequence_ids"]
+@pytest.mark.parametrize("rows", [[[7, 1, 12], [5], [3, 3]], [[64, 65, 257]], [[300, 1024]], [[1025, 2]]])
+def test_document_attention_equals_a_dense_mask(rows: list[list[int]]) -> None:
+    sequence_ids = make_batch(rows)["sequence_ids"]
     documents = find_documents(sequence_ids, sequence_ids.flatten().nonzero().squeeze(1))
     n = len(documents.ids)
     q, k, v = (torch.randn(n, 3, width, requires_grad=True) for width in (22, 22, 10))

@@ -77,7 +77,7 @@ def files(directory: Path) -> dict[str, str]:
     ("changes", "flags"),
     [
         pytest.param({}, ["--packing"], id="packing"),
-        pytest.param({"gradient_accumulation_steps": 2}, ["--packing"], id="accumulation"),
+        pytest.param({"gradient_accumulation_steps": 2, "optimizer": "muon"}, ["--packing"], id="accumulation-muon"),
         pytest.param({"batch_size": 4, "dtype": "bfloat16"}, ["--no-packing"], id="padding-bf16"),
         pytest.param({"init_from": "alone", "lora_rank": 2, "lora_dropout": 0.2}, [], id="lora"),
     ],

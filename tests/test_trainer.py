@@ -154,6 +154,26 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(max_grad_norm:
     assert_same_weights(trainer.model, model, ROUNDING)
 
 
+def test_muon_moves_the_blocks_matrices_evenly_and_adamw_the_rest(tmp_path: Path) -> None:
+    """Muon's update has singular values near one (its five iterations end between 0.7 and 1.2), and the root mean
+    square that AdamW's usually has, 0.2."""
+    muon, adamw = (make_trainer(tmp_path, optimizer=name, weight_decay=0.0) for name in ("muon", "adamw"))
+    before = copy.deepcopy(muon.plain_model)
+    for one in (muon, adamw):
+        run_steps(one, 1)
+    rate, moved = 0.5e-3, set()
+    for name, weight in muon.model.named_parameters():
+        if torch.equal(weight, adamw.model.get_parameter(name)):
+            continue
+        moved.add(name)
+        update = (before.get_parameter(name) - weight).double() / rate
+        values = torch.linalg.svdvals(update) / (0.2 * math.sqrt(max(update.shape)))
+        assert values.max() < 1.3
+        assert values.median() > 0.6
+    attention = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    assert {name.split(".")[-2] for name in moved} == {*attention, "gate_proj", "up_proj", "down_proj"}
+
+
 def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
     plain, checkpointed = (make_trainer(tmp_path, gradient_checkpointing=wanted) for wanted in (False, True))
     assert losses(run_steps(plain, 2)).equal(losses(run_steps(checkpointed, 2)))
@@ -354,10 +374,10 @@ def test_a_bad_step_is_skipped_bit_for_bit_counted_and_logged(poison: Any, value
     poison(trainer, (2, 3), value)
     lines = run_steps(trainer, 1)
     weights = copy.deepcopy(trainer.model.state_dict())
-    moments = copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    moments = copy.deepcopy(trainer.optimizers[0].state_dict()["state"])
     lines += run_steps(trainer, 2)
     assert all(weights[name].equal(tensor) for name, tensor in trainer.model.state_dict().items())
-    for number, state in trainer.optimizer.state_dict()["state"].items():
+    for number, state in trainer.optimizers[0].state_dict()["state"].items():
         assert all(moments[number][name].equal(tensor) for name, tensor in state.items())
     lines += run_steps(trainer, 1)
     assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2]
