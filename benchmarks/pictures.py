@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -59,8 +60,10 @@ def draw_packing(out: Path) -> None:
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(5.5, 6), height_ratios=(1, 10), layout="constrained", sharex=True
     )
-    top.imshow((documents + 8 * (batch["labels"] >= 0))[None], aspect="auto", cmap="tab20", interpolation="nearest")
-    top.set(yticks=[], title="conversations in a row (darker or lighter: trained on or not)")
+    shades = ListedColormap([GIVEN, "#adb5bd", TRAINED, "#52b788", "white"])
+    kinds = np.where(documents > 0, documents % 2 + 2 * (batch["labels"] >= 0), 4)
+    top.imshow(kinds[None], aspect="auto", cmap=shades, vmin=0, vmax=4, interpolation="nearest")
+    top.set(yticks=[], title="a row: conversations by turns light and dark, trained on in green")
     bottom.imshow(attended, aspect="auto", cmap="Greens", interpolation="nearest")
     bottom.set(title="who attends to whom", xlabel="key position", ylabel="query position")
     figure.savefig(out / "packing.png", dpi=110)

@@ -93,6 +93,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
 
     total = str(WARM_UP + COUNTED + steps)
     flags = [preset, "--dataset", "chitchat", "--parallel", engine, "--max-steps", total, "--device", "cpu"]
+    flags += ["--optimizer", "adamw"]  # Muon gathers matrices under FSDP, beside what theory counts
     config = train_sft.parse_arguments(flags)
     tokenizer = Tokenizer(vocab_size=config.model.vocab_size)
     data, _ = load_dataset_split("chitchat", "train", tokenizer, config.max_seq_len)

@@ -3,9 +3,9 @@
     python benchmarks/soak.py [--kills 50] [--seed 0]
 
 Small runs, which spend about half of their time saving, in four arrangements by turns: packed, padded, accumulating
-gradients, and LoRA with dropout. Each goes through its data several times. SIGKILL comes at a random moment of training
-or saving. Losses (every line of metrics.jsonl), weights and optimizer state have to come out bit for bit as those of
-the undisturbed run. Exits with 1 if any does not.
+gradients under Muon, and LoRA with dropout. Each goes through its data several times. SIGKILL comes at a random moment
+of training or saving. Losses (every line of metrics.jsonl), weights and optimizer state have to come out bit for bit as
+those of the undisturbed run. Exits with 1 if any does not.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from small_runs import (
 ARRANGEMENTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "packing": (["--packing"], {}),
     "padding": (["--no-packing"], {}),
-    "accumulation": (["--packing"], {"gradient_accumulation_steps": 3}),
+    "accumulation, muon": (["--packing"], {"gradient_accumulation_steps": 3, "optimizer": "muon"}),
     "lora": (["--packing"], {"lora_rank": 4, "lora_dropout": 0.1}),
 }
 COUNTED = ("runs", "kills", "kills while saving", "resumes", "losses differing", "weights differing")
-LENGTH = {"max_steps": 40, "save_steps": 2, "eval_steps": 10}
+LENGTH = {"max_steps": 30, "save_steps": 2, "eval_steps": 10}
 LONGEST_LIFE = 0.4  # seconds of training before a kill
 
 
