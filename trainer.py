@@ -52,10 +52,12 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, whose decay pulls on matrices only, not on the norms' gains; with `optimizer` muon, Muon for the matrices
-    in the blocks (https://kellerjordan.github.io/posts/muon/), scaled so that AdamW's learning rates fit it. The
-    router, the embedding and the head are no such matrices: their rows stand for experts and words; and the experts'
-    are stacked, which Muon does not take."""
+    """AdamW, whose decay pulls on matrices only, not on the norms' gains; with `optimizer` muon, Muon for the blocks'
+    matrices (https://kellerjordan.github.io/posts/muon/), scaled so that AdamW's learning rates fit it.
+
+    AdamW keeps router, embedding and head, whose rows stand for experts and words, and the stacked experts, which
+    torch's Muon does not take.
+    """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     in_blocks = [n for n, p in trained.items() if ".layers." in n and p.dim() == 2 and ".gate." not in n]
     blocks = [trained.pop(name) for name in (in_blocks if config.optimizer == "muon" else [])]

@@ -63,7 +63,7 @@ def draw_packing(out: Path) -> None:
     shades = ListedColormap([GIVEN, "#adb5bd", TRAINED, "#52b788", "white"])
     kinds = np.where(documents > 0, documents % 2 + 2 * (batch["labels"] >= 0), 4)
     top.imshow(kinds[None], aspect="auto", cmap=shades, vmin=0, vmax=4, interpolation="nearest")
-    top.set(yticks=[], title="a row: conversations by turns light and dark, trained on in green")
+    top.set(yticks=[], title="a row of conversations; green: trained on")
     bottom.imshow(attended, aspect="auto", cmap="Greens", interpolation="nearest")
     bottom.set(title="who attends to whom", xlabel="key position", ylabel="query position")
     figure.savefig(out / "packing.png", dpi=110)
