@@ -324,6 +324,20 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def test_compiled_blocks_equal_plain_ones() -> None:
+    """torch.compile's tracing and its gradients; without the code generator, which takes minutes on CPU."""
+    model = small_model().train()
+    batch = make_batch([[30], [4, 8]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, expected = loss_and_gradients(model, **batch)
+        for block in model.model.layers:
+            block.compile(backend="aot_eager")
+        output, got = loss_and_gradients(model, **batch)
+    assert output.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=1e-3)
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).norm() <= 0.02 * gradient.norm(), name
+
+
 @pytest.mark.parametrize("rows", [[[7, 1, 12], [5], [3, 3]], [[64, 65, 257]], [[300, 1024]], [[1025, 2]]])
 def test_document_attention_equals_a_dense_mask(rows: list[list[int]]) -> None:
     sequence_ids = make_batch(rows)["sequence_ids"]
