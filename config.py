@@ -186,9 +186,9 @@ class BatchConfig:
 class OptimizerConfig:
     """How the weights move."""
 
-    # adamw, or muon for the blocks' matrices (adamw stays for the rest): it learns faster from scratch.
+    # adamw, or muon for the blocks' matrices, adapters' too (adamw stays for the rest): it learns faster from scratch.
     optimizer: Literal["adamw", "muon"] = "adamw"
-    # Peak learning rate, of both.
+    # Peak learning rate, the same for AdamW and Muon.
     learning_rate: float = 2e-5
     # The rate that the cosine ends at.
     min_learning_rate: float = 2e-6
@@ -280,19 +280,6 @@ class WatchConfig:
     debug: bool = False
 
 
-# The groups that --help shows.
-GROUPS = (
-    DataConfig,
-    TokenizerConfig,
-    BatchConfig,
-    OptimizerConfig,
-    ComputeConfig,
-    CheckpointConfig,
-    LoraConfig,
-    WatchConfig,
-)
-
-
 @dataclass
 class TrainConfig(
     WatchConfig,
@@ -304,7 +291,8 @@ class TrainConfig(
     TokenizerConfig,
     DataConfig,
 ):
-    """One run of supervised fine-tuning: the fields of all groups above, and the model's."""
+    """One run of supervised fine-tuning: the fields of all groups above, and the model's. (The bases stand in reverse,
+    since a dataclass takes the last one's fields first.)"""
 
     # The model's shape, for runs that start from scratch.
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -347,6 +335,9 @@ def check_numbers(config: Any, may_be_zero: Collection[str], prefix: str = "") -
             else:
                 check(0 < value < math.inf, f"{prefix}{name} is {value}; it must be positive")
 
+
+# The groups that --help shows, in their order above.
+GROUPS = TrainConfig.__bases__[::-1]
 
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.
 FIXED_FIELDS = (

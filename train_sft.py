@@ -78,6 +78,7 @@ COMMAND_LINE = make_dataclass(
 
 
 def in_groups(config: TrainConfig) -> Any:
+    """The same configuration as a COMMAND_LINE."""
     groups = {
         name: group(**{field.name: getattr(config, field.name) for field in fields(group)})
         for name, group in GROUP_NAMES.items()
