@@ -208,8 +208,8 @@ class OptimizerConfig:
 class ComputeConfig:
     """Where and how it is computed."""
 
-    # bfloat16: matrix products in bf16 (autocast); weights and optimizer stay fp32.
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # bfloat16: matrix products in bf16 (autocast); weights and optimizer stay fp32. "auto": where the hardware has it.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # cuda, cpu, ...; "auto": CUDA where there is one.
     device: str = "auto"
     # Seeds weights, data order and dropout.
@@ -311,7 +311,7 @@ class TrainConfig(
             "in bfloat16 the grouped product needs model.hidden_size and model.moe_intermediate_size in multiples of 8",
         )
         bf16_only = "compile needs dtype bfloat16: torch cannot trace the grouped product in float32"
-        check(not self.compile or self.dtype == "bfloat16", bf16_only)
+        check(not self.compile or self.dtype != "float32", bf16_only)
         check(self.seed < 2**63, f"seed is {self.seed}; it must be below 2**63")
         check(self.max_seq_len >= 2, "max_seq_len is 1; a row needs a token to learn from and one to learn")
         check(

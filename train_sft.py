@@ -185,10 +185,11 @@ def train(config: TrainConfig, world: "World") -> None:
     from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_checkpoint
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
-    from parallel import from_first_rank, replicate, wait_for_all
+    from parallel import choose_dtype, from_first_rank, replicate, wait_for_all
     from tokenizer import Tokenizer
     from trainer import Trainer
 
+    config.dtype = choose_dtype(config.dtype, world.device)
     source = resolve_checkpoint(config.init_from) if config.init_from else None
     check(source is not None or not config.lora_rank, "lora_rank needs init_from: adapters adapt a trained model")
     if source:
@@ -232,7 +233,7 @@ def train(config: TrainConfig, world: "World") -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(
             f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
-            f"{trainer.total_steps} of {trainer.rows_per_step} rows on {world.size} x {world.device} into "
+            f"{trainer.total_steps} of {trainer.rows_per_step} rows on {world.size} x {world.device} in {config.dtype} into "
             f"{config.output_dir}"
         )
     trainer.train()

@@ -21,6 +21,7 @@ from datacollator import IGNORE, Batch, RowStream
 from lora import save_adapter
 from metrics import MetricsLog, measure_peak
 from model import DeepSeekV2, LossOutput, parameter_counts
+from optimizer import learning_rate, make_optimizers
 from parallel import (
     World,
     from_first_rank,
@@ -40,40 +41,6 @@ STATE = "trainer_state.pt"
 # What a resumed run needs beside weights and optimizer state: data and random numbers are functions of these.
 COUNTERS = ("step", "rows_seen", "num_tokens", "skipped_steps", "bad_steps")
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
-
-
-def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
-    """Rate of a step counted from 0: linear warm-up, then half a cosine down to min_learning_rate."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
-
-
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, whose decay pulls on matrices only, not on the norms' gains; with `optimizer` muon, Muon for the blocks'
-    matrices (https://kellerjordan.github.io/posts/muon/), scaled so that AdamW's learning rates fit it.
-
-    AdamW keeps router, embedding and head, whose rows stand for experts and words, and the stacked experts, which
-    torch's Muon does not take.
-    """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    in_blocks = [n for n, p in trained.items() if ".layers." in n and p.dim() == 2 and ".gate." not in n]
-    blocks = [trained.pop(name) for name in (in_blocks if config.optimizer == "muon" else [])]
-    groups = [
-        {"params": [p for p in trained.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained.values() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups:
-        betas = (config.adam_beta1, config.adam_beta2)
-        optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=True))
-    if blocks:
-        muon = torch.optim.Muon(blocks, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
-    return optimizers
 
 
 class Trainer:

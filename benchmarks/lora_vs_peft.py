@@ -29,7 +29,7 @@ from config import TrainConfig, check, one_line_errors
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
 from dataset import load_dataset_split
 from tokenizer import Tokenizer
-from trainer import make_optimizers
+from optimizer import make_optimizers
 
 FULL, LORA, PEFT = "full fine-tuning", "LoRA, this repository", "LoRA, PEFT + transformers"
 RANK, ALPHA = 8, 16.0

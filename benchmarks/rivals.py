@@ -33,7 +33,7 @@ from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream, p
 from metrics import measure_peak
 from model import DeepSeekV2, LossOutput
 from tokenizer import Tokenizer
-from trainer import make_optimizers
+from optimizer import make_optimizers
 
 Step = Callable[[Sequence[Conversation]], float]
 Batches = Sequence[Sequence[Conversation]]

@@ -19,7 +19,7 @@ import lora
 from config import TrainConfig, UserError
 from model import DeepSeekV2, Experts
 from small_models import relative_difference, small_config, small_model, transformers_model
-from trainer import make_optimizers
+from optimizer import make_optimizers
 
 DEFAULT = TrainConfig.lora_target_modules
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")

@@ -274,7 +274,7 @@ from parallel import World
 from train_sft import build_model
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-config = TrainConfig(lora_rank=4, model=load_config(sys.argv[1]))
+config = TrainConfig(lora_rank=4, dtype="bfloat16", model=load_config(sys.argv[1]))
 import lora, model, parallel
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 before = memory("VmRSS")

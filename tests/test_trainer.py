@@ -5,7 +5,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +26,12 @@ from checkpoint import load_pretrained
 from config import TrainConfig, UserError
 from datacollator import DataCollator, RowStream
 from metrics import read_metrics
+from optimizer import Muon, learning_rate
 from parallel import World
 from small_models import small_config, small_model
 from small_runs import cheap_process, conversations
 from tokenizer import Tokenizer
-from trainer import Trainer, learning_rate
+from trainer import Trainer
 
 TOKENIZER = Tokenizer(vocab_size=512)
 TEXTS = conversations(12, seed=1)
@@ -172,6 +173,30 @@ def test_muon_moves_the_blocks_matrices_evenly_and_adamw_the_rest(tmp_path: Path
         assert values.median() > 0.6
     attention = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     assert {name.split(".")[-2] for name in moved} == {*attention, "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 48)])
+def test_muon_moves_as_torchs_does(shape: tuple[int, int]) -> None:
+    """In bf16, which is all that torch's has; in fp32 to bf16's rounding."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(4, *shape)
+
+    def moved(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Tensor:
+        matrix = nn.Parameter(start.clone())
+        optimizer = make([matrix])
+        for gradient in gradients:
+            matrix.grad = gradient.clone()
+            optimizer.step()
+        return matrix.detach() - start
+
+    theirs = moved(lambda p: torch.optim.Muon(p, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    ours, exact = (moved(lambda p, dtype=dtype: Muon(p, 0.1, dtype)) for dtype in (torch.bfloat16, torch.float32))
+    assert relative_distance(ours, theirs) < 1e-5
+    assert relative_distance(exact, theirs) < 0.02
+
+
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
