@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from config import UserError, check, one_line_errors
-from train_sft import parse_flags
+from cli import one_line_errors, parse_flags
+from config import UserError, check
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,8 @@ def reply(
     generator: "torch.Generator",
 ) -> Iterator[str]:
     """The assistant's answer to a conversation, piece by piece as it comes. Raises UserError if it doesn't fit."""
+    from generation import generate
+
     prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
     room = model.config.max_position_embeddings - len(prompt)
     check(
@@ -70,7 +72,8 @@ def reply(
     )
     tokens: list[int] = []
     printed = ""
-    for (token,) in model.generate(
+    for (token,) in generate(
+        model,
         [prompt],
         min(config.max_new_tokens, room),
         (tokenizer.eos_token_id,),

@@ -5,31 +5,16 @@ The model's fields have the names of DeepSeek-V2's `config.json` on Hugging Face
 `python train_sft.py tiny --learning-rate 1e-3 --model.num-hidden-layers 6`.
 """
 
-import contextlib
 import math
-import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Dtype = Literal["auto", "float32", "bfloat16"]
+
 
 class UserError(ValueError):
-    """Something the user can mend. The entry points print it as one line, without a traceback."""
-
-
-@contextlib.contextmanager
-def one_line_errors(debug: bool = False) -> Iterator[None]:
-    """Print what the user can mend (a full disk and the like too) as one line and exit with 2; with `debug`, let Python
-    show where it came from. Ctrl-C exits with 130, as it does in a shell."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Something the user can mend. The entry points print it as one line, without a traceback (cli.py)."""
 
 
 @dataclass
@@ -209,7 +194,7 @@ class ComputeConfig:
     """Where and how it is computed."""
 
     # bfloat16: matrix products in bf16 (autocast); weights and optimizer stay fp32. "auto": where the hardware has it.
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     # cuda, cpu, ...; "auto": CUDA where there is one.
     device: str = "auto"
     # Seeds weights, data order and dropout.
@@ -334,16 +319,6 @@ def check_numbers(config: Any, may_be_zero: Collection[str], prefix: str = "") -
                 check(0 <= value < math.inf, f"{prefix}{name} is {value}; it must not be negative")
             else:
                 check(0 < value < math.inf, f"{prefix}{name} is {value}; it must be positive")
-
-
-# The groups that --help shows, in their order above.
-GROUPS = TrainConfig.__bases__[::-1]
-
-# What a resumed run cannot change: its weights and its place in the data would no longer fit.
-FIXED_FIELDS = (
-    *("model", "tokenizer", "chat_template", "dataset", "train_split", "max_seq_len", "packing", "shuffle"),
-    *("skip_bad_rows", "seed", "optimizer", "init_from", "lora_rank", "lora_alpha", "lora_target_modules"),
-)
 
 
 # One GPU: the shape this project began with.

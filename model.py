@@ -616,47 +616,6 @@ class DeepSeekV2(nn.Module):
             else loss_sum.new_zeros(0, self.config.n_routed_experts),
         )
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        stop_token_ids: tuple[int, ...] = (),
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[list[int]]:
-        """Continue prompts of any lengths, yielding one token a prompt and step, until each has stopped.
-
-        A prompt that has stopped goes on yielding its stop token. Raises UserError where a prompt and its continuation
-        don't fit into max_position_embeddings.
-        """
-        longest = max(len(prompt) for prompt in prompts)
-        if min(len(prompt) for prompt in prompts) == 0:
-            raise UserError("generate: a prompt is empty; it needs at least one token")
-        room = longest + max_new_tokens
-        if room > self.config.max_position_embeddings:
-            raise UserError(
-                f"the prompt's {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-                f"{self.config.max_position_embeddings}: shorten the prompt or lower --max-new-tokens"
-            )
-        device = self.output_weight.device
-        cache = LatentCache(self, len(prompts), room)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-        logits = cache.prefill(padded, lengths)
-        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
-        tokens = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-        for step in range(max_new_tokens):
-            tokens = torch.where(stopped, tokens, sample(logits, temperature, top_k, top_p, generator))
-            yield tokens.tolist()
-            stopped |= torch.isin(tokens, stops)
-            if stopped.all() or step == max_new_tokens - 1:
-                return
-            logits = cache.step(tokens, lengths + step, longest + step + 1)
-
 
 def find_documents(sequence_ids: Tensor, real: Tensor) -> Documents:
     """Documents of a batch, in order: a new one begins where the sequence id or the row changes. real (N,): the indices
@@ -665,63 +624,6 @@ def find_documents(sequence_ids: Tensor, real: Tensor) -> Documents:
     keys = (rows * (sequence_ids.shape[1] + 1) + sequence_ids).flatten()[real]
     _, ids, lengths = keys.unique_consecutive(return_inverse=True, return_counts=True)
     return Documents(lengths.tolist(), ids, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32))
-
-
-# ---------------------------------------------------------------- generation
-
-
-class LatentCache:
-    """Latent and rotary key of every token so far: kv_lora_rank + qk_rope_head_dim numbers a token and layer."""
-
-    PREFILL = 512  # prompt tokens at a time, which bounds the memory that attention scores take
-
-    def __init__(self, model: DeepSeekV2, batch_size: int, length: int) -> None:
-        config, weight = model.config, model.output_weight
-        self.model = model
-        shape = (config.num_hidden_layers, batch_size, length, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.latents = torch.zeros(shape, dtype=compute_dtype(weight), device=weight.device)
-        blocks = [layer for layer in model.model.layers if isinstance(layer, Block)]
-        self.up_projections = [block.self_attn.up_projections() for block in blocks]
-
-    def prefill(self, prompts: Tensor, lengths: Tensor) -> Tensor:
-        """prompts (B, T) padded on the right, lengths (B,) -> logits (B, V) of each prompt's last token.
-
-        What padding writes into the cache lies in the future of every real token, and is overwritten in time.
-        """
-        positions = torch.arange(prompts.shape[1], device=prompts.device).expand_as(prompts)
-        last = prompts.new_zeros(len(prompts), self.model.config.vocab_size, dtype=torch.float32)
-        for start in range(0, prompts.shape[1], self.PREFILL):
-            part = slice(start, start + self.PREFILL)
-            end = min(start + self.PREFILL, prompts.shape[1])
-            hidden = self.hidden(prompts[:, part], positions[:, part], end)
-            ends_here = ((lengths > start) & (lengths <= end)).nonzero().squeeze(1)
-            last[ends_here] = self.model.logits(hidden[ends_here, lengths[ends_here] - 1 - start]).float()
-        return last
-
-    def step(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
-        """tokens, positions (B,), end: 1 + the largest position -> logits (B, V)."""
-        return self.model.logits(self.hidden(tokens[:, None], positions[:, None], end)[:, 0]).float()
-
-    def hidden(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        future = torch.arange(end, device=tokens.device) > positions[..., None]
-        layers = zip(self.latents, self.up_projections, strict=True)
-        contexts = [LayerCache(latents, *up, rows, positions, future) for latents, up in layers]
-        hidden, _ = self.model.model(tokens.flatten(), positions.flatten(), contexts)
-        return hidden.view(*tokens.shape, -1)
-
-
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row of logits (B, V): the likeliest at temperature 0, else drawn from the top_k likeliest (0: all)
-    that together make up top_p of the probability."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    if top_k:
-        probabilities[:, top_k:] = 0
-        probabilities /= probabilities.sum(dim=-1, keepdim=True)
-    probabilities[probabilities.cumsum(dim=-1) - probabilities >= top_p] = 0  # the first is always kept
-    return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
 
 # ---------------------------------------------------------------- see it: python model.py [PRESET]
@@ -769,7 +671,8 @@ def describe(config: ModelConfig) -> str:
 if __name__ == "__main__":
     import sys
 
-    from config import PRESETS, one_line_errors
+    from cli import one_line_errors
+    from config import PRESETS
 
     with one_line_errors():
         for preset in sys.argv[1:] or PRESETS:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from config import Dtype, UserError
 
 Value = TypeVar("Value")
 Optimizers = list[torch.optim.Optimizer]
@@ -60,7 +60,7 @@ def choose_device(name: str) -> str:
     raise UserError(f"there is no device {name!r} here that torch can use; try cpu")
 
 
-def choose_dtype(name: str, device: torch.device) -> str:
+def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
     """ "auto": bfloat16 where the hardware multiplies in it, else float32. Without it torch is up to a hundred times
     slower in bf16 than in fp32."""
     if name != "auto":

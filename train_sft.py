@@ -6,34 +6,17 @@
 Without a preset: mini where there is CUDA, else tiny. All fields, their defaults and reasons stand in config.py.
 """
 
-import contextlib
-import io
-import json
 import os
 import sys
-from dataclasses import asdict, fields, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import tyro
-
-from config import (
-    FIXED_FIELDS,
-    GROUPS,
-    PRESETS,
-    ModelConfig,
-    RopeScaling,
-    TrainConfig,
-    UserError,
-    check,
-    one_line_errors,
-)
+from cli import one_line_errors, parse_arguments
+from config import TrainConfig, check
 
 if TYPE_CHECKING:
     from model import DeepSeekV2
     from parallel import World
-
-Config = TypeVar("Config")
 
 # torch takes a while to import, and --help should not wait for it: what needs torch is imported where it is used.
 # On CPU, torch takes large tensors from huge pages if told so before it starts: a tenth of a step otherwise goes
@@ -42,109 +25,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # On CPU, oneDNN generates code for each shape and keeps it. Packed batches hardly ever repeat one, so it would pile up.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-
-
-def parse_arguments(arguments: list[str]) -> TrainConfig:
-    """The preset, with the fields that the command line overrides. Raises UserError."""
-    preset, flags = "", list(arguments)
-    if flags and not flags[0].startswith("-"):
-        preset = flags.pop(0)
-        check(preset in PRESETS, f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    elif "-h" in flags or "--help" in flags:
-        preset = "tiny"
-    else:
-        import torch
-
-        preset = "mini" if torch.cuda.is_available() else "tiny"
-        print(f"preset {preset}: there is {'a' if preset == 'mini' else 'no'} CUDA device")
-    default = PRESETS[preset]
-    if any(flag.replace("_", "-").startswith("--model.rope-scaling.") for flag in flags):  # any of them turns it on
-        yarn = default.model.rope_scaling or RopeScaling()
-        default = replace(default, model=replace(default.model, rope_scaling=yarn))
-    parsed: Any = parse_flags(COMMAND_LINE, flags, f"train_sft.py {preset}", __doc__, default=in_groups(default))
-    groups = [vars(getattr(parsed, name)) for name in GROUP_NAMES]
-    config = TrainConfig(**{name: value for group in groups for name, value in group.items()}, model=parsed.model)
-    config.output_dir = config.output_dir or f"runs/{preset}"
-    return config
-
-
-# TrainConfig's fields in groups, as --help shows them; only the model's flags have their group's name before them.
-GROUP_NAMES = {group.__name__.removesuffix("Config").lower(): group for group in GROUPS}
-COMMAND_LINE = make_dataclass(
-    "CommandLine",
-    [(name, Annotated[group, tyro.conf.OmitArgPrefixes]) for name, group in GROUP_NAMES.items()]
-    + [("model", ModelConfig)],
-)
-
-
-def in_groups(config: TrainConfig) -> Any:
-    """The same configuration as a COMMAND_LINE."""
-    groups = {
-        name: group(**{field.name: getattr(config, field.name) for field in fields(group)})
-        for name, group in GROUP_NAMES.items()
-    }
-    return COMMAND_LINE(**groups, model=config.model)
-
-
-def parse_flags(kind: type[Config], flags: list[str], prog: str, description: str | None, **options: Any) -> Config:
-    """A dataclass from the command line, through tyro, whose complaints become one line. Raises UserError."""
-    messages = io.StringIO()
-    options |= {"prog": prog, "description": description, "config": (tyro.conf.AvoidSubcommands,)}
-    try:
-        with contextlib.redirect_stderr(messages):
-            return tyro.cli(kind, args=flags, **options)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
-        lines = [line.strip("│| ") for line in messages.getvalue().splitlines()[1:]]  # tyro draws a box around it
-        sections = " ".join(line if line.strip("─-+╰╯") else "\n" for line in lines).split("\n")
-        raise UserError("; ".join(section.strip() for section in sections if section.strip())) from None
-
-
-def check_changes(config: TrainConfig) -> None:
-    """Say what is new in the configuration of a run that is to be resumed. Raises UserError where it had another shape
-    or other data."""
-    from checkpoint import read_json
-
-    path = Path(config.output_dir, "config.json")
-    if not path.exists():
-        return
-    old, new = read_json(path), json.loads(json.dumps(asdict(config)))
-    changed = {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
-    changed.pop("resume", None)
-    fixed = {name: values for name, values in changed.items() if name in FIXED_FIELDS}
-    check(not fixed, f"{path.parent} cannot be resumed with another configuration: {describe_changes(fixed)}")
-    if changed:
-        print(f"resuming with changes: {describe_changes(changed)}")
-
-
-def open_run(config: TrainConfig) -> None:
-    """Make the run directory and write the configuration into it. A run that is there and is not resumed moves aside:
-    nothing is overwritten."""
-    from checkpoint import disk_errors
-
-    directory = Path(config.output_dir)
-    path = directory / "config.json"
-    if path.exists() and not config.resume:
-        number = next(n for n in range(1, sys.maxsize) if not Path(f"{directory}.{n}").exists())
-        directory.rename(f"{directory}.{number}")
-        print(f"{directory} held an earlier run, which is now {directory}.{number} (--resume would have continued it)")
-    with disk_errors(path):
-        directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
-        temporary.replace(path)
-
-
-def describe_changes(changes: dict[str, tuple]) -> str:
-    parts = []
-    for name, (old, new) in changes.items():
-        if isinstance(old, dict) and isinstance(new, dict):
-            inner = {f"{name}.{key}": (old.get(key), new[key]) for key in new if old.get(key) != new[key]}
-            parts.append(describe_changes(inner))
-        else:
-            parts.append(f"{name} {old!r} -> {new!r}")
-    return ", ".join(parts)
 
 
 def build_model(config: TrainConfig, source: Path | None, adapter: Path | None, world: "World") -> "DeepSeekV2":
@@ -186,6 +66,7 @@ def train(config: TrainConfig, world: "World") -> None:
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
     from parallel import choose_dtype, from_first_rank, replicate, wait_for_all
+    from run_directory import check_changes, open_run
     from tokenizer import Tokenizer
     from trainer import Trainer
 
@@ -233,16 +114,15 @@ def train(config: TrainConfig, world: "World") -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(
             f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
-            f"{trainer.total_steps} of {trainer.rows_per_step} rows on {world.size} x {world.device} in {config.dtype} into "
-            f"{config.output_dir}"
+            f"{trainer.total_steps} of {trainer.rows_per_step} rows on {world.size} x {world.device} in {config.dtype} "
+            f"into {config.output_dir}"
         )
     trainer.train()
 
 
 def main() -> None:
-    debug = "--debug" in sys.argv
-    with one_line_errors(debug):
-        config = parse_arguments(sys.argv[1:])
+    with one_line_errors("--debug" in sys.argv):
+        config = parse_arguments(sys.argv[1:], __doc__)
 
         from parallel import join_world, leave_world, recorded, was_restarted
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError
 from datacollator import IGNORE, Batch, RowStream
+from generation import answers
 from lora import save_adapter
-from metrics import MetricsLog, measure_peak
 from model import DeepSeekV2, LossOutput, parameter_counts
 from optimizer import learning_rate, make_optimizers
 from parallel import (
@@ -35,6 +35,7 @@ from parallel import (
     synchronize_gradients,
     wait_for_all,
 )
+from run_directory import MetricsLog
 from tokenizer import Tokenizer
 
 STATE = "trainer_state.pt"
@@ -245,25 +246,17 @@ class Trainer:
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
     def print_samples(self, bar: tqdm) -> None:
-        """What the model answers by now. Under FSDP no rank has the whole model, so there are none; nor where a prompt
-        fills the model's context."""
-        prompts = self.config.sample_prompts
-        if not prompts or is_sharded(self.model):
-            return
-        rendered = [
-            self.tokenizer.render([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts
-        ]
-        room = self.plain_model.config.max_position_embeddings - max(len(ids) for ids in rendered)
-        if room < 1:
+        """What the model answers by now. Under FSDP no rank has the whole model, so there are none."""
+        questions = self.config.sample_prompts
+        if not questions or is_sharded(self.model):
             return
         generator = torch.Generator(self.world.device).manual_seed(self.config.seed)
         self.model.eval()
-        tokens = self.plain_model.generate(
-            rendered, min(40, room), (self.tokenizer.eos_token_id,), temperature=0.7, top_p=0.9, generator=generator
+        replies = answers(
+            self.plain_model, self.tokenizer, questions, 40, temperature=0.7, top_p=0.9, generator=generator
         )
-        for prompt, reply in zip(prompts, zip(*tokens, strict=True), strict=True):
-            text = self.tokenizer.decode(t for t in reply if t != self.tokenizer.eos_token_id)
-            bar.write(f"  {prompt!r} -> {text.strip()!r}")
+        for question, reply in zip(questions, replies, strict=True):
+            bar.write(f"  {question!r} -> {reply.strip()!r}")
         self.model.train()
 
     # ---------------------------------------------------------------- save, resume
@@ -301,3 +294,17 @@ def count_batch(batch: Batch) -> list[int]:
     sequence_ids = batch["sequence_ids"]
     counts = ((batch["labels"] != IGNORE).sum(), sequence_ids.amax(dim=1).sum(), (sequence_ids > 0).sum())
     return [int(count) for count in counts]
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, largest: int = 2048) -> float:
+    """FLOP/s of large matrix products: the most that this machine could do. Larger ones are tried while it's quick."""
+    best, seconds, size = 0.0, 0.0, 256
+    while size <= largest and seconds < 0.1:
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        for _ in range(4):  # the first warms up
+            began = time.perf_counter()
+            (a @ b).sum().item()  # waits for the device
+            seconds = time.perf_counter() - began
+            best = max(best, 2 * size**3 / seconds)
+        size *= 2
+    return best

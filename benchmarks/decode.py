@@ -17,6 +17,7 @@ import tyro
 from rivals import benchmark_config, transformers_model  # first: sets the environment
 
 from config import ModelConfig
+from generation import generate
 from model import DeepSeekV2
 
 
@@ -58,7 +59,7 @@ class Clock:
 
 def answer_ours(model: DeepSeekV2, prompt: list[int], count: int) -> Answer:
     clock, tokens = Clock(), []
-    for (token,) in model.generate([prompt], count):
+    for (token,) in generate(model, [prompt], count):
         clock.put(token)
         tokens.append(token)
     return clock.answer(tokens)

@@ -25,11 +25,12 @@ from transformers import AutoModelForCausalLM
 
 import lora
 from checkpoint import load_model_and_tokenizer, load_pretrained, resolve_checkpoint, save_pretrained
-from config import TrainConfig, check, one_line_errors
+from cli import one_line_errors
+from config import TrainConfig, check
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
 from dataset import load_dataset_split
-from tokenizer import Tokenizer
 from optimizer import make_optimizers
+from tokenizer import Tokenizer
 
 FULL, LORA, PEFT = "full fine-tuning", "LoRA, this repository", "LoRA, PEFT + transformers"
 RANK, ALPHA = 8, 16.0

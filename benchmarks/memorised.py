@@ -11,32 +11,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import load_model_and_tokenizer
-from config import one_line_errors
+from cli import one_line_errors
 from dataset import open_split, read_messages
+from generation import answers
 
 SHOWN = ("What is AI?", "Are you sentient?", "What language are you written in?", "What is love?", "Tell me a joke")
 
 
 def unique_openings() -> dict[str, str]:
     """Opening prompt to answer, where all exchanges that open with it agree."""
-    answers: dict[str, set[str]] = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
     for row in open_split("chatterbot", "train+test"):
         prompt, answer = read_messages(row)[:2]
-        answers[prompt["content"]].add(answer["content"])
-    return {prompt: next(iter(found)) for prompt, found in answers.items() if len(found) == 1}
+        found[prompt["content"]].add(answer["content"])
+    return {prompt: next(iter(replies)) for prompt, replies in found.items() if len(replies) == 1}
 
 
 def answer(checkpoint: str, questions: list[str], batch_size: int = 64) -> list[str]:
     """Greedy answers."""
     model, tokenizer = load_model_and_tokenizer(checkpoint)
     model.eval()
-    replies = []
-    for start in range(0, len(questions), batch_size):
-        chunk = [[{"role": "user", "content": question}] for question in questions[start : start + batch_size]]
-        prompts = [tokenizer.render(messages, add_generation_prompt=True)[0] for messages in chunk]
-        tokens = zip(*model.generate(prompts, 120, (tokenizer.eos_token_id,)), strict=True)
-        replies += [tokenizer.decode(token for token in row if token != tokenizer.eos_token_id) for row in tokens]
-    return replies
+    batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
+    return [reply for batch in batches for reply in answers(model, tokenizer, batch, 120)]
 
 
 def main() -> None:

@@ -12,10 +12,11 @@ from matplotlib.colors import ListedColormap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS, one_line_errors
+from cli import one_line_errors
+from config import PRESETS
 from datacollator import DataCollator, RowStream
 from dataset import load_dataset_split
-from metrics import read_metrics
+from run_directory import read_metrics
 from tokenizer import Tokenizer
 
 TRAINED, GIVEN = "#b7e4c7", "#e9ecef"

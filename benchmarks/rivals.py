@@ -30,10 +30,10 @@ from torch import nn
 
 from config import ModelConfig, TrainConfig
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream, pack_best_fit
-from metrics import measure_peak
 from model import DeepSeekV2, LossOutput
-from tokenizer import Tokenizer
 from optimizer import make_optimizers
+from tokenizer import Tokenizer
+from trainer import measure_peak
 
 Step = Callable[[Sequence[Conversation]], float]
 Batches = Sequence[Sequence[Conversation]]
@@ -232,7 +232,7 @@ def transformers_tokenizer(tokenizer: Tokenizer, directory: str) -> Any:
 
 def gemm_peak(dtype: str) -> float:
     """FLOP/s of large matrix products: the most that this machine could do."""
-    return measure_peak(torch.device("cpu"), getattr(torch, dtype), size=4096)
+    return measure_peak(torch.device("cpu"), getattr(torch, dtype), largest=4096)
 
 
 class Child:

@@ -22,7 +22,7 @@ from rivals import autocast, transformers_loss, transformers_model  # first: set
 from config import ModelConfig
 from datacollator import IGNORE, DataCollator, RowStream
 from dataset import load_dataset_split
-from metrics import read_metrics
+from run_directory import read_metrics
 from tokenizer import Tokenizer
 
 ROWS, WIDTH = 8, 512

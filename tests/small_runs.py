@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import checkpoint
-import metrics
 import plot
+import run_directory
 import train_sft
 import trainer
 from checkpoint import load_state, newest_checkpoint
@@ -227,7 +227,7 @@ def signal_in_step(step: int, number: signal.Signals) -> None:
 def numbers(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     clock = ("tokens_per_second", "peak_share")
-    return [{k: v for k, v in line.items() if k not in clock} for line in metrics.read_metrics(run)]
+    return [{k: v for k, v in line.items() if k not in clock} for line in run_directory.read_metrics(run)]
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:

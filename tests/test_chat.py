@@ -1,4 +1,4 @@
-"""Chatting with checkpoints. Oracles: model.generate, transformers' greedy decoding, Tokenizer.render."""
+"""Chatting with checkpoints. Oracles: generation.generate, transformers' greedy decoding, Tokenizer.render."""
 
 import os
 import subprocess
@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import chat
+import generation
 import lora
 from chat import ChatConfig, reply
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
+from generation import generate
 from model import DeepSeekV2
 from small_models import small_model, transformers_model
 from small_runs import run_main
@@ -67,7 +69,7 @@ def test_the_command_prints_a_reply(run: Path, model: DeepSeekV2, tokenizer: Tok
     )
     assert (done.returncode, done.stderr) == (0, "")
     prompt, _ = tokenizer.render([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
-    assert done.stdout == text_of([token for (token,) in model.generate([prompt], 12)], tokenizer) + "\n"
+    assert done.stdout == text_of([token for (token,) in generate(model, [prompt], 12)], tokenizer) + "\n"
 
 
 def test_greedy_is_transformers_greedy(
@@ -112,7 +114,7 @@ def test_an_adapters_directory_answers_with_the_adapter(
     assert answer != say(base, *flags, directory=tmp_path, capsys=capsys)
     prompt, _ = tokenizer.render([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
     adapted.eval()
-    assert answer == text_of([token for (token,) in adapted.generate([prompt], 20)], tokenizer) + "\n"
+    assert answer == text_of([token for (token,) in generate(adapted, [prompt], 20)], tokenizer) + "\n"
 
 
 def test_the_seed_decides(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,10 +144,18 @@ class Scripted:
     def eval(self) -> None:
         pass
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, *_: Any) -> Iterator[list[int]]:
+    def continue_(self, prompts: list[list[int]], max_new_tokens: int, *_: Any) -> Iterator[list[int]]:
         self.prompts += prompts
         for token in self.answers.pop(0)[:max_new_tokens]:
             yield [token]
+
+
+@pytest.fixture(autouse=True)
+def scripts_are_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def speak(model: Any, *arguments: Any) -> Iterator[list[int]]:
+        return model.continue_(*arguments) if isinstance(model, Scripted) else generate(model, *arguments)
+
+    monkeypatch.setattr(generation, "generate", speak)
 
 
 def answer(model: Any, tokenizer: Tokenizer, messages: list[dict[str, str]], **options: Any) -> list[str]:

@@ -34,6 +34,7 @@ from checkpoint import (
     save_state,
 )
 from config import RopeScaling, UserError
+from generation import generate
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
 from tokenizer import Tokenizer
@@ -103,7 +104,7 @@ def test_transformers_opens_our_directory(changes: dict, tmp_path: Path, tokeniz
     assert their_tokenizer.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.eos_token_id
     assert relative_difference(model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits) < 1e-5
     continuation = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :].tolist()
-    ours = [token for (token,) in model.generate([ids], 64, stop_token_ids=(tokenizer.eos_token_id,))]
+    ours = [token for (token,) in generate(model, [ids], 64, stop_token_ids=(tokenizer.eos_token_id,))]
     assert ours == continuation
 
 

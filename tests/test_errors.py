@@ -13,7 +13,8 @@ import pytest
 
 import train_sft
 from checkpoint import save_pretrained
-from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError, one_line_errors
+from cli import one_line_errors
+from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError
 from plot import plot_runs
 from small_models import small_model
 from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl

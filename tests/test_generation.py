@@ -5,7 +5,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from config import RopeScaling, UserError
-from model import DeepSeekV2, LatentCache, sample
+from generation import LatentCache, generate, sample
+from model import DeepSeekV2
 from small_models import relative_difference, small_model
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=128, mscale=0.707, mscale_all_dim=0.707)
@@ -28,9 +29,9 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(0, 112, (length,), generator=generator).tolist() for length in lengths]
 
 
-def generate(model: DeepSeekV2, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
+def continuations(model: DeepSeekV2, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
     """The new tokens of each prompt."""
-    steps = list(model.generate(prompts, max_new_tokens, **options))
+    steps = list(generate(model, prompts, max_new_tokens, **options))
     return [list(tokens) for tokens in zip(*steps, strict=True)]
 
 
@@ -55,7 +56,7 @@ def test_cached_logits_equal_a_full_forward_pass(changes: dict) -> None:
 def test_greedy_tokens_equal_full_forward_passes_over_256_steps(changes: dict) -> None:
     model = small_model(**changes)
     (prompt,) = random_prompts(30)
-    (new,) = generate(model, [prompt], 256)
+    (new,) = continuations(model, [prompt], 256)
     # If each token is the likeliest one after those before it, a greedy loop of full passes gives these tokens.
     logits = model(torch.tensor([prompt + new]))[0]
     assert new == logits.argmax(dim=-1)[29:-1].tolist()
@@ -74,25 +75,25 @@ def test_cache_holds_latent_and_rotary_key_and_nothing_else() -> None:
 def test_prompts_of_different_lengths_equal_each_alone() -> None:
     model = small_model()
     prompts = random_prompts(3, 41, 1, 17)
-    together = generate(model, prompts, 40)
-    assert together == [generate(model, [prompt], 40)[0] for prompt in prompts]
+    together = continuations(model, prompts, 40)
+    assert together == [continuations(model, [prompt], 40)[0] for prompt in prompts]
 
 
 def test_prompts_longer_than_a_chunk_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     prompts = random_prompts(5, 8, 23, 16)
-    whole = generate(model, prompts, 20)
+    whole = continuations(model, prompts, 20)
     monkeypatch.setattr(LatentCache, "PREFILL", 8)
-    assert generate(model, prompts, 20) == whole
+    assert continuations(model, prompts, 20) == whole
 
 
 def test_a_prompt_stops_at_its_stop_token_and_the_others_go_on() -> None:
     model = small_model()
     prompts = random_prompts(6, 9)
-    free = generate(model, prompts, 30)
+    free = continuations(model, prompts, 30)
     stop = free[0][4]
     after_stop = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in free]
-    stopped = generate(model, prompts, 30, stop_token_ids=(stop,))
+    stopped = continuations(model, prompts, 30, stop_token_ids=(stop,))
     for expected, tokens in zip(after_stop, stopped, strict=True):
         assert tokens[: len(expected)] == expected
         assert set(tokens[len(expected) :]) <= {stop}
@@ -100,7 +101,7 @@ def test_a_prompt_stops_at_its_stop_token_and_the_others_go_on() -> None:
 
 
 def test_tokens_come_one_at_a_time() -> None:
-    stream = small_model().generate(random_prompts(4), 3)
+    stream = generate(small_model(), random_prompts(4), 3)
     assert len(next(stream)) == 1
     assert len(list(stream)) == 2
 
@@ -108,17 +109,17 @@ def test_tokens_come_one_at_a_time() -> None:
 def test_bfloat16_weights_and_autocast_generate() -> None:
     model = small_model()
     with torch.autocast("cpu", torch.bfloat16):
-        assert len(generate(model, random_prompts(5), 10)[0]) == 10
-    assert len(generate(model.to(torch.bfloat16), random_prompts(5), 10)[0]) == 10
+        assert len(continuations(model, random_prompts(5), 10)[0]) == 10
+    assert len(continuations(model.to(torch.bfloat16), random_prompts(5), 10)[0]) == 10
 
 
 def test_what_does_not_fit_the_context_is_refused() -> None:
     model = small_model(max_position_embeddings=64)
-    assert len(generate(model, random_prompts(54), 10)[0]) == 10
+    assert len(continuations(model, random_prompts(54), 10)[0]) == 10
     with pytest.raises(UserError, match="55 tokens and 10 new ones exceed the model's context of 64"):
-        next(model.generate(random_prompts(55), 10))
+        next(generate(model, random_prompts(55), 10))
     with pytest.raises(UserError, match="empty"):
-        next(model.generate([[1], []], 10))
+        next(generate(model, [[1], []], 10))
 
 
 # ---------------------------------------------------------------- sampling
@@ -160,7 +161,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
 def test_narrow_sampling_is_greedy(options: dict) -> None:
     model = small_model()
     prompts = random_prompts(6, 9)
-    assert generate(model, prompts, 30, **({"temperature": 1.0} | options)) == generate(model, prompts, 30)
+    assert continuations(model, prompts, 30, **({"temperature": 1.0} | options)) == continuations(model, prompts, 30)
 
 
 def test_the_same_seed_gives_the_same_text() -> None:
@@ -168,7 +169,7 @@ def test_the_same_seed_gives_the_same_text() -> None:
 
     def text(seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        return generate(model, random_prompts(6, 9), 30, temperature=1.0, generator=generator)
+        return continuations(model, random_prompts(6, 9), 30, temperature=1.0, generator=generator)
 
     assert text(1) == text(1)
     assert text(1) != text(2)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import lora
 from config import TrainConfig, UserError
+from generation import generate
 from model import DeepSeekV2, Experts
-from small_models import relative_difference, small_config, small_model, transformers_model
 from optimizer import make_optimizers
+from small_models import relative_difference, small_config, small_model, transformers_model
 
 DEFAULT = TrainConfig.lora_target_modules
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -304,7 +305,7 @@ def test_adapters_take_part_in_generation() -> None:
     """Every step's choice from the cache is that of a forward pass over the whole sequence."""
     model = adapted_model((*DEFAULT, *EXPERTS), **COMPRESSED).eval()
     sequence = tokens(1, 9)[0].tolist()
-    for (token,) in list(model.generate([sequence], 12)):
+    for (token,) in list(generate(model, [sequence], 12)):
         assert token == model(torch.tensor([sequence]))[0, -1].argmax()
         sequence.append(token)
 

@@ -16,7 +16,7 @@ import torch
 
 import small_runs
 from checkpoint import checksum, load_pretrained, load_state, write_json
-from metrics import read_metrics
+from run_directory import read_metrics
 from small_runs import (
     arguments,
     conversations,

@@ -1,0 +1,86 @@
+"""The command line: config.py's dataclasses as flags, and errors as one line."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, make_dataclass, replace
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError, check
+
+Config = TypeVar("Config")
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool = False) -> Iterator[None]:
+    """Print what the user can mend (a full disk and the like too) as one line and exit with 2; with `debug`, let Python
+    show where it came from. Ctrl-C exits with 130, as it does in a shell."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_arguments(arguments: list[str], description: str | None = None) -> TrainConfig:
+    """train_sft.py's: the preset, with the fields that the command line overrides. Raises UserError."""
+    preset, flags = "", list(arguments)
+    if flags and not flags[0].startswith("-"):
+        preset = flags.pop(0)
+        check(preset in PRESETS, f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    elif "-h" in flags or "--help" in flags:
+        preset = "tiny"
+    else:
+        import torch
+
+        preset = "mini" if torch.cuda.is_available() else "tiny"
+        print(f"preset {preset}: there is {'a' if preset == 'mini' else 'no'} CUDA device")
+    default = PRESETS[preset]
+    if any(flag.replace("_", "-").startswith("--model.rope-scaling.") for flag in flags):  # any of them turns it on
+        yarn = default.model.rope_scaling or RopeScaling()
+        default = replace(default, model=replace(default.model, rope_scaling=yarn))
+    parsed: Any = parse_flags(COMMAND_LINE, flags, f"train_sft.py {preset}", description, default=in_groups(default))
+    groups = [vars(getattr(parsed, name)) for name in GROUPS]
+    config = TrainConfig(**{name: value for group in groups for name, value in group.items()}, model=parsed.model)
+    config.output_dir = config.output_dir or f"runs/{preset}"
+    return config
+
+
+# TrainConfig's fields in groups, as --help shows them; only the model's flags have their group's name before them.
+# Its bases stand in reverse.
+GROUPS = {group.__name__.removesuffix("Config").lower(): group for group in TrainConfig.__bases__[::-1]}
+COMMAND_LINE = make_dataclass(
+    "CommandLine",
+    [(name, Annotated[group, tyro.conf.OmitArgPrefixes]) for name, group in GROUPS.items()] + [("model", ModelConfig)],
+)
+
+
+def in_groups(config: TrainConfig) -> Any:
+    """The same configuration as a COMMAND_LINE."""
+    groups = {
+        name: group(**{field.name: getattr(config, field.name) for field in fields(group)})
+        for name, group in GROUPS.items()
+    }
+    return COMMAND_LINE(**groups, model=config.model)
+
+
+def parse_flags(kind: type[Config], flags: list[str], prog: str, description: str | None, **options: Any) -> Config:
+    """A dataclass from the command line, through tyro, whose complaints become one line. Raises UserError."""
+    messages = io.StringIO()
+    options |= {"prog": prog, "description": description, "config": (tyro.conf.AvoidSubcommands,)}
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(kind, args=flags, **options)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        lines = [line.strip("│| ") for line in messages.getvalue().splitlines()[1:]]  # tyro draws a box around it
+        sections = " ".join(line if line.strip("─-+╰╯") else "\n" for line in lines).split("\n")
+        raise UserError("; ".join(section.strip() for section in sections if section.strip())) from None
