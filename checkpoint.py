@@ -27,6 +27,7 @@ import lora
 from config import ModelConfig, RopeScaling, UserError, check
 from model import DeepSeekV2
 from tokenizer import Tokenizer
+from vocabulary import read_json
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -253,15 +254,6 @@ def inside(directory: Path, name: str) -> Path:
     safe = path.resolve().parent in (root, root.parent.parent / "blobs")
     check(safe, f"{path} lies outside of the directory, at {path.resolve()}")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
-    check(isinstance(content, dict), f"{path} holds no JSON object")
-    return content
 
 
 def load_pretrained(directory: str | Path, dtype: torch.dtype | None = None, device: Device = None) -> DeepSeekV2:

@@ -21,6 +21,7 @@ import yaml
 from datasets.fingerprint import Hasher
 
 import tokenizer as tokenizer_module
+import vocabulary
 from config import UserError
 from tokenizer import ROLES, Tokenizer
 
@@ -105,7 +106,7 @@ TOKENIZED = datasets.Features(
 
 def tokenize(rows: datasets.Dataset, tokenizer: Tokenizer, max_seq_len: int, num_proc: int) -> datasets.Dataset:
     """Render every row, or say what is wrong with it; from the cache if that was done before."""
-    modules = [Path(module).read_bytes() for module in (__file__, tokenizer_module.__file__)]
+    modules = [Path(module).read_bytes() for module in (__file__, tokenizer_module.__file__, vocabulary.__file__)]
     fingerprint = Hasher.hash([rows._fingerprint, tokenizer.fingerprint(), max_seq_len, *modules])
     cache = Path(datasets.config.HF_DATASETS_CACHE, "sft-from-scratch")
     cache.mkdir(parents=True, exist_ok=True)

