@@ -156,9 +156,8 @@ def load_directory(directory: Path, vocab_size: int | None) -> Vocabulary:
         tokens[i] = bytes(CHAR_TO_BYTE[c] for c in token) if CHAR_TO_BYTE.keys() >= set(token) else token.encode()
     for name, i in added.items():
         tokens[i] = name.encode()
-    return Vocabulary(
-        in_pieces(text_encoder(path, spec)), tokens, added, functools.partial(json.dumps, spec, ensure_ascii=False)
-    )
+    text = path.read_text(encoding="utf-8")
+    return Vocabulary(in_pieces(text_encoder(path, spec)), tokens, added, lambda: text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
