@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from config import UserError
-
 if TYPE_CHECKING:
     import datasets
 
@@ -177,8 +175,7 @@ def demo(name: str = "chitchat", split: str = "") -> None:
 
 
 if __name__ == "__main__":
-    try:
+    from cli import one_line_errors
+
+    with one_line_errors():
         demo(*sys.argv[1:3])
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)

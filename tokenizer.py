@@ -238,9 +238,16 @@ def colour(tokenizer: Tokenizer, ids: Iterable[int], mask: Iterable[int], show_i
     return "".join(pieces)
 
 
+def demo(texts: list[str]) -> None:
+    """texts: what a user and an assistant say in turn."""
+    texts = texts + ["Hello! How can I help you?"] * (len(texts) % 2)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    tokenizer = Tokenizer()
+    print(LEGEND + " and each token's id\n\n" + colour(tokenizer, *tokenizer.render(messages), show_ids=True))
+
+
 if __name__ == "__main__":
-    texts = sys.argv[1:] or ["Hello"]
-    texts += ["Hello! How can I help you?"] * (len(texts) % 2)
-    demo = Tokenizer()
-    conversation = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    print(LEGEND + " and each token's id\n\n" + colour(demo, *demo.render(conversation), show_ids=True))
+    from cli import one_line_errors
+
+    with one_line_errors():
+        demo(sys.argv[1:] or ["Hello"])

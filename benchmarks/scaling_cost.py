@@ -16,9 +16,10 @@ import torch
 import tyro
 from rivals import benchmark_config, in_child, our_loop, peak_memory  # first: sets the environment
 
-from config import ModelConfig
+from config import Dtype, ModelConfig
 from datacollator import Conversation
 from model import parameter_counts
+from parallel import choose_dtype
 
 WARM_UP, TIMED = 3, 5  # steps
 TOKENS = 4096  # in a step, where nothing else is said
@@ -27,7 +28,7 @@ Table = Literal["length", "tokens", "vocabulary", "experts"]
 
 @dataclass
 class Options:
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"
     # Which tables to print.
     tables: tuple[Table, ...] = ("length", "tokens", "vocabulary", "experts")
     model: ModelConfig = field(default_factory=benchmark_config)
@@ -85,7 +86,7 @@ def print_table(table: Table, config: ModelConfig, dtype: str) -> None:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__, config=(tyro.conf.AvoidSubcommands,))
     for table in options.tables:
-        print_table(table, options.model, options.dtype)
+        print_table(table, options.model, choose_dtype(options.dtype, torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python benchmarks/time_to_quality.py [--seconds 180] [--plot docs/time_to_quality.png]
 
-First the loop (hidden 192, 4 layers, 8 experts, top 2, 8,192 entries, bf16 autocast, AdamW, 8 rows of 512), then
-`train_sft.py tiny`, one after the other on the same machine, the same training and held-out conversations. The clock
-counts training steps, not evaluations. Bits per byte as in trainer.py: all target tokens, the end of the turn too, over
-the bytes of the assistant's text.
+First the loop (hidden 192, 4 layers, 8 experts, top 2, 8,192 entries, AdamW, 8 rows of 512), then `train_sft.py tiny`,
+one after the other on the same machine, the same training and held-out conversations, both in bf16 where the hardware
+has it. The clock counts training steps, not evaluations. Bits per byte as in trainer.py: all target tokens, the end of
+the turn too, over the bytes of the assistant's text.
 """
 
 import argparse
@@ -22,10 +22,12 @@ from rivals import autocast, transformers_loss, transformers_model  # first: set
 from config import ModelConfig
 from datacollator import IGNORE, DataCollator, RowStream
 from dataset import load_dataset_split
+from parallel import choose_dtype
 from run_directory import read_metrics
 from tokenizer import Tokenizer
 
 ROWS, WIDTH = 8, 512
+DTYPE = choose_dtype("auto", torch.device("cpu"))
 Curve = list[tuple[float, float]]  # seconds of training, bits per byte
 LOOP_MODEL = ModelConfig(
     vocab_size=8192,
@@ -56,7 +58,7 @@ def evaluate(model: torch.nn.Module, held_out: RowStream, num_bytes: torch.Tenso
     nats, total_bytes = 0.0, 0
     for start in range(0, held_out.rows_per_epoch, ROWS):
         batch = held_out.batch(range(start, min(start + ROWS, held_out.rows_per_epoch)))
-        with autocast("bfloat16"):
+        with autocast(DTYPE):
             nats += transformers_loss(model, batch).item()
         total_bytes += int(num_bytes[batch["labels"][batch["labels"] != IGNORE]].sum())
     model.train()
@@ -77,7 +79,7 @@ def run_loop(seconds: float, peak_rate: float) -> Curve:
         batch = train.batch(range(step * ROWS, (step + 1) * ROWS))
         progress = clock / seconds
         optimizer.param_groups[0]["lr"] = peak_rate * min((step + 1) / 20, 0.505 + 0.495 * math.cos(math.pi * progress))
-        with autocast("bfloat16"):
+        with autocast(DTYPE):
             loss = transformers_loss(model, batch) / (batch["labels"] != IGNORE).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

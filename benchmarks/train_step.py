@@ -10,7 +10,7 @@ limit is what the machine's largest matrix products would allow, with the head a
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -34,9 +34,10 @@ from rivals import (  # first: sets the environment
     trl_sft,
 )
 
-from config import ModelConfig
+from config import Dtype, ModelConfig
 from datacollator import IGNORE, Conversation
 from model import DeepSeekV2, parameter_counts
+from parallel import choose_dtype
 
 US, LOOP, TRL = "this repository", "loop around transformers", "TRL's SFTTrainer"
 WARM_UP = 3  # batches
@@ -44,7 +45,7 @@ WARM_UP = 3  # batches
 
 @dataclass
 class Options:
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"
     # Batches that we and the loop are timed on.
     rounds: int = 12
     # Batches that TRL is timed on; one takes it half a minute. 0: leave it out.
@@ -156,7 +157,7 @@ def draw(results: dict[str, Result], limit: float, path: str) -> None:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__, config=(tyro.conf.AvoidSubcommands,))
-    config, dtype = options.model, options.dtype
+    config, dtype = options.model, choose_dtype(options.dtype, torch.device("cpu"))
     batches = load_conversations(WARM_UP + options.rounds, config.vocab_size)
     peak = gemm_peak(dtype)
     results = take_turns(config, dtype, batches)
