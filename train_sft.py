@@ -15,8 +15,10 @@ from cli import one_line_errors, parse_arguments
 from config import TrainConfig, check
 
 if TYPE_CHECKING:
+    from datacollator import RowStream
     from model import DeepSeekV2
     from parallel import World
+    from tokenizer import Tokenizer
 
 # torch takes a while to import, and --help should not wait for it: what needs torch is imported where it is used.
 # On CPU, torch takes large tensors from huge pages if told so before it starts: a tenth of a step otherwise goes
@@ -25,6 +27,54 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # On CPU, oneDNN generates code for each shape and keeps it. Packed batches hardly ever repeat one, so it would pile up.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+
+
+def load_tokenizer(config: TrainConfig, source: Path | None) -> "Tokenizer":
+    """The tokenizer of `source`, the checkpoint that the run starts from, or a new one. What it and the checkpoint
+    decide is noted in the configuration. Raises UserError for a configuration that no run can have."""
+    from checkpoint import load_config
+    from tokenizer import Tokenizer
+
+    check(source is not None or not config.lora_rank, "lora_rank needs init_from: adapters adapt a trained model")
+    if source:
+        config.init_from, config.tokenizer, config.model = str(source), str(source), load_config(source)
+    config.validate()
+    vocab_size = config.model.vocab_size if config.tokenizer == "cl100k_base" else None
+    tokenizer = Tokenizer(config.tokenizer, vocab_size, config.chat_template)
+    config.chat_template = tokenizer.chat_template
+    if source is None:
+        config.model.vocab_size = tokenizer.vocab_size
+    return tokenizer
+
+
+def load_rows(config: TrainConfig, split: str, tokenizer: "Tokenizer", world: "World", shuffle: bool) -> "RowStream":
+    """A split's conversations in rows. The first process fills the cache that the others then read."""
+    from datacollator import DataCollator, RowStream
+    from dataset import load_dataset_split
+    from parallel import wait_for_all
+
+    if not world.is_main:
+        wait_for_all()
+    data, report = load_dataset_split(
+        config.dataset, split, tokenizer, config.max_seq_len, config.num_proc, config.skip_bad_rows
+    )
+    if world.is_main:
+        print(report)
+        wait_for_all()
+    collator = DataCollator(config.max_seq_len, tokenizer.pad_token_id, config.packing)
+    return RowStream(data, collator, config.seed, shuffle)
+
+
+def checkpoint_to_resume(config: TrainConfig, world: "World") -> Path | None:
+    """The newest good one, as the first process sees it; None for a new run. Raises UserError if all are damaged."""
+    from checkpoint import checkpoints, newest_checkpoint
+    from parallel import from_first_rank
+
+    newest = newest_checkpoint(config.output_dir) if config.resume and world.is_main else None
+    checkpoint = from_first_rank(newest, world)
+    damaged = config.resume and checkpoint is None and checkpoints(config.output_dir)
+    check(not damaged, f"{config.output_dir} has no checkpoint left that is whole; start without --resume")
+    return checkpoint
 
 
 def build_model(config: TrainConfig, source: Path | None, adapter: Path | None, world: "World") -> "DeepSeekV2":
@@ -62,48 +112,21 @@ def train(config: TrainConfig, world: "World") -> None:
     """Config -> data -> model -> trainer."""
     import torch
 
-    from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_checkpoint
-    from datacollator import DataCollator, RowStream
-    from dataset import load_dataset_split
-    from parallel import choose_dtype, from_first_rank, replicate, wait_for_all
+    from checkpoint import resolve_checkpoint
+    from parallel import choose_dtype, replicate
     from run_directory import check_changes, open_run
-    from tokenizer import Tokenizer
     from trainer import Trainer
 
     config.dtype = choose_dtype(config.dtype, world.device)
     source = resolve_checkpoint(config.init_from) if config.init_from else None
-    check(source is not None or not config.lora_rank, "lora_rank needs init_from: adapters adapt a trained model")
-    if source:
-        config.init_from, config.tokenizer, config.model = str(source), str(source), load_config(source)
-    config.validate()
-    vocab_size = config.model.vocab_size if config.tokenizer == "cl100k_base" else None
-    tokenizer = Tokenizer(config.tokenizer, vocab_size, config.chat_template)
-    config.chat_template = tokenizer.chat_template
-    if source is None:
-        config.model.vocab_size = tokenizer.vocab_size
+    tokenizer = load_tokenizer(config, source)
     if world.is_main and config.resume:
         check_changes(config)
-
-    def load_rows(split: str, shuffle: bool) -> RowStream:
-        if not world.is_main:
-            wait_for_all()  # the first process fills the cache that the others read
-        data, report = load_dataset_split(
-            config.dataset, split, tokenizer, config.max_seq_len, config.num_proc, config.skip_bad_rows
-        )
-        if world.is_main:
-            print(report)
-            wait_for_all()
-        collator = DataCollator(config.max_seq_len, tokenizer.pad_token_id, config.packing)
-        return RowStream(data, collator, config.seed, shuffle)
-
-    train_rows = load_rows(config.train_split, config.shuffle)
-    held_out = load_rows(config.eval_split, shuffle=False) if config.eval_steps else None
+    train_rows = load_rows(config, config.train_split, tokenizer, world, config.shuffle)
+    held_out = load_rows(config, config.eval_split, tokenizer, world, shuffle=False) if config.eval_steps else None
 
     torch.manual_seed(config.seed)
-    newest = newest_checkpoint(config.output_dir) if config.resume and world.is_main else None
-    checkpoint = from_first_rank(newest, world)
-    damaged = config.resume and checkpoint is None and checkpoints(config.output_dir)
-    check(not damaged, f"{config.output_dir} has no checkpoint left that is whole; start without --resume")
+    checkpoint = checkpoint_to_resume(config, world)
     model = build_model(config, source if config.lora_rank else checkpoint or source, checkpoint, world)
     trainer = Trainer(config, replicate(model, config.parallel, world), tokenizer, train_rows, held_out, world)
     if checkpoint:

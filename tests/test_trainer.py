@@ -29,7 +29,7 @@ from optimizer import Muon, learning_rate
 from parallel import World
 from run_directory import read_metrics
 from small_models import small_config, small_model
-from small_runs import cheap_process, conversations
+from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl
 from tokenizer import Tokenizer
 from trainer import Trainer
 
@@ -209,6 +209,28 @@ def test_bfloat16_trains_fp32_weights_to_nearly_the_same_losses(tmp_path: Path) 
     exact, rounded = (make_trainer(tmp_path, dtype=dtype) for dtype in ("float32", "bfloat16"))
     torch.testing.assert_close(losses(run_steps(rounded, 3)), losses(run_steps(exact, 3)), atol=0.05, rtol=0)
     assert all(p.dtype == torch.float32 for p in rounded.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("abilities", "expected"),
+    [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"architecture": "aarch64", "bf16": True}, "bfloat16"),
+        ({"avx512_f": True, "avx512_bf16": False}, "float32"),
+    ],
+)
+def test_a_run_takes_bf16_where_the_processor_has_it(
+    abilities: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "data.jsonl", TEXTS)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    wanted = arguments(tmp_path / "data.jsonl", tmp_path / "run", max_steps=1, eval_steps=0, dtype="auto")
+    assert train_here(wanted, tmp_path) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["dtype"] == expected
+    told = arguments(tmp_path / "data.jsonl", tmp_path / "told", max_steps=1, eval_steps=0, dtype="float32")
+    assert train_here(told, tmp_path) == 0
+    assert json.loads((tmp_path / "told/config.json").read_text())["dtype"] == "float32"
 
 
 def test_any_seed_will_do(tmp_path: Path) -> None:
