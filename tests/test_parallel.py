@@ -43,9 +43,10 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"lora_rank": 4, "init_from": "packed-1", "dtype": "bfloat16"},
     ),
 }
-FOUR_RANKS = ("packed", "padded", "lora")
-# Other roundings of the same sums: in bf16 they grow with the steps. Muon's iteration makes them larger.
-TOLERANCES = {"bf16": 1e-3, "muon": 1e-4}
+FOUR_RANKS = ("packed", "lora")
+# Other roundings of the same sums: in bf16 they grow with the steps, until a token near a tie goes to another expert.
+# Muon's iteration makes them larger.
+TOLERANCES = {"bf16": 5e-3, "muon": 1e-4}
 ENGINES = ("ddp-2", "fsdp-2", "fsdp-4")
 RUNS = [(variant, engine) for engine in ENGINES for variant in VARIANTS if engine != "fsdp-4" or variant in FOUR_RANKS]
 # A run, and the one whose checkpoint of step 2 it goes on from.

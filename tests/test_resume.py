@@ -16,7 +16,8 @@ import torch
 
 import small_runs
 from checkpoint import checksum, load_pretrained, load_state, write_json
-from run_directory import read_metrics
+from config import ModelConfig, RopeScaling, TrainConfig, UserError
+from run_directory import check_changes, open_run, read_metrics
 from small_runs import (
     arguments,
     conversations,
@@ -259,13 +260,15 @@ def test_what_may_change_is_taken_and_logged(run: Path, data: Path, capsys: pyte
     assert {name: config[name] for name in changes} == changes
 
 
-def test_settings_that_come_or_go_are_described() -> None:
-    from train_sft import describe_changes
-
-    yarn = {"type": "yarn", "factor": 4.0}
-    changes = {"model": ({"rope_scaling": yarn, "n_group": 1}, {"rope_scaling": None, "n_group": 2})}
-    assert describe_changes(changes) == f"model.rope_scaling {yarn!r} -> None, model.n_group 1 -> 2"
-    assert describe_changes({"model": ({"rope_scaling": None}, {"rope_scaling": yarn})}).endswith(f"None -> {yarn!r}")
+def test_settings_that_come_or_go_are_described(tmp_path: Path) -> None:
+    plain, stretched = (
+        TrainConfig(output_dir=str(tmp_path / "run"), model=ModelConfig(rope_scaling=scaling))
+        for scaling in (None, RopeScaling(factor=4.0))
+    )
+    for old, new, change in ((plain, stretched, "None -> 4.0"), (stretched, plain, "4.0 -> None")):
+        open_run(old)
+        with pytest.raises(UserError, match=rf"another configuration: .*model\.rope_scaling\.factor {change}"):
+            check_changes(new)
 
 
 def test_an_earlier_run_moves_aside_and_is_never_overwritten(
