@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix U S V^T to about U V^T, by five steps of Newton and Schulz's iteration, which takes products only.
+    """A matrix U S V^T (out, in) to about U V^T in `dtype`, by five steps of Newton and Schulz's iteration.
 
     The coefficients push small singular values up fast; all end between 0.7 and 1.2.
     """

@@ -35,7 +35,8 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "packed": (["--packing"], {}),
     "padded": (["--no-packing"], {}),
     "tied": (["--model.tie-word-embeddings", "--gradient-checkpointing"], {}),
-    "bf16": ([], {"dtype": "bfloat16"}),
+    # All experts for every token: in bf16 a rounding error can send one that is near a tie to another expert.
+    "bf16": ([], {"dtype": "bfloat16", "model_num_experts_per_tok": 6}),
     "muon": ([], {"optimizer": "muon"}),
     "lora": ([], {"lora_rank": 4, "init_from": "packed-1"}),
     "lora-bf16": (
@@ -44,9 +45,8 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     ),
 }
 FOUR_RANKS = ("packed", "padded", "lora")
-# Of metrics and of tensors. Other roundings of the same sums: Muon's iteration makes them larger; in bf16 they grow
-# with the steps, until a token near a tie goes to another expert, which its router's squared gradients show most.
-TOLERANCES = {"bf16": (5e-3, 2e-2), "muon": (1e-4, 1e-4)}
+# Other roundings of the same sums: in bf16 they grow with the steps. Muon's iteration makes them larger.
+TOLERANCES = {"bf16": 1e-3, "muon": 1e-4}
 ENGINES = ("ddp-2", "fsdp-2", "fsdp-4")
 RUNS = [(variant, engine) for engine in ENGINES for variant in VARIANTS if engine != "fsdp-4" or variant in FOUR_RANKS]
 # A run, and the one whose checkpoint of step 2 it goes on from.
@@ -136,18 +136,17 @@ def whole_bytes(run: Path) -> int:
     return sum(tensor.nbytes for tensor in load_file(file).values())
 
 
-def assert_same_run(run: Path, reference: Path, variant: str = "packed") -> None:
+def assert_same_run(run: Path, reference: Path, tolerance: float = 1e-5) -> None:
     """Metrics line by line, and weights and optimizer state tensor by tensor."""
-    of_metrics, of_tensors = TOLERANCES.get(variant, (1e-5, 1e-5))
     ours, theirs = numbers(run), numbers(reference)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for line, expected in zip(ours, theirs, strict=True):
-        assert line == pytest.approx(expected, rel=of_metrics)
+        assert line == pytest.approx(expected, rel=tolerance)
     tensors, expected_tensors = final_tensors(run), final_tensors(reference)
     assert tensors.keys() == expected_tensors.keys()
     for name, tensor in expected_tensors.items():
         difference = (tensors[name].double() - tensor.double()).norm()
-        assert difference <= of_tensors * tensor.double().norm(), name
+        assert difference <= tolerance * tensor.double().norm(), name
 
 
 # ---------------------------------------------------------------- the same result
@@ -155,13 +154,13 @@ def assert_same_run(run: Path, reference: Path, variant: str = "packed") -> None
 
 @pytest.mark.parametrize(("variant", "engine"), RUNS)
 def test_ranks_train_the_same_model_as_one_process(folder: Path, variant: str, engine: str) -> None:
-    assert_same_run(folder / f"{variant}-{engine}", folder / f"{variant}-1", variant)
+    assert_same_run(folder / f"{variant}-{engine}", folder / f"{variant}-1", TOLERANCES.get(variant, 1e-5))
 
 
 @pytest.mark.parametrize("run", RESUMED)
 def test_a_checkpoint_knows_no_world_size(folder: Path, run: str) -> None:
     variant = run.partition("-")[0]
-    assert_same_run(folder / f"{run}-resumed", folder / f"{variant}-1", variant)
+    assert_same_run(folder / f"{run}-resumed", folder / f"{variant}-1", TOLERANCES.get(variant, 1e-5))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
