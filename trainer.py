@@ -68,7 +68,7 @@ class Trainer:
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
         if train.rows_per_epoch < self.rows_per_step:
             raise UserError(
-                f"{config.dataset}: its {train.rows_per_epoch} rows don't fill one step of {self.rows_per_step}; lower "
+                f"{', '.join(config.dataset)}: its {train.rows_per_epoch} rows don't fill one step of {self.rows_per_step}; lower "
                 "batch_size or gradient_accumulation_steps"
             )
         epochs_steps = math.ceil(config.num_train_epochs * train.rows_per_epoch / self.rows_per_step)
@@ -213,7 +213,7 @@ class Trainer:
             conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
             raise UserError(
                 f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (now in "
-                f"conversations {conversations} of {self.config.dataset}); the weights are those of the last good "
+                f"conversations {conversations} of {', '.join(self.config.dataset)}); the weights are those of the last good "
                 f"step, and {self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower learning_rate"
             )
 

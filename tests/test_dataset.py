@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from dataset import load_dataset_split, open_split, read_chatterbot, read_chitchat, tokenize_row
+from dataset import (
+    load_dataset_split,
+    open_split,
+    read_chatterbot,
+    read_chitchat,
+    read_chitchat_text,
+    tokenize_row,
+    tokenize_text,
+)
 from tokenizer import ROLES, Tokenizer
 
 TOKENIZER = Tokenizer(vocab_size=512)
@@ -146,7 +154,7 @@ BAD_ROWS = {
     "message no object": ({"messages": ["Hello"]}, r"messages\[0\]: not an object with role and content \(it is str"),
     "sharegpt role": ({"conversations": [{"from": "x", "value": ""}]}, r"conversations\[0\].from: unknown role"),
     "completion null": ({"prompt": "Hello", "completion": None}, "completion: not a list of messages"),
-    "missing columns": ({"text": "Hello", "id": 1}, r"columns: neither messages.* \(there are text, id"),
+    "missing columns": ({"words": "Hello", "id": 1}, r"columns: neither messages.* \(there are words, id"),
     "row no object": ([1], r"line: not a JSON object \(it is list"),
     "truncated json": ('{"messages": [{"role": "us', "line: invalid JSON"),
     "deep json": ("[" * 100_000, "line: invalid JSON"),
@@ -261,13 +269,32 @@ CONVERSATION = st.lists(
 @given(messages=CONVERSATION, max_seq_len=st.integers(2, 60))
 def test_truncation_keeps_a_prefix_that_has_something_to_learn_or_drops_the_row(messages, max_seq_len):
     ids, mask = TOKENIZER.render(messages)
-    row = tokenize_row({"messages": messages}, TOKENIZER, max_seq_len)
+    (row,) = tokenize_row({"messages": messages}, TOKENIZER, max_seq_len)
     if any(mask[1:max_seq_len]):
         assert (row["input_ids"], row["mask"]) == (ids[:max_seq_len], mask[:max_seq_len])
         assert (row["reason"], row["truncated"]) == ("", len(ids) > max_seq_len)
         assert (row["length"], row["targets"]) == (min(len(ids), max_seq_len), sum(mask[1:max_seq_len]))
     else:
         assert row["input_ids"] == row["mask"] == [] and "nothing to learn" in row["reason"]
+
+
+@settings(deadline=None)
+@given(text=st.text(min_size=1, max_size=200), max_seq_len=st.integers(2, 60))
+def test_every_token_of_a_text_is_trained_on_in_pieces_that_fit(text, max_seq_len):
+    pieces = list(tokenize_text({"text": text}, TOKENIZER, max_seq_len))
+    ids = [i for piece in pieces for i in piece["input_ids"]]
+    expected = [*TOKENIZER.encode(text), TOKENIZER.control_ids["<|endoftext|>"]]
+    assert ids == expected or (ids == expected[:-1] and len(ids) % max_seq_len == 0)  # no piece of a single token
+    assert all(0 < len(piece["input_ids"]) <= max_seq_len for piece in pieces)
+    assert all(piece["mask"] == [1] * len(piece["input_ids"]) for piece in pieces)
+    assert sum(piece["targets"] for piece in pieces) == len(ids) - len(pieces)
+
+
+def test_chitchat_as_text_has_the_same_words(tmp_path):
+    for split in ("train", "test"):
+        conversations, texts = read_chitchat(split, ""), read_chitchat_text(split, "")
+        for row, text in zip(conversations, texts, strict=True):
+            assert text["text"] == "\n".join(message["content"] for message in row["messages"])
 
 
 # --- Report, cache, processes ---
