@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from cli import one_line_errors, parse_flags
 from config import UserError, check
+from engine.cli import one_line_errors, parse_flags
 
 if TYPE_CHECKING:
     import torch

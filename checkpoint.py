@@ -7,9 +7,6 @@ ones. Nothing here runs what a file says: weights are safetensors, run state is 
 """
 
 import contextlib
-import hashlib
-import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -25,13 +22,12 @@ from torch.types import Device
 
 import lora
 from config import ModelConfig, RopeScaling, UserError, check
+from engine.files import damaged_files, disk_errors, read_json, write_directory, write_json
 from model import DeepSeekV2
 from tokenizer import Tokenizer
-from vocabulary import read_json
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-CHECKSUMS = "checksums.json"
 
 # ---------------------------------------------------------------- names: ours and the Hub's
 
@@ -123,10 +119,6 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
         | {"rope_parameters": rope_parameters | (ours["rope_scaling"] or {})}
         | {"num_key_value_heads": config.num_attention_heads, "head_dim": config.qk_rope_head_dim, "seq_aux": True}
     )
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- reading a model
@@ -305,34 +297,14 @@ def save_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], N
     Killed at any moment, what stood before still stands. Only then checkpoints beyond the newest `limit` go, and later
     steps' (a damaged one, from which the run was not continued). Raises UserError where the disk refuses.
     """
-    parent = Path(output_dir, "checkpoints")
-    place = parent / f"step-{step:06d}"
-    temporary = parent / f".{place.name}.tmp"
+    place = Path(output_dir, "checkpoints", f"step-{step:06d}")
     with disk_errors(place):
-        parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(parent)
-        try:
-            temporary.mkdir()
-            write(temporary)
-            write_json(temporary / CHECKSUMS, {file.name: checksum(file) for file in sorted(temporary.iterdir())})
-            for written in (*temporary.iterdir(), temporary):
-                flush_to_disk(written)
-            if place.exists():  # damaged, or this run would have gone on from there
-                place.rename(parent / f".{place.name}.old")
-            temporary.rename(place)
-            flush_to_disk(parent)
-        finally:
-            remove_unfinished(parent)
+        write_directory(place, write)
         present = checkpoints(output_dir)
         now = present.index(place)
         for old in present[:now] + present[now + limit :]:
             shutil.rmtree(old)
     return place
-
-
-def remove_unfinished(parent: Path) -> None:
-    for directory in parent.glob(".step-*"):
-        shutil.rmtree(directory)
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
@@ -351,27 +323,6 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def damaged_files(directory: Path) -> list[str]:
-    try:
-        recorded = read_json(directory / CHECKSUMS)
-    except UserError:
-        return [CHECKSUMS]
-    present = {file.name for file in directory.iterdir()}
-    return [name for name in recorded if name not in present or checksum(directory / name) != recorded[name]]
-
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file's content, or a directory's list of names, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
     """Write a dict of tensors and plain values. Raises OSError where the disk refuses."""
     with open(path, "wb") as file:
@@ -387,14 +338,6 @@ def load_state(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers of broken files raise anything
         raise UserError(f"{path} is damaged, or no run state; nothing in it was run") from error
-
-
-@contextlib.contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{place} cannot be written ({error}); what was saved before is untouched") from error
 
 
 # ---------------------------------------------------------------- python checkpoint.py merge ADAPTER OUT

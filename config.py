@@ -7,7 +7,7 @@ The model's fields have the names of DeepSeek-V2's `config.json` on Hugging Face
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -125,7 +125,7 @@ class ModelConfig:
 class DataConfig:
     """What is learned from."""
 
-    # Hub names, local dataset directories, .jsonl/.json/.parquet files, `chitchat`, `chitchat_text` or `chatterbot`; each
+    # Hub names, dataset directories, .jsonl/.json/.parquet files, `chitchat`, `chitchat_text` or `chatterbot`; each
     # may end in :N, and is then passed N times an epoch.
     dataset: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)
     # Split to train on.
@@ -360,6 +360,18 @@ TINY = TrainConfig(
     ),
 )
 
+# Pre-training a model of tiny's kind on text: python train_sft.py base --dataset FILE. Half an hour and more on a CPU.
+BASE = replace(
+    TINY,
+    dataset=("chitchat_text",),
+    batch_size=8,
+    max_steps=6000,
+    warmup_steps=100,
+    eval_steps=0,
+    save_steps=500,
+    sample_prompts=(),
+)
+
 # DeepSeek-V2-Lite as published (15.7 B parameters), for init_from.
 V2_LITE = TrainConfig(
     batch_size=1,
@@ -378,4 +390,4 @@ V2_LITE = TrainConfig(
     ),
 )
 
-PRESETS = {"tiny": TINY, "mini": MINI, "v2_lite": V2_LITE}
+PRESETS = {"tiny": TINY, "base": BASE, "mini": MINI, "v2_lite": V2_LITE}

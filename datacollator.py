@@ -175,7 +175,7 @@ def demo(name: str = "chitchat", split: str = "") -> None:
 
 
 if __name__ == "__main__":
-    from cli import one_line_errors
+    from engine.cli import one_line_errors
 
     with one_line_errors():
         demo(*sys.argv[1:3])

@@ -21,8 +21,8 @@ import yaml
 from datasets.fingerprint import Hasher
 
 import tokenizer as tokenizer_module
-import vocabulary
 from config import UserError
+from engine import vocabulary
 from tokenizer import ROLES, Tokenizer
 
 

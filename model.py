@@ -671,8 +671,8 @@ def describe(config: ModelConfig) -> str:
 if __name__ == "__main__":
     import sys
 
-    from cli import one_line_errors
     from config import PRESETS
+    from engine.cli import one_line_errors
 
     with one_line_errors():
         for preset in sys.argv[1:] or PRESETS:

@@ -9,8 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from cli import one_line_errors
-from run_directory import read_metrics
+from engine.cli import one_line_errors
+from engine.run_directory import read_metrics
 
 # What the panels show, with the scale of the y axis.
 PANELS = {

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from vocabulary import load_cl100k, load_directory, read_json
+from engine.files import read_json
+from engine.vocabulary import load_cl100k, load_directory
 
 
 class Turn(NamedTuple):
@@ -247,7 +248,7 @@ def demo(texts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from cli import one_line_errors
+    from engine.cli import one_line_errors
 
     with one_line_errors():
         demo(sys.argv[1:] or ["Hello"])

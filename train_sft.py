@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import one_line_errors, parse_arguments
 from config import TrainConfig, check
+from engine.cli import one_line_errors, parse_arguments
 
 if TYPE_CHECKING:
     from datacollator import RowStream
@@ -121,8 +121,8 @@ def train(config: TrainConfig, world: "World") -> None:
     import torch
 
     from checkpoint import resolve_checkpoint
+    from engine.run_directory import check_changes, open_run
     from parallel import choose_dtype, replicate
-    from run_directory import check_changes, open_run
     from trainer import Trainer
 
     config.dtype = choose_dtype(config.dtype, world.device)

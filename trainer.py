@@ -18,6 +18,7 @@ from tqdm import tqdm
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError
 from datacollator import IGNORE, Batch, RowStream
+from engine.run_directory import MetricsLog
 from generation import answers
 from lora import save_adapter
 from model import DeepSeekV2, LossOutput, parameter_counts
@@ -35,7 +36,6 @@ from parallel import (
     synchronize_gradients,
     wait_for_all,
 )
-from run_directory import MetricsLog
 from tokenizer import Tokenizer
 
 STATE = "trainer_state.pt"
@@ -68,8 +68,8 @@ class Trainer:
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
         if train.rows_per_epoch < self.rows_per_step:
             raise UserError(
-                f"{', '.join(config.dataset)}: its {train.rows_per_epoch} rows don't fill one step of {self.rows_per_step}; lower "
-                "batch_size or gradient_accumulation_steps"
+                f"{', '.join(config.dataset)}: its {train.rows_per_epoch} rows don't fill one step of "
+                f"{self.rows_per_step}; lower batch_size or gradient_accumulation_steps"
             )
         epochs_steps = math.ceil(config.num_train_epochs * train.rows_per_epoch / self.rows_per_step)
         self.total_steps = config.max_steps or epochs_steps
@@ -213,8 +213,9 @@ class Trainer:
             conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
             raise UserError(
                 f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (now in "
-                f"conversations {conversations} of {', '.join(self.config.dataset)}); the weights are those of the last good "
-                f"step, and {self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower learning_rate"
+                f"conversations {conversations} of {', '.join(self.config.dataset)}); the weights are those of the "
+                f"last good step, and {self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower "
+                "learning_rate"
             )
 
     # ---------------------------------------------------------------- evaluation

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM
 
 import lora
 from checkpoint import load_model_and_tokenizer, load_pretrained, resolve_checkpoint, save_pretrained
-from cli import one_line_errors
 from config import TrainConfig, check
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
 from dataset import load_dataset_split
+from engine.cli import one_line_errors
 from optimizer import make_optimizers
 from tokenizer import Tokenizer
 

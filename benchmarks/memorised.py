@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import load_model_and_tokenizer
-from cli import one_line_errors
 from dataset import open_split, read_messages
+from engine.cli import one_line_errors
 from generation import answers
 
 SHOWN = ("What is AI?", "Are you sentient?", "What language are you written in?", "What is love?", "Tell me a joke")

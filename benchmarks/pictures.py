@@ -12,11 +12,11 @@ from matplotlib.colors import ListedColormap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import one_line_errors
 from config import PRESETS
 from datacollator import DataCollator, RowStream
 from dataset import load_dataset_split
-from run_directory import read_metrics
+from engine.cli import one_line_errors
+from engine.run_directory import read_metrics
 from tokenizer import Tokenizer
 
 TRAINED, GIVEN = "#b7e4c7", "#e9ecef"

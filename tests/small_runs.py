@@ -25,12 +25,11 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import checkpoint
 import plot
-import run_directory
 import train_sft
 import trainer
 from checkpoint import load_state, newest_checkpoint
+from engine import files, run_directory
 
 WORDS = ("one", "three", "seven", "eleven", "the", "a", "is", "was", "not", "and", "or", "but", "there", "☂", "é")
 
@@ -177,14 +176,14 @@ def kill_after(seconds: float, arguments: list[str], log: Path) -> int:
 
 def die_at_flush(number: int) -> None:
     """SIGKILL in the middle of saving: when a file is about to be flushed to disk for the number-th time."""
-    flush, calls = checkpoint.flush_to_disk, iter(range(number))
+    flush, calls = files.flush_to_disk, iter(range(number))
 
     def flush_or_die(path: Path) -> None:
         if next(calls, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
         flush(path)
 
-    checkpoint.flush_to_disk = flush_or_die
+    files.flush_to_disk = flush_or_die
 
 
 def fill_disk(step: int, size: int) -> None:

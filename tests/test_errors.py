@@ -13,8 +13,8 @@ import pytest
 
 import train_sft
 from checkpoint import save_pretrained
-from cli import one_line_errors
 from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError
+from engine.cli import one_line_errors
 from plot import plot_runs
 from small_models import small_model
 from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl
@@ -79,7 +79,7 @@ def test_hyphens_and_underscores_both_work(data: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_preset_and_one_too_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = error_of(train_here(["huge", "--max-steps", "1"], tmp_path), capsys)
-    assert error == "unknown preset 'huge'; choose one of tiny, mini, v2_lite"
+    assert error == "unknown preset 'huge'; choose one of tiny, base, mini, v2_lite"
     assert "Unrecognized options: mini" in error_of(train_here(["tiny", "mini"], tmp_path), capsys)
 
 

@@ -20,8 +20,8 @@ import pytest
 from safetensors.torch import load_file
 
 from checkpoint import load_pretrained
+from engine.run_directory import read_metrics
 from ranks import take_over
-from run_directory import read_metrics
 from small_runs import arguments, conversations, final_tensors, numbers, train_here, write_jsonl
 
 # One worker of pytest-xdist runs them all, so that the jobs run once.

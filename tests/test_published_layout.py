@@ -22,8 +22,8 @@ import lora
 import trainer
 from checkpoint import load_model_and_tokenizer, load_pretrained, load_state, newest_checkpoint
 from config import TrainConfig
+from engine.run_directory import read_metrics
 from model import DeepSeekV2
-from run_directory import read_metrics
 from small_models import relative_difference, small_config, small_model, transformers_model
 from small_runs import arguments, conversations, train_here, write_jsonl
 from tokenizer import Tokenizer

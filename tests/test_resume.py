@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import small_runs
-from checkpoint import checksum, load_pretrained, load_state, write_json
+from checkpoint import load_pretrained, load_state
 from config import ModelConfig, RopeScaling, TrainConfig, UserError
-from run_directory import check_changes, open_run, read_metrics
+from engine.files import checksum, write_json
+from engine.run_directory import check_changes, open_run, read_metrics
 from small_runs import (
     arguments,
     conversations,

@@ -13,9 +13,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vocabulary
 from config import UserError
 from dataset import read_chitchat
+from engine import vocabulary
 from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
 
 TEMPLATES = list(CHAT_TEMPLATES)

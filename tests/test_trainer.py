@@ -20,14 +20,14 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import lora
 import plot
-import run_directory
 import trainer as trainer_module
 from checkpoint import load_pretrained
 from config import TrainConfig, UserError
 from datacollator import DataCollator, RowStream
+from engine import run_directory
+from engine.run_directory import read_metrics
 from optimizer import Muon, learning_rate
 from parallel import World
-from run_directory import read_metrics
 from small_models import small_config, small_model
 from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl
 from tokenizer import Tokenizer

@@ -7,12 +7,13 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tiktoken
 import tokenizers
 
-from config import UserError, check
+from config import UserError
+from engine.files import read_json
 
 
 class Vocabulary(NamedTuple):
@@ -158,16 +159,6 @@ def load_directory(directory: Path, vocab_size: int | None) -> Vocabulary:
         tokens[i] = name.encode()
     text = path.read_text(encoding="utf-8")
     return Vocabulary(in_pieces(text_encoder(path, spec)), tokens, added, lambda: text)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError for what is no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
-    check(isinstance(content, dict), f"{path} holds no JSON object")
-    return content
 
 
 def text_encoder(path: Path, spec: dict) -> Callable[[str], list[int]]:

@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpoint import disk_errors
 from config import TrainConfig, UserError, check
-from vocabulary import read_json
+from engine.files import disk_errors, read_json, replace_file
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.
@@ -55,15 +54,6 @@ def open_run(config: TrainConfig) -> None:
         directory.rename(f"{directory}.{number}")
         print(f"{directory} held an earlier run, which is now {directory}.{number} (--resume would have continued it)")
     replace_file(directory / CONFIG, json.dumps(asdict(config), indent=2) + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Killed at any moment, there is the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        temporary.replace(path)
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
