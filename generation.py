@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from model import Block, DeepSeekV2, LayerCache, compute_dtype
+from engine.kernels import compute_dtype, fast_decoding
+from model import Block, DeepSeekV2, LayerCache
 from tokenizer import Tokenizer
 
 
@@ -40,20 +41,21 @@ def generate(
             "shorten the prompt or lower --max-new-tokens"
         )
     device = model.output_weight.device
-    cache = LatentCache(model, len(prompts), longest + max_new_tokens)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    logits = cache.prefill(padded, lengths)
     stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
     tokens = torch.zeros_like(lengths)
     stopped = torch.zeros_like(lengths, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        tokens = torch.where(stopped, tokens, sample(logits, temperature, top_k, top_p, generator))
-        yield tokens.tolist()
-        stopped |= torch.isin(tokens, stops)
-        if stopped.all() or step == max_new_tokens - 1:
-            return
-        logits = cache.step(tokens, lengths + step, longest + step + 1)
+    with fast_decoding(model):
+        cache = LatentCache(model, len(prompts), longest + max_new_tokens)
+        logits = cache.prefill(padded, lengths)
+        for step in range(max_new_tokens):
+            tokens = torch.where(stopped, tokens, sample(logits, temperature, top_k, top_p, generator))
+            yield tokens.tolist()
+            stopped |= torch.isin(tokens, stops)
+            if stopped.all() or step == max_new_tokens - 1:
+                return
+            logits = cache.step(tokens, lengths + step, longest + step + 1)
 
 
 def answers(

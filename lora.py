@@ -4,7 +4,6 @@ A weight W stays as it is; beside it a product of two small matrices is learned:
 (r, in) and B (out, r). B starts at zero, so training starts from the base model exactly.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from config import TrainConfig, UserError, check
-from model import Experts, Linear, Product, linear
+from engine.files import read_json, write_json
+from engine.kernels import Product
+from model import Experts
 
 # ---------------------------------------------------------------- layers with adapters
 
@@ -47,14 +48,14 @@ class LoRALinear(nn.Linear):
         self.scaling, self.dropout, self.training = scaling, dropout, base.training
 
     def forward(self, x: Tensor) -> Tensor:
-        base = linear(x, self.weight)
+        base = super().forward(x)
         adapted = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
         return base + (F.linear(adapted, self.lora_B) * self.scaling).to(base.dtype)
 
     def merge(self) -> nn.Linear:
         """The plain layer that does the same."""
         with torch.device("meta"):
-            plain = Linear(self.in_features, self.out_features)
+            plain = nn.Linear(self.in_features, self.out_features, bias=False)
         plain.weight = self.weight
         merge_adapter_(plain.weight, self.lora_A, self.lora_B, self.scaling)
         return plain.train(self.training)
@@ -222,7 +223,7 @@ def save_adapter(
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_json(directory / ADAPTER_CONFIG, config)
     values = model.state_dict() if state_dict is None else state_dict
     tensors = {peft: to_peft(values[name], name).contiguous() for name, peft in peft_names(model).items()}
     save_file(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
@@ -263,13 +264,13 @@ def read_adapter(model: nn.Module, directory: str | Path) -> Iterator[tuple[str,
 
 def read_scaling(path: Path) -> float:
     """alpha / r, from adapter_config.json. Raises UserError for adapters that compute anything else than ours."""
+    config = read_json(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         root = math.sqrt if config.get("use_rslora") else float
         ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
         patterns = (None, *ranks, *alphas)
         scalings = [alphas.get(p, config["lora_alpha"]) / root(ranks.get(p, config["r"])) for p in patterns]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is no adapter's configuration: {error!r}") from error
     check(config.get("peft_type") == "LORA", f"{path}: only adapters of type LORA are supported")
     unknown = [option for option, value in config.items() if value and option not in KNOWN_OPTIONS]

@@ -7,35 +7,35 @@ The batch comes as (B, T) tensors, but the layers work on a flat stream (N, hidd
 documents: padding is gone before the first layer, so nothing can attend to it, route it or count it, and packed and
 padded batches are the same computation.
 
-Modules are named as in the checkpoints on Hugging Face, so that `state_dict()` needs almost no translation.
+Modules are named as in the checkpoints on Hugging Face, so that `state_dict()` needs almost no translation. The hot
+operations (attention within documents, the experts' product, the loss) are asked of engine/kernels.py, which has each
+in a plain form and in a fast one.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from config import ModelConfig, UserError
-
-# On CPU: what numbers of rows are rounded up to in training, and how many rows are few in generation.
-RUN, FEW = 64, 32
-
-
-class Documents(NamedTuple):
-    """Where the conversations lie in the flat stream of N tokens."""
-
-    lengths: list[int]  # tokens of each document
-    ids: Tensor  # (N,) number of the document that a token belongs to
-    offsets: Tensor  # (documents + 1,) int32, where each begins; the last is N
+from config import ModelConfig
+from engine.kernels import (
+    Documents,
+    Product,
+    compute_dtype,
+    document_attention,
+    find_documents,
+    find_routes,
+    linear,
+    sum_cross_entropy,
+)
 
 
 class Routing(NamedTuple):
-    """What the experts' routers did; counts and losses are sums, so that micro-batches and ranks add up."""
+    """What one layer's router did; counts and losses are sums, so that micro-batches and ranks add up."""
 
     expert_counts: Tensor  # (E,) tokens sent to each expert
     balance_loss: Tensor  # () balance losses, summed over documents
@@ -45,39 +45,10 @@ class LossOutput(NamedTuple):
     """Sums, not means: the trainer divides them by the counts of the whole step."""
 
     loss_sum: Tensor  # () cross entropy in nats, summed over target tokens
-    num_targets: Tensor  # ()
+    num_targets: int
     balance_loss: Tensor  # () balance losses, summed over documents and layers
-    num_documents: Tensor  # ()
+    num_documents: int
     expert_counts: Tensor  # (MoE layers, E)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products take: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (N, in), weight (out, in) -> (N, out).
-
-    In generation on CPU memory sets the pace, and MKL reads a matrix for a handful of rows on one thread. Two halves of
-    it are read on two.
-    """
-    few = x.is_cpu and len(x) <= FEW and len(weight) % 2 == 0
-    if not (few and torch.is_inference_mode_enabled()):
-        return F.linear(x, weight)
-    halves = torch.bmm(weight.view(2, -1, weight.shape[1]), x.T.expand(2, -1, -1))  # (2, out / 2, N)
-    return halves.permute(2, 0, 1).flatten(1)
-
-
-class Linear(nn.Linear):
-    """A linear layer without bias."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -100,14 +71,14 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, float]:
     """Angle per position of each rotated pair (qk_rope_head_dim / 2,), and the factor on cos and sin.
 
     YaRN (https://arxiv.org/abs/2309.00071, section 3.2): pairs that turn often within the original context keep their
     frequency, slow ones are divided by the factor, those between are mixed linearly.
     """
     dim, base, scaling = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
-    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
     if scaling is None:
         return frequencies, 1.0
 
@@ -116,7 +87,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
-    slowed = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    slowed = ((torch.arange(dim // 2, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
     frequencies = frequencies / scaling.factor * slowed + frequencies * (1 - slowed)
     factor = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
     return frequencies, factor
@@ -130,52 +101,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 # ---------------------------------------------------------------- multi-head latent attention (section 2.1)
-
-
-# On CPU: query rows at a time, the longest document that plain products take.
-QUERIES, LONGEST_PLAIN = 256, 1024
-
-
-def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
-    """Causal attention within each document. q, k (N, H, qk_head_dim), v (N, H, v_head_dim) -> (N, H, v_head_dim).
-
-    No mask over all N tokens exists: FlashAttention's kernel takes the documents' offsets; elsewhere each document is
-    one call.
-    """
-    if q.is_cuda and q.dtype == torch.bfloat16:
-        longest, offsets = max(documents.lengths), documents.offsets
-        output = varlen_attn(q, k, pad_like(v, q), offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
-        assert isinstance(output, Tensor)
-        return output[..., : v.shape[-1]]
-    queries, keys, values = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v))
-    parts = zip(queries, keys, values, strict=True)
-    return torch.cat([causal_attention(*part, scale) for part in parts], dim=1).transpose(0, 1)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One document, heads first: q, k (H, T, qk_head_dim), v (H, T, v_head_dim) -> (H, T, v_head_dim).
-
-    On CPU plain products, QUERIES rows at a time against the keys up to them, are twice as fast as the fused kernel for
-    documents of a conversation's length. They keep T^2 / 2 weights, so that longer ones are left to the kernel.
-    """
-    length = q.shape[1]
-    if q.device.type != "cpu" or length > LONGEST_PLAIN:
-        output = F.scaled_dot_product_attention(q[None], k[None], pad_like(v, q)[None], is_causal=True, scale=scale)
-        return output[0, ..., : v.shape[-1]]
-    outputs = []
-    q, k, v = (F.pad(x, (0, 0, 0, -length % RUN)) for x in (q, k, v))  # what is added lies in the others' future
-    with torch.autocast("cpu", enabled=False):  # it would hold the weights in fp32, which softmax computes in anyway
-        for start in range(0, length, QUERIES):
-            end = min(start + QUERIES, q.shape[1])
-            future = q.new_full((end - start, end), -torch.inf).triu(start + 1)
-            scores = torch.baddbmm(future, q[:, start:end], k[:, :end].mT, alpha=scale)  # (H, end - start, end)
-            outputs.append(scores.softmax(dim=-1) @ v[:, :end])
-    return torch.cat(outputs, dim=1)[:, :length]
-
-
-def pad_like(v: Tensor, q: Tensor) -> Tensor:
-    """The fused kernels want q, k and v equally wide: zeros are added to v, and cut from the output."""
-    return F.pad(v, (0, q.shape[-1] - v.shape[-1]))
 
 
 class LayerCache(NamedTuple):
@@ -198,15 +123,15 @@ class Attention(nn.Module):
         heads, rank = config.num_attention_heads, config.kv_lora_rank
         self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = Linear(config.hidden_size, heads * self.qk_head_dim)
+            self.q_proj = nn.Linear(config.hidden_size, heads * self.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * self.qk_head_dim)
-        self.kv_a_proj_with_mqa = Linear(config.hidden_size, rank + config.qk_rope_head_dim)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, rank + config.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(rank)  # the latents' norms keep 1e-6 whatever rms_norm_eps is, as DeepSeek's do
-        self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
+        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
         self.scale = self.qk_head_dim**-0.5
         if config.rope_scaling is not None:
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
@@ -263,8 +188,8 @@ class Attention(nn.Module):
     def up_projections(self) -> tuple[Tensor, Tensor]:
         """W_uk (H, qk_nope_head_dim, rank) and W_uv (H, rank, v_head_dim), read off the module's action on the unit
         vectors, so that whatever wraps it (an adapter) is included."""
-        weight = self.kv_b_proj.weight
-        unit = torch.eye(self.config.kv_lora_rank, dtype=weight.dtype, device=weight.device)
+        like = self.kv_a_layernorm.weight
+        unit = torch.eye(self.config.kv_lora_rank, dtype=like.dtype, device=like.device)
         columns = self.kv_b_proj(unit).unflatten(-1, (self.config.num_attention_heads, -1))  # (rank, H, nope + v)
         w_uk, w_uv = columns.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
         return w_uk.permute(1, 2, 0).contiguous(), w_uv.transpose(0, 1).contiguous()
@@ -278,9 +203,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, intermediate_size)
-        self.up_proj = Linear(config.hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -312,13 +237,8 @@ class Router(nn.Module):
         return scores, weights * config.routed_scaling_factor, experts
 
 
-# Rows of tokens and the experts' stacked matrices (E, out, in) -> each row times its own expert's matrix.
-Product = Callable[[Tensor, Tensor], Tensor]
-
-
 class Experts(nn.Module):
-    """The routed experts' SwiGLU networks, stacked: one grouped matrix product serves them all, without a loop and
-    without the host having to know how many tokens each expert gets."""
+    """The routed experts' SwiGLU networks, stacked: one grouped product serves them all."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -327,50 +247,17 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """x (N, hidden_size), weights and experts (N, K) -> (N, hidden_size)."""
+        """x (N, hidden_size), weights and experts (N, K) -> (N, hidden_size), the sum in equation 20."""
         x, chosen = x.to(compute_dtype(x)), experts.shape[1]
-        rows = x.repeat_interleave(chosen, dim=0)  # (N K, hidden_size)
-        scales = weights.flatten().to(x.dtype)
-        if x.is_cpu and len(rows) <= FEW and torch.is_inference_mode_enabled():
-            output = self.swiglu(rows, scales, row_product(experts.flatten().tolist()))
-        else:
-            places, ends = sort_by_expert(experts.flatten(), len(self.down_proj), RUN if x.is_cpu else 1)
-            total = int(ends[-1]) if x.is_cpu else len(rows)
-            sorted_rows = rows.new_zeros(total, rows.shape[1]).index_copy(0, places, rows)
-            sorted_scales = scales.new_zeros(total).index_copy(0, places, scales)
-            output = self.swiglu(sorted_rows, sorted_scales, grouped_product(ends)).index_select(0, places)
-        return output.view(-1, chosen, rows.shape[1]).sum(dim=1)
-
-    def swiglu(self, x: Tensor, scales: Tensor, product: Product) -> Tensor:
-        gate, up = self.project("gate_up_proj", x, product).chunk(2, dim=-1)
-        return self.project("down_proj", F.silu(gate) * up * scales[:, None], product)
+        routes = find_routes(experts.flatten(), len(self.down_proj))
+        rows = routes.to_experts(x.repeat_interleave(chosen, dim=0))  # (N K, hidden_size), sorted by expert
+        scales = routes.to_experts(weights.flatten().to(x.dtype))
+        gate, up = self.project("gate_up_proj", rows, routes.product).chunk(2, dim=-1)
+        output = self.project("down_proj", F.silu(gate) * up * scales[:, None], routes.product)
+        return routes.to_tokens(output).unflatten(0, (-1, chosen)).sum(dim=1)
 
     def project(self, name: str, x: Tensor, product: Product) -> Tensor:
         return product(x, getattr(self, name).to(x.dtype))
-
-
-def sort_by_expert(experts: Tensor, num_experts: int, run: int) -> tuple[Tensor, Tensor]:
-    """experts (R,) of each row -> the place of each row (R,), and where each expert's run of rows ends (E,).
-
-    Runs are filled up to multiples of `run`: on CPU oneDNN generates code for each new shape of matrix, which takes
-    longer than the product itself.
-    """
-    counts = experts.new_zeros(num_experts).index_add(0, experts, torch.ones_like(experts))
-    runs = (counts + run - 1) // run * run
-    ends = runs.cumsum(0)
-    order = experts.argsort(stable=True)  # a row's place in its run: as many as earlier rows go to its expert
-    first = (ends - runs - (counts.cumsum(0) - counts))[experts[order]]
-    places = torch.empty_like(order).index_copy(0, order, first + torch.arange(len(order), device=order.device))
-    return places, ends.to(torch.int32)
-
-
-def grouped_product(ends: Tensor) -> Product:
-    return lambda x, matrices: F.grouped_mm(x, matrices.mT, offs=ends)
-
-
-def row_product(experts: list[int]) -> Product:
-    """For a handful of rows in generation on CPU, where the grouped product visits all experts."""
-    return lambda x, matrices: torch.cat([linear(row, matrices[e]) for row, e in zip(x.split(1), experts, strict=True)])
 
 
 class MoE(nn.Module):
@@ -390,7 +277,7 @@ class MoE(nn.Module):
         if documents is None:
             return output, None
         chosen = torch.zeros_like(scores).scatter(1, experts, 1.0)  # (N, E), 1 where the token goes to the expert
-        return output, Routing(chosen.sum(dim=0), balance_loss(self.config, scores, chosen, documents))
+        return output, Routing(chosen.sum(dim=0).detach(), balance_loss(self.config, scores, chosen, documents))
 
 
 def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents: Documents) -> Tensor:
@@ -401,7 +288,7 @@ def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents:
 
     def document_mean(x: Tensor) -> Tensor:  # (N, ·) -> (documents, ·)
         lengths = documents.offsets.diff()[:, None]
-        return x.new_zeros(len(documents.lengths), x.shape[1]).index_add(0, documents.ids, x) / lengths
+        return x.new_zeros(len(lengths), x.shape[1]).index_add(0, documents.ids, x) / lengths
 
     experts, devices, chosen_per_token = config.n_routed_experts, config.n_group, config.num_experts_per_tok
     load = document_mean(chosen) * experts / chosen_per_token  # f_i, equation 24
@@ -416,75 +303,6 @@ def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents:
         received = document_mean(sent) * devices / config.topk_group  # f''_i, equation 30
         loss = loss + config.communication_aux_loss_alpha * (received * device_affinity).sum()  # equation 29
     return loss
-
-
-# ---------------------------------------------------------------- the loss, without ever holding all logits
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross entropy of softmax(hidden @ weight.T) against targets.
-
-    The logits of 100,000 entries are by far the largest tensor of a step. So they exist for CHUNK targets at a time,
-    in one buffer, and their gradient is taken at once, in place, as long as they are there. What works on them goes in
-    BLOCK rows or ENTRIES columns at a time, whose intermediate results stay in the processor's cache.
-    """
-
-    CHUNK = 512
-    BLOCK = 16
-    ENTRIES = 8192
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        """hidden (N, hidden_size), weight (V, hidden_size), targets (N,) -> () in fp32; products are taken in dtype."""
-        needs_grad = any(ctx.needs_input_grad[:2])
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        rows = min(ChunkedCrossEntropy.CHUNK, len(targets))
-        block = rows if hidden.is_cuda else min(ChunkedCrossEntropy.BLOCK, rows)
-        with torch.autocast(hidden.device.type, enabled=False):
-            weight = weight.to(dtype)
-            all_logits = weight.new_empty(rows, len(weight))
-            buffer = weight.new_empty(block, len(weight), dtype=torch.float32)
-            for start in range(0, len(targets), ChunkedCrossEntropy.CHUNK):
-                chunk = slice(start, start + ChunkedCrossEntropy.CHUNK)
-                h = hidden[chunk].to(dtype)
-                logits = torch.mm(h, weight.T, out=all_logits[: len(h)])  # (CHUNK, V)
-                for z, y in zip(logits.split(block), targets[chunk, None].split(block), strict=True):
-                    loss += cross_entropy_and_gradient_(z, y, buffer[: len(z)])
-                if grad_hidden is not None:
-                    grad_hidden[chunk] = logits @ weight
-                if grad_weight is not None:
-                    for part in range(0, len(weight), ChunkedCrossEntropy.ENTRIES):
-                        entries = slice(part, part + ChunkedCrossEntropy.ENTRIES)
-                        grad_weight[entries] += logits[:, entries].T @ h
-        ctx.gradients = grad_hidden, grad_weight
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.gradients
-        ctx.gradients = None  # the only reference goes: the parameter can take grad_weight over without a copy
-        return (
-            None if grad_hidden is None else grad_hidden * grad,
-            None if grad_weight is None else grad_weight.mul_(grad),
-            None,
-            None,
-        )
-
-
-def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor) -> Tensor:
-    """Sum of -log softmax(logits)[target]; logits (n, V) become the sum's gradient, softmax minus one-hot, in place.
-
-    targets (n, 1); buffer (n, V) in fp32 is overwritten: a new one for each call would cost more than the arithmetic.
-    """
-    target_logits = logits.gather(1, targets).float()
-    largest = buffer.copy_(logits).amax(dim=-1, keepdim=True)
-    softmax = torch.softmax(buffer, dim=-1, out=buffer)
-    # the largest probability is 1 / sum(exp(logits - largest)): log-sum-exp without taking exponentials again
-    log_sum = largest - softmax.amax(dim=-1, keepdim=True).log()
-    logits.copy_(softmax.scatter_add_(1, targets, softmax.new_full(targets.shape, -1.0)))
-    return (log_sum - target_logits).sum()
 
 
 # ---------------------------------------------------------------- the whole
@@ -528,8 +346,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, list[Routing]]:
         """input_ids, position_ids (N,), a context for each layer -> hidden (N, hidden_size), routing per MoE layer."""
         x = self.embed_tokens(input_ids)
-        frequencies, factor = rope_frequencies(self.config)
-        angles = position_ids[:, None, None].float() * frequencies.to(x.device)
+        frequencies, factor = rope_frequencies(self.config, x.device)
+        angles = position_ids[:, None, None].float() * frequencies
         rope = (angles.cos() * factor, angles.sin() * factor)
         routings = []
         for layer, context in zip(self.layers, contexts, strict=True):
@@ -551,7 +369,7 @@ class DeepSeekV2(nn.Module):
         self.config = config
         self.model = Decoder(config)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         with torch.no_grad():
             for parameter, (_, value) in zip(self.parameters(), self.initial_weights(), strict=True):
                 parameter.copy_(value)
@@ -580,8 +398,10 @@ class DeepSeekV2(nn.Module):
         position_ids: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor | LossOutput:
-        """All arguments (B, T) int64, as datacollator.py makes them; left out: each row is one conversation.
+        """The first four arguments (B, T) int64, as datacollator.py makes them; left out: each row is one conversation.
+        documents: what `find_documents` finds in them, where it was done before.
 
         Without labels: logits (B, T, vocab_size), zeros at padding. With labels (already shifted, -100 where nothing is
         learned): the summed loss with its counts.
@@ -590,92 +410,23 @@ class DeepSeekV2(nn.Module):
             sequence_ids = torch.ones_like(input_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        real = sequence_ids.flatten().nonzero().squeeze(1)  # (N,) where in the batch the tokens lie
-        documents = find_documents(sequence_ids, real)
+        if documents is None:
+            documents = find_documents(sequence_ids, labels)
+        tokens = documents.tokens
         contexts = [documents] * self.config.num_hidden_layers
-        hidden, routings = self.model(input_ids.flatten()[real], position_ids.flatten()[real], contexts)
+        hidden, routings = self.model(input_ids.flatten()[tokens], position_ids.flatten()[tokens], contexts)
         if labels is None:
             logits = self.logits(hidden)
-            return (
-                logits.new_zeros(input_ids.numel(), self.config.vocab_size)
-                .index_copy(0, real, logits)
-                .view(*input_ids.shape, -1)
-            )
-        targets = labels.flatten()[real]
-        learned = (targets != -100).nonzero().squeeze(1)
-        hidden, targets = hidden[learned], targets[learned]
-        loss_sum = ChunkedCrossEntropy.apply(hidden, self.output_weight, targets, compute_dtype(hidden))
+            every = logits.new_zeros(input_ids.numel(), self.config.vocab_size).index_copy(0, tokens, logits)
+            return every.view(*input_ids.shape, -1)
+        targets = labels.flatten()[tokens][documents.targets]
+        loss_sum = sum_cross_entropy(hidden[documents.targets], self.output_weight, targets)
         balance = [routing.balance_loss for routing in routings]
+        counts = [routing.expert_counts for routing in routings]
         return LossOutput(
             loss_sum=loss_sum,
-            num_targets=torch.tensor(len(targets), device=hidden.device),
+            num_targets=len(targets),
             balance_loss=torch.stack(balance).sum() if balance else loss_sum.new_zeros(()),
-            num_documents=torch.tensor(len(documents.lengths), device=hidden.device),
-            expert_counts=torch.stack([routing.expert_counts for routing in routings]).detach()
-            if routings
-            else loss_sum.new_zeros(0, self.config.n_routed_experts),
+            num_documents=len(documents.offsets) - 1,
+            expert_counts=torch.stack(counts) if counts else loss_sum.new_zeros(0, self.config.n_routed_experts),
         )
-
-
-def find_documents(sequence_ids: Tensor, real: Tensor) -> Documents:
-    """Documents of a batch, in order: a new one begins where the sequence id or the row changes. real (N,): the indices
-    of the real tokens in the flattened batch."""
-    rows = torch.arange(len(sequence_ids), device=real.device)[:, None]
-    keys = (rows * (sequence_ids.shape[1] + 1) + sequence_ids).flatten()[real]
-    _, ids, lengths = keys.unique_consecutive(return_inverse=True, return_counts=True)
-    return Documents(lengths.tolist(), ids, F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32))
-
-
-# ---------------------------------------------------------------- see it: python model.py [PRESET]
-
-
-def parameter_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Parameters of each part: in total, and those that take part in one token (active)."""
-    with torch.device("meta"):
-        model = DeepSeekV2(config)
-    parts = {
-        "embed_tokens": "embedding",
-        "self_attn": "attention",
-        "mlp.experts": "routed experts",
-        "mlp.shared_experts": "shared experts",
-        "mlp.gate.": "router",
-        "mlp": "dense feed-forward",
-        "lm_head": "head",
-        "norm": "norms",
-    }
-    counts = dict.fromkeys(parts.values(), (0, 0))
-    for name, parameter in model.named_parameters():
-        part = next(part for key, part in parts.items() if key in name)
-        share = config.num_experts_per_tok / config.n_routed_experts if part == "routed experts" else 1
-        total, active = counts[part]
-        counts[part] = total + parameter.numel(), active + int(parameter.numel() * share)
-    return counts
-
-
-def describe(config: ModelConfig) -> str:
-    """The architecture as a table, and what its cache takes against multi-head attention's."""
-    counts = parameter_counts(config)
-    counts["all"] = sum(total for total, _ in counts.values()), sum(active for _, active in counts.values())
-    lines = [f"{'':20}{'parameters':>16}{'active':>16}"]
-    lines += [f"{part:20}{total:16,}{active:16,}" for part, (total, active) in counts.items()]
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
-    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    per_token = [2 * config.num_hidden_layers * width for width in (latent, heads)]
-    lines.append(
-        f"\ncache per token in bf16: {per_token[0]:,} bytes; keys and values of all heads would take {per_token[1]:,} "
-        f"({heads / latent:.1f} times as much)"
-    )
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from config import PRESETS
-    from engine.cli import one_line_errors
-
-    with one_line_errors():
-        for preset in sys.argv[1:] or PRESETS:
-            if preset not in PRESETS:
-                raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-            print(f"{preset}\n\n{describe(PRESETS[preset].model)}\n")

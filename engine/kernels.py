@@ -1,0 +1,316 @@
+"""The hot operations, each twice: the plain form that a textbook prints, then the fast one that every run takes.
+
+The model asks for them by the names of the field and knows nothing of processors. The tests hold the fast against the
+plain, forward and backward. To understand the model, reading the plain forms is enough.
+
+Shapes: N tokens of all documents, H heads, E routed experts, K of them chosen for a token, R = N K rows for the
+experts, V entries of the vocabulary, M target tokens.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products take: autocast's where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+# ---------------------------------------------------------------- attention within documents
+
+
+class Documents(NamedTuple):
+    """Where the documents (conversations or texts) lie in a batch, and where their real tokens and targets are."""
+
+    tokens: Tensor  # (N,) where in the flattened batch the real tokens lie: the stream that the layers work on
+    ids: Tensor  # (N,) number of the document that a token of the stream belongs to
+    offsets: Tensor  # (documents + 1,) int32, where in the stream each document begins; the last is N
+    targets: Tensor  # (M,) which tokens of the stream have a target
+    longest: int  # no document is longer
+
+
+def find_documents(sequence_ids: Tensor, labels: Tensor | None = None) -> Documents:
+    """Documents of a batch, in order: a new one begins where the sequence id or the row changes.
+
+    sequence_ids and labels (B, T), as datacollator.py makes them. Tensors on a GPU would make the host wait.
+    """
+    tokens = sequence_ids.flatten().nonzero().squeeze(1)
+    rows = torch.arange(len(sequence_ids), device=tokens.device)[:, None]
+    keys = (rows * (sequence_ids.shape[1] + 1) + sequence_ids).flatten()[tokens]
+    _, ids, lengths = keys.unique_consecutive(return_inverse=True, return_counts=True)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    targets = tokens[:0] if labels is None else (labels.flatten()[tokens] != -100).nonzero().squeeze(1)
+    return Documents(tokens, ids, offsets, targets, sequence_ids.shape[1])
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+    """One causal softmax for each document. q, k (N, H, qk_head_dim), v (N, H, v_head_dim) -> (N, H, v_head_dim)."""
+    outputs = []
+    for start, end in zip(documents.offsets[:-1], documents.offsets[1:], strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v[start:end]))
+    return torch.cat(outputs)
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+    """`plain_attention`, fast. No mask over all N tokens exists.
+
+    On CUDA in bf16, FlashAttention's kernel takes all documents at once by their offsets and never writes the weights
+    to memory. Elsewhere each document is one call.
+    """
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        offsets, longest = documents.offsets, documents.longest
+        output = varlen_attn(q, k, pad_like(v, q), offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
+        assert isinstance(output, Tensor)
+        return output[..., : v.shape[-1]]
+    lengths = documents.offsets.diff().tolist()
+    queries, keys, values = (x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))
+    attend = causal_attention_on_cpu if q.is_cpu else causal_attention
+    parts = zip(queries, keys, values, strict=True)
+    return torch.cat([attend(*part, scale) for part in parts], dim=1).transpose(0, 1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One document by torch's fused kernel, heads first: q, k (H, T, qk_head_dim), v (H, T, v_head_dim) -> like v."""
+    output = F.scaled_dot_product_attention(q[None], k[None], pad_like(v, q)[None], is_causal=True, scale=scale)
+    return output[0, ..., : v.shape[-1]]
+
+
+def pad_like(v: Tensor, q: Tensor) -> Tensor:
+    """The fused kernels want q, k and v equally wide: zeros are added to v, and cut from the output. On CPU they are
+    2.2 times (bf16: 2.7 times) as fast as what torch falls back to otherwise."""
+    return F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+
+
+# On CPU: query rows at a time, the longest document that plain products take, what numbers of rows are rounded up to.
+QUERIES, LONGEST_PLAIN, RUN = 256, 1024, 64
+
+
+def causal_attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One document, heads first, by plain products: QUERIES rows at a time against the keys up to them.
+
+    Twice as fast as the fused kernel for documents of a conversation's length, a tenth of a whole training step. They
+    keep T^2 / 2 weights for the backward pass, so that longer ones are left to the kernel. Lengths are rounded up,
+    since oneDNN generates code for each new shape of matrix, which takes longer than the product itself.
+    """
+    length = q.shape[1]
+    if length > LONGEST_PLAIN:
+        return causal_attention(q, k, v, scale)
+    outputs = []
+    q, k, v = (F.pad(x, (0, 0, 0, -length % RUN)) for x in (q, k, v))  # what is added lies in the others' future
+    with torch.autocast("cpu", enabled=False):  # it would hold the weights in fp32, which softmax computes in anyway
+        for start in range(0, length, QUERIES):
+            end = min(start + QUERIES, q.shape[1])
+            future = q.new_full((end - start, end), -torch.inf).triu(start + 1)
+            scores = torch.baddbmm(future, q[:, start:end], k[:, :end].mT, alpha=scale)  # (H, end - start, end)
+            outputs.append(scores.softmax(dim=-1) @ v[:, :end])
+    return torch.cat(outputs, dim=1)[:, :length]
+
+
+# ---------------------------------------------------------------- tokens to experts and back
+
+
+def plain_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """A loop over experts: each takes the tokens sent to it through its SwiGLU network (equation 20's routed part).
+
+    x (N, hidden_size), weights and experts (N, K), gate_up_proj (E, 2 moe_intermediate_size, hidden_size) with gate
+    above up, down_proj (E, hidden_size, moe_intermediate_size) -> (N, hidden_size).
+    """
+    output = torch.zeros_like(x)
+    for expert in range(len(down_proj)):
+        token, choice = (experts == expert).nonzero(as_tuple=True)
+        gate, up = (x[token] @ gate_up_proj[expert].T).chunk(2, dim=-1)
+        answer = (F.silu(gate) * up) @ down_proj[expert].T
+        output = output.index_add(0, token, answer * weights[token, choice, None])
+    return output
+
+
+# Rows and the experts' stacked matrices (E, out, in) -> each row times its own expert's matrix.
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class Routes(NamedTuple):
+    """The way of R rows, K for each token, to their experts and back, and the product that serves all experts."""
+
+    places: Tensor | None  # (R,) where each row stands among those sorted by expert; None: they stay where they are
+    num_places: int  # R, and on CPU what rounding up adds
+    product: Product
+
+    def to_experts(self, rows: Tensor) -> Tensor:
+        """(R, ...) in the order of tokens -> (num_places, ...) in the order of experts."""
+        if self.places is None:
+            return rows
+        return rows.new_zeros(self.num_places, *rows.shape[1:]).index_copy(0, self.places, rows)
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """The way back."""
+        return rows if self.places is None else rows.index_select(0, self.places)
+
+
+def find_routes(experts: Tensor, num_experts: int) -> Routes:
+    """experts (R,): the expert that each row is sent to.
+
+    Sorted by expert, all rows go through one grouped product: no loop, and the host needn't know how many go where. In
+    bf16 on two cores it makes 204 GFLOP/s where a loop over 16 experts makes 146. A handful of rows in generation on
+    CPU goes to its own experts' matrices instead of visiting all.
+    """
+    if is_few(experts):
+        return Routes(None, len(experts), row_product(experts.tolist()))
+    places, ends = sort_by_expert(experts, num_experts, RUN if experts.is_cpu else 1)
+    return Routes(places, int(ends[-1]) if experts.is_cpu else len(experts), grouped_product(ends))
+
+
+def sort_by_expert(experts: Tensor, num_experts: int, run: int = 1) -> tuple[Tensor, Tensor]:
+    """experts (R,) of each row -> the place of each row (R,), and where each expert's run of rows ends (E,).
+
+    Six rows for three experts; rows keep their order within a run:
+
+        row              0  1  2  3  4  5
+        experts          2  0  2  0  0  2      counts 3, 0, 3
+        places           3  0  4  1  2  5      ends   3, 3, 6
+        by place     0: row 1, 1: row 3, 2: row 4 | 3: row 0, 4: row 2, 5: row 5
+
+    Runs are filled up to multiples of `run`, for oneDNN's sake (see `causal_attention_on_cpu`): with a run of 4, places
+    4 0 5 1 2 6 and ends 4, 4, 8.
+    """
+    counts = experts.new_zeros(num_experts).index_add(0, experts, torch.ones_like(experts))
+    runs = (counts + run - 1) // run * run
+    ends = runs.cumsum(0)
+    order = experts.argsort(stable=True)  # a row's place in its run: as many as earlier rows go to its expert
+    first = (ends - runs - (counts.cumsum(0) - counts))[experts[order]]
+    places = torch.empty_like(order).index_copy(0, order, first + torch.arange(len(order), device=order.device))
+    return places, ends.to(torch.int32)
+
+
+def grouped_product(ends: Tensor) -> Product:
+    return lambda x, matrices: F.grouped_mm(x, matrices.mT, offs=ends)
+
+
+def row_product(experts: list[int]) -> Product:
+    return lambda x, matrices: torch.cat([linear(row, matrices[e]) for row, e in zip(x.split(1), experts, strict=True)])
+
+
+# ---------------------------------------------------------------- the loss, without ever holding all logits
+
+
+def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Logits, log-softmax, the target's entry, summed. hidden (M, hidden_size), weight (V, hidden_size), targets (M,)
+    -> ()."""
+    log_probabilities = (hidden @ weight.T).float().log_softmax(dim=-1)  # (M, V)
+    return -log_probabilities.gather(1, targets[:, None]).sum()
+
+
+def sum_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`plain_cross_entropy`, fast, in fp32; products are taken in `compute_dtype`."""
+    if not torch.is_grad_enabled():  # an autograd function is told that a parameter needs its gradient all the same
+        hidden, weight = hidden.detach(), weight.detach()
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The logits of 100,000 entries are by far the largest tensor of a step. So they exist for CHUNK targets at a time,
+    in one buffer, and their gradient is taken at once, in place, as long as they are there. What works on them goes in
+    BLOCK rows or ENTRIES columns at a time, whose intermediate results stay in the processor's cache. A whole training
+    step with 58 million parameters was a sixth faster for it and took 1.8 GB instead of 3.2.
+    """
+
+    CHUNK = 512
+    BLOCK = 16
+    ENTRIES = 8192
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad[:2])
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        rows = min(ChunkedCrossEntropy.CHUNK, len(targets))
+        block = rows if hidden.is_cuda else min(ChunkedCrossEntropy.BLOCK, rows)
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = weight.to(dtype)
+            all_logits = weight.new_empty(rows, len(weight))
+            buffer = weight.new_empty(block, len(weight), dtype=torch.float32)
+            for start in range(0, len(targets), ChunkedCrossEntropy.CHUNK):
+                chunk = slice(start, start + ChunkedCrossEntropy.CHUNK)
+                h = hidden[chunk].to(dtype)
+                logits = torch.mm(h, weight.T, out=all_logits[: len(h)])  # (CHUNK, V)
+                for z, y in zip(logits.split(block), targets[chunk, None].split(block), strict=True):
+                    loss += cross_entropy_and_gradient_(z, y, buffer[: len(z)])
+                if grad_hidden is not None:
+                    grad_hidden[chunk] = logits @ weight
+                if grad_weight is not None:
+                    for part in range(0, len(weight), ChunkedCrossEntropy.ENTRIES):
+                        entries = slice(part, part + ChunkedCrossEntropy.ENTRIES)
+                        grad_weight[entries] += logits[:, entries].T @ h
+        ctx.gradients = grad_hidden, grad_weight
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None  # the only reference goes: the parameter can take grad_weight over without a copy
+        return (
+            None if grad_hidden is None else grad_hidden * grad,
+            None if grad_weight is None else grad_weight.mul_(grad),
+            None,
+            None,
+        )
+
+
+def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[target]; logits (n, V) become the sum's gradient, softmax minus one-hot, in place.
+
+    targets (n, 1); buffer (n, V) in fp32 is overwritten: a new one for each call would cost more than the arithmetic.
+    """
+    target_logits = logits.gather(1, targets).float()
+    largest = buffer.copy_(logits).amax(dim=-1, keepdim=True)
+    softmax = torch.softmax(buffer, dim=-1, out=buffer)
+    # the largest probability is 1 / sum(exp(logits - largest)): log-sum-exp without taking exponentials again
+    log_sum = largest - softmax.amax(dim=-1, keepdim=True).log()
+    logits.copy_(softmax.scatter_add_(1, targets, softmax.new_full(targets.shape, -1.0)))
+    return (log_sum - target_logits).sum()
+
+
+# ---------------------------------------------------------------- a few rows, as in generation
+
+FEW = 32
+
+
+def is_few(rows: Tensor) -> bool:
+    """Whether it is generation on CPU, a few tokens at a time, where the memory sets the pace."""
+    return rows.is_cpu and len(rows) <= FEW and torch.is_inference_mode_enabled()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, in), weight (out, in) -> x @ weight.T (N, out).
+
+    For a handful of rows MKL reads the matrix on one thread. Two halves of it are read on two, which makes a token of
+    generation up to three times as fast.
+    """
+    if not is_few(x) or len(weight) % 2:
+        return F.linear(x, weight)
+    halves = torch.bmm(weight.view(2, -1, weight.shape[1]), x.T.expand(2, -1, -1))  # (2, out / 2, N)
+    return halves.permute(2, 0, 1).flatten(1)
+
+
+@contextlib.contextmanager
+def fast_decoding(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the model's linear layers multiply by `linear`."""
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    for layer in layers:
+        layer.forward = functools.partial(linear, weight=layer.weight)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
