@@ -1,0 +1,103 @@
+"""How well does a chat model answer? python benchmarks/answers.py CHECKPOINT [CHECKPOINT ...] [--out answers.jsonl]
+
+For each checkpoint, greedy throughout:
+
+- memorised: chatterbot's openings that have one answer only, answered by it letter by letter;
+- paraphrased: tests/data/paraphrases.json, 30 of these openings put in other words, which nothing was trained on,
+  answered as the original is;
+- whole sentences: replies to the first turns of 100 held-out chitchat conversations that `is_whole` accepts.
+
+All replies go to --out, for a reader to judge. With --prompts, ten prompts are answered by each, side by side.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from checkpoint import load_model_and_tokenizer
+from dataset import open_split, read_messages
+from engine.cli import one_line_errors
+from generation import answers
+
+PARAPHRASES = Path(__file__).resolve().parents[1] / "tests/data/paraphrases.json"
+PROMPTS = (
+    *("Hello! How are you?", "What did you do today?", "Do you like music?", "What is your favorite food?"),
+    *("Do you have any pets?", "Who are you?", "What is AI?", "Tell me a joke", "Where are you from?"),
+    "What is the largest planet in our solar system?",
+)
+MAX_NEW_TOKENS = 80
+
+
+def unique_openings() -> dict[str, str]:
+    """chatterbot's opening prompts to their answers, where all exchanges that open so agree."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in open_split("chatterbot", "train+test"):
+        prompt, answer = read_messages(row)[:2]
+        found[prompt["content"]].add(answer["content"])
+    return {prompt: next(iter(replies)) for prompt, replies in found.items() if len(replies) == 1}
+
+
+def first_turns(number: int) -> list[str]:
+    """How that many held-out chitchat conversations begin."""
+    return [read_messages(row)[0]["content"] for row in open_split("chitchat", f"test[:{number}]")]
+
+
+def is_whole(reply: str) -> bool:
+    """It begins with a capital letter, a digit or a quote, ends with a full stop, a question or an exclamation mark (a
+    smiley or a quote may follow), was not cut off, and has no word or sentence twice in a row."""
+    text = reply.strip()
+    sentences = [sentence.strip().lower() for sentence in re.split(r"(?<=[.!?])\s+", text)]
+    words = re.findall(r"[\w']+", text.lower())
+    repeats = any(a == b for parts in (words, sentences) for a, b in itertools.pairwise(parts))
+    return bool(re.fullmatch(r"[A-Z0-9\"'].*[.!?]+[\"')(:;DP\s]*", text, re.DOTALL)) and not repeats
+
+
+def answer(checkpoint: str, questions: Sequence[str], batch_size: int = 64) -> list[str]:
+    """Greedy answers; one that does not end within MAX_NEW_TOKENS ends with an ellipsis."""
+    model, tokenizer = load_model_and_tokenizer(checkpoint)
+    model.eval()
+    batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
+    replies = [reply for batch in batches for reply in answers(model, tokenizer, batch, MAX_NEW_TOKENS)]
+    return [reply if len(tokenizer.encode(reply)) < MAX_NEW_TOKENS else f"{reply}…" for reply in replies]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("--out", metavar="PATH", help="file for all replies, one JSON object a line")
+    parser.add_argument("--prompts", action="store_true", help="also show ten prompts side by side")
+    options = parser.parse_args()
+    openings, paraphrases, turns = unique_openings(), json.loads(PARAPHRASES.read_text()), first_turns(100)
+    lines = []
+    print(f"{'':40}{'memorised':>12}{'paraphrased':>14}{'whole sentences':>18}")
+    for checkpoint in options.checkpoints:
+        memorised = zip(answer(checkpoint, list(openings)), openings.values(), strict=True)
+        found = answer(checkpoint, list(paraphrases))
+        same = [
+            reply.strip() == openings[opening].strip()
+            for reply, opening in zip(found, paraphrases.values(), strict=True)
+        ]
+        replies = answer(checkpoint, turns)
+        whole = [is_whole(reply) for reply in replies]
+        right = sum(reply == expected for reply, expected in memorised)
+        print(f"{checkpoint:40}{right:8} of {len(openings)}{sum(same):7} of {len(same)}{sum(whole):11} of {len(whole)}")
+        for question, reply, good in zip((*paraphrases, *turns), (*found, *replies), (*same, *whole), strict=True):
+            lines.append({"checkpoint": checkpoint, "question": question, "reply": reply, "counted": good})
+    if options.out:
+        Path(options.out).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if options.prompts:
+        columns = [answer(checkpoint, PROMPTS) for checkpoint in options.checkpoints]
+        for question, *shown in zip(PROMPTS, *columns, strict=True):
+            print("\n".join((question, *(f"    {reply!r}" for reply in shown))))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
