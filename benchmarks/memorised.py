@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import load_model_and_tokenizer
-from dataset import open_split, read_messages
 from engine.cli import one_line_errors
+from engine.sources import open_split
 from generation import answers
 
 SHOWN = ("What is AI?", "Are you sentient?", "What language are you written in?", "What is love?", "Tell me a joke")
@@ -22,7 +22,7 @@ def unique_openings() -> dict[str, str]:
     """Opening prompt to answer, where all exchanges that open with it agree."""
     found: dict[str, set[str]] = defaultdict(set)
     for row in open_split("chatterbot", "train+test"):
-        prompt, answer = read_messages(row)[:2]
+        prompt, answer = row["messages"][:2]
         found[prompt["content"]].add(answer["content"])
     return {prompt: next(iter(replies)) for prompt, replies in found.items() if len(replies) == 1}
 

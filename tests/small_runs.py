@@ -25,11 +25,10 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import plot
 import train_sft
 import trainer
 from checkpoint import load_state, newest_checkpoint
-from engine import files, run_directory
+from engine import files, plots, run_directory
 
 WORDS = ("one", "three", "seven", "eleven", "the", "a", "is", "was", "not", "and", "or", "but", "there", "☂", "é")
 
@@ -95,7 +94,7 @@ def cheap_process(directory: Path) -> Iterator[pytest.MonkeyPatch]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "measure_peak", lambda *_: 1.0)
-        patch.setattr(plot, "plot_runs", lambda runs, out: out.touch())
+        patch.setattr(plots, "plot_runs", lambda runs, out: out.touch())
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory / "cache")
         yield patch
     for number, handler in handlers.items():

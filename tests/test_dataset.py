@@ -12,15 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from dataset import (
-    load_dataset_split,
-    open_split,
-    read_chatterbot,
-    read_chitchat,
-    read_chitchat_text,
-    tokenize_row,
-    tokenize_text,
-)
+from dataset import load_dataset_split, tokenize_row
+from engine.sources import BUILT_IN, open_split, read_chatterbot, read_chitchat, read_chitchat_text
 from tokenizer import ROLES, Tokenizer
 
 TOKENIZER = Tokenizer(vocab_size=512)
@@ -129,7 +122,7 @@ def test_built_in_datasets_are_found_by_name():
 
 
 def test_a_built_in_dataset_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("dataset.BUILT_IN", {"chitchat": ("no-such-package", read_chitchat)})
+    monkeypatch.setitem(BUILT_IN, "chitchat", BUILT_IN["chitchat"]._replace(package="no-such-package"))
     with pytest.raises(UserError, match="pip install no-such-package"):
         load("chitchat")
 
@@ -279,9 +272,9 @@ def test_truncation_keeps_a_prefix_that_has_something_to_learn_or_drops_the_row(
 
 
 @settings(deadline=None)
-@given(text=st.text(min_size=1, max_size=200), max_seq_len=st.integers(2, 60))
+@given(text=st.text(max_size=200), max_seq_len=st.integers(2, 60))
 def test_every_token_of_a_text_is_trained_on_in_pieces_that_fit(text, max_seq_len):
-    pieces = list(tokenize_text({"text": text}, TOKENIZER, max_seq_len))
+    pieces = list(tokenize_row({"text": text}, TOKENIZER, max_seq_len))
     ids = [i for piece in pieces for i in piece["input_ids"]]
     expected = [*TOKENIZER.encode(text), TOKENIZER.control_ids["<|endoftext|>"]]
     assert ids == expected or (ids == expected[:-1] and len(ids) % max_seq_len == 0)  # no piece of a single token
