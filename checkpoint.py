@@ -204,10 +204,8 @@ def merge_adapter(adapter: str | Path, out: str | Path) -> None:
     UserError, before anything is written, where `adapter` is none or `out` is there."""
     check(not Path(out).exists(), f"{out} exists already; choose a new directory")
     directory = resolve_checkpoint(adapter)
-    check(
-        (directory / ADAPTER_CONFIG).is_file(),
-        f"{directory} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge",
-    )
+    is_adapter = (directory / ADAPTER_CONFIG).is_file()
+    check(is_adapter, f"{directory} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge")
     model, tokenizer = load_model_and_tokenizer(directory)
     lora.merge(model)
     with disk_errors(Path(out)):
