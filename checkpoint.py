@@ -2,15 +2,12 @@
 
 A checkpoint directory is a Hugging Face model directory: `transformers` opens ours, and we open DeepSeek-V2's published
 ones. Nothing here runs what a file says: weights are safetensors, run state is unpickled with `weights_only=True`.
-
-    python checkpoint.py merge ADAPTER OUT      # a LoRA adapter and its base model -> a plain model directory
 """
 
 import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,9 @@ from torch import Tensor, nn
 from torch.types import Device
 
 import lora
-from config import ModelConfig, RopeScaling, UserError, check
-from engine.files import damaged_files, disk_errors, read_json, write_directory, write_json
+from config import ModelConfig, UserError, check
+from engine.files import damaged_files, disk_errors, inside, read_json, write_directory, write_json
+from engine.hub_config import hub_config, load_config
 from model import DeepSeekV2
 from tokenizer import Tokenizer
 
@@ -107,83 +105,7 @@ def num_bytes(weights: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in weights.values())
 
 
-def hub_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json for readers of both kinds: rope_theta and rope_scaling as in DeepSeek's files, rope_parameters as
-    transformers 5 has them. What the Hub has no name for (two of the balance factors) keeps ours."""
-    ours = asdict(config)
-    rope_parameters = {"rope_type": "yarn" if config.rope_scaling else "default", "rope_theta": config.rope_theta}
-    return (
-        {"architectures": ["DeepseekV2ForCausalLM"]}
-        | SUPPORTED
-        | ours
-        | {"rope_parameters": rope_parameters | (ours["rope_scaling"] or {})}
-        | {"num_key_value_heads": config.num_attention_heads, "head_dim": config.qk_rope_head_dim, "seq_aux": True}
-    )
-
-
 # ---------------------------------------------------------------- reading a model
-
-# Settings of DeepSeek-V2's config.json that this model has no choice in; a missing one means the same.
-SUPPORTED = {
-    "model_type": "deepseek_v2",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "moe_layer_freq": 1,
-    "scoring_func": "softmax",
-}
-# The shape has to be told: DeepSeek's defaults differ from ours.
-SIZES = {field.name for field in fields(ModelConfig) if type(field.default) is int}
-REQUIRED = SIZES - {"first_k_dense_replace", "n_group", "topk_group"}
-
-
-def load_config(directory: str | Path) -> ModelConfig:
-    """Read config.json as DeepSeek or as transformers 5 writes it. Raises UserError, naming the file and the field."""
-    path = inside(Path(directory), "config.json")
-    raw = read_json(path)
-    for name, supported in SUPPORTED.items():
-        value = raw.get(name, supported)
-        check(value == supported, f"{path}: {name} is {value!r}; only {supported!r} is supported")
-    given = {field.name: raw[field.name] for field in fields(ModelConfig) if raw.get(field.name) is not None}
-    given["rope_theta"], given["rope_scaling"] = read_rope(path, raw)
-    missing = sorted(REQUIRED - given.keys())
-    check(not missing, f"{path} lacks {', '.join(missing)}")
-    method = given.get("topk_method", "greedy")
-    check(method in ("greedy", "group_limited_greedy"), f"{path}: topk_method {method!r} is not supported")
-    check_types(path, given, ModelConfig(q_lora_rank=1, rope_scaling=given["rope_scaling"]))
-    config = ModelConfig(**given)
-    try:
-        config.validate()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return config
-
-
-def read_rope(path: Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """rope_theta, and YaRN's settings from whichever dict has them; DeepSeek's code has mscale 1, mscale_all_dim 0."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    check(isinstance(rope, dict), f"{path}: rope_scaling is {rope!r}; it must be an object")
-    rope = {name: value for name, value in rope.items() if value is not None}
-    theta = rope.pop("rope_theta", raw.get("rope_theta", ModelConfig.rope_theta))
-    kind = rope.pop("type", "default")
-    kind = rope.pop("rope_type", kind)
-    if kind == "default":
-        return theta, None
-    check(kind == "yarn", f"{path}: rope_scaling of type {kind!r} is not supported; only 'yarn' is")
-    missing = {"factor", "original_max_position_embeddings"} - rope.keys()
-    check(not missing, f"{path}: rope_scaling lacks {', '.join(sorted(missing))}")
-    unknown = rope.keys() - {field.name for field in fields(RopeScaling)}
-    check(not unknown, f"{path}: rope_scaling's {', '.join(sorted(unknown))} is not supported")
-    check_types(path, rope, RopeScaling())
-    return theta, RopeScaling(**rope)
-
-
-def check_types(path: Path, values: dict[str, Any], example: object) -> None:
-    """Each value has the type that the field of its name has in `example`; an int passes for a float."""
-    for name, value in values.items():
-        wanted = type(getattr(example, name))
-        right = isinstance(value, (int, float) if wanted is float else wanted)
-        check(right, f"{path}: {name} is {value!r}; it must be of type {wanted.__name__}")
 
 
 def iterate_weights(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -237,17 +159,6 @@ def weight_files(directory: Path) -> list[Path]:
     return [inside(directory, name) for name in sorted({str(name) for name in weight_map.values()})]
 
 
-def inside(directory: Path, name: str) -> Path:
-    """A file of the directory, by its plain name. Links may lead to the blobs of a Hub cache and nowhere else."""
-    root = directory.resolve()
-    path = directory / name
-    check(Path(name).name == name, f"{directory}: {name!r} lies outside of the directory")
-    check(path.is_file(), f"{path} does not exist")
-    safe = path.resolve().parent in (root, root.parent.parent / "blobs")
-    check(safe, f"{path} lies outside of the directory, at {path.resolve()}")
-    return path
-
-
 def load_pretrained(directory: str | Path, dtype: torch.dtype | None = None, device: Device = None) -> DeepSeekV2:
     """The model of a directory in Hugging Face layout, tensor by tensor; dtype None: as stored. Raises UserError."""
     config = load_config(directory)
@@ -286,6 +197,19 @@ def resolve_checkpoint(path: str | Path) -> Path:
     known = (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
     check(known, f"{path} is no checkpoint: a directory with config.json or {ADAPTER_CONFIG}, or that of a run")
     return path
+
+
+def merge_adapter(adapter: str | Path, out: str | Path) -> None:
+    """Write the adapter's base model, with the adapter merged into its weights, as a plain model directory. Raises
+    UserError, before anything is written, where `adapter` is none or `out` is there."""
+    check(not Path(out).exists(), f"{out} exists already; choose a new directory")
+    directory = resolve_checkpoint(adapter)
+    is_adapter = (directory / ADAPTER_CONFIG).is_file()
+    check(is_adapter, f"{directory} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge")
+    model, tokenizer = load_model_and_tokenizer(directory)
+    lora.merge(model)
+    with disk_errors(Path(out)):
+        save_pretrained(out, model, tokenizer)
 
 
 # ---------------------------------------------------------------- run state: all or nothing
@@ -338,25 +262,3 @@ def load_state(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers of broken files raise anything
         raise UserError(f"{path} is damaged, or no run state; nothing in it was run") from error
-
-
-# ---------------------------------------------------------------- python checkpoint.py merge ADAPTER OUT
-
-
-def merge_adapter(adapter: str | Path, out: str | Path) -> None:
-    """Write the adapter's base model, with the adapter merged into its weights, as a plain model directory."""
-    check(not Path(out).exists(), f"{out} exists already; choose a new directory")
-    model, tokenizer = load_model_and_tokenizer(adapter)
-    lora.merge(model)
-    with disk_errors(Path(out)):
-        save_pretrained(out, model, tokenizer)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "merge":
-        sys.exit("usage: python checkpoint.py merge ADAPTER OUT")
-    try:
-        merge_adapter(*sys.argv[2:])
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)

@@ -2,12 +2,9 @@
 
 A row of a batch holds one conversation and padding, or, packed, as many conversations as fit. Packing changes no
 result: `position_ids` restart and `sequence_ids` differ, so the model keeps conversations apart. It saves the padding.
-
-Run `python datacollator.py [DATASET]` to see it.
 """
 
 import functools
-import sys
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -143,39 +140,3 @@ class RowStream:
             return [[index] for index in order.tolist()]
         rows = [order[row].tolist() for row in pack_best_fit(self.lengths[order], self.collator.max_seq_len)]
         return [rows[i] for i in rng.permutation(len(rows))] if self.shuffle else rows
-
-
-# --- See it: python datacollator.py [DATASET] [SPLIT] ---
-
-
-def draw_row(lengths: Sequence[int], capacity: int, width: int = 100) -> str:
-    """A packed row for the terminal: a block for each conversation with its length, and dots for padding."""
-    edges = np.rint(np.cumsum([0, *lengths]) * width / capacity).astype(int)
-    blocks = ""
-    for i, length in enumerate(lengths):
-        room = int(edges[i + 1] - edges[i])
-        blocks += f"\x1b[30;{46 if i % 2 else 42}m{str(length) if len(str(length)) <= room else '':^{room}}\x1b[0m"
-    return blocks + "·" * (width - int(edges[-1]))
-
-
-def demo(name: str = "chitchat", split: str = "") -> None:
-    from dataset import load_dataset_split, open_splits
-    from tokenizer import LEGEND, Tokenizer, colour
-
-    max_seq_len = 2048
-    tokenizer = Tokenizer()
-    dataset, report = load_dataset_split(name, split or next(iter(open_splits(name))), tokenizer, max_seq_len)
-    stream = RowStream(dataset, DataCollator(max_seq_len, tokenizer.pad_token_id))
-    short = int(np.argmin(np.abs(stream.lengths - 150)))  # one that fits on a screen
-    print(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *stream.conversation(short))}\n")
-    padding = 1 - report.tokens / (stream.rows_per_epoch * max_seq_len)
-    print(f"{stream.rows_per_epoch:,} rows of {max_seq_len:,} tokens, {padding:.2%} padding; the first ten:\n")
-    for i in range(min(10, stream.rows_per_epoch)):
-        print(draw_row(stream.lengths[stream.row_indices(i)].tolist(), max_seq_len))
-
-
-if __name__ == "__main__":
-    from engine.cli import one_line_errors
-
-    with one_line_errors():
-        demo(*sys.argv[1:3])

@@ -3,14 +3,11 @@
 A chat template turns a conversation into one sequence of tokens. Its control tokens (`<|im_start|>`, ...) come from the
 tables below and from nowhere else: what people write is always encoded as ordinary text, so a message that contains
 "<|im_end|>" cannot end a turn. The renderer knows whose tokens it writes, so it returns the training mask as well.
-
-Run `python tokenizer.py "Hello"` to see it.
 """
 
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -218,37 +215,3 @@ def choose_template(directory: Path, control_tokens: Collection[str], chat_templ
             f"{directory} lacks {', '.join(missing)}, which chat template {name} needs; it fits {fitting or 'none'}"
         )
     return name
-
-
-# --- See it: python tokenizer.py "Hello" ---
-
-# Two shades each, so that neighbouring tokens can be told apart.
-TRAINED, CONTEXT = ("\x1b[30;42m", "\x1b[30;102m"), ("\x1b[37;100m", "\x1b[37;40m")
-FAINT, RESET = "\x1b[2m", "\x1b[0m"
-LEGEND = f"{TRAINED[0]} trained {TRAINED[1]} on {RESET} {CONTEXT[0]} only {CONTEXT[1]} read {RESET}"
-
-
-def colour(tokenizer: Tokenizer, ids: Iterable[int], mask: Iterable[int], show_ids: bool = False) -> str:
-    """A conversation for the terminal: green is trained on, grey is only read."""
-    pieces = []
-    for position, (i, trained) in enumerate(zip(ids, mask, strict=True)):
-        text = tokenizer.decode([i]).replace("\n", "↵")
-        number = f"{FAINT}{i}{RESET} " if show_ids else ""
-        line_break = "\n" if "↵" in text else ""
-        pieces.append(f"{(TRAINED if trained else CONTEXT)[position % 2]}{text}{RESET}{number}{line_break}")
-    return "".join(pieces)
-
-
-def demo(texts: list[str]) -> None:
-    """texts: what a user and an assistant say in turn."""
-    texts = texts + ["Hello! How can I help you?"] * (len(texts) % 2)
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    tokenizer = Tokenizer()
-    print(LEGEND + " and each token's id\n\n" + colour(tokenizer, *tokenizer.render(messages), show_ids=True))
-
-
-if __name__ == "__main__":
-    from engine.cli import one_line_errors
-
-    with one_line_errors():
-        demo(sys.argv[1:] or ["Hello"])

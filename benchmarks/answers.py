@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import load_model_and_tokenizer
-from dataset import open_split, read_messages
 from engine.cli import one_line_errors
+from engine.sources import open_split
 from generation import answers
 
 PARAPHRASES = Path(__file__).resolve().parents[1] / "tests/data/paraphrases.json"
@@ -39,14 +39,14 @@ def unique_openings() -> dict[str, str]:
     """chatterbot's opening prompts to their answers, where all exchanges that open so agree."""
     found: dict[str, set[str]] = defaultdict(set)
     for row in open_split("chatterbot", "train+test"):
-        prompt, answer = read_messages(row)[:2]
+        prompt, answer = row["messages"][:2]
         found[prompt["content"]].add(answer["content"])
     return {prompt: next(iter(replies)) for prompt, replies in found.items() if len(replies) == 1}
 
 
 def first_turns(number: int) -> list[str]:
     """How that many held-out chitchat conversations begin."""
-    return [read_messages(row)[0]["content"] for row in open_split("chitchat", f"test[:{number}]")]
+    return [row["messages"][0]["content"] for row in open_split("chitchat", f"test[:{number}]")]
 
 
 def is_whole(reply: str) -> bool:

@@ -15,7 +15,7 @@ import tyro
 from rivals import BATCH_SIZE, transformers_tokenizer  # first: sets the environment
 
 from datacollator import Batch, Conversation, DataCollator, pack_best_fit
-from dataset import open_split, read_messages
+from engine.sources import open_split
 from tokenizer import Tokenizer
 
 Result = TypeVar("Result")
@@ -57,7 +57,7 @@ def collate(rendered: list[Conversation], rows: list[list[int]], collator: DataC
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     tokenizer = Tokenizer(vocab_size=options.vocab_size)
-    conversations = [read_messages(row) for row in open_split("chitchat", "train")]
+    conversations = [row["messages"] for row in open_split("chitchat", "train")]
     texts = [message["content"] for messages in conversations for message in messages]
     collator = DataCollator(options.width, tokenizer.pad_token_id)
 

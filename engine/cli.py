@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import select
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, make_dataclass, replace
@@ -17,16 +19,30 @@ Config = TypeVar("Config")
 @contextlib.contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
     """Print what the user can mend (a full disk and the like too) as one line and exit with 2; with `debug`, let Python
-    show where it came from. Ctrl-C exits with 130, as it does in a shell."""
+    show where it came from. Ctrl-C exits with 130 and `| head` with 141, as in a shell."""
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads_output():
+            sys.exit(141)
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes what is left once more
+
+
+def nobody_reads_output() -> bool:
+    """Whether standard output is a pipe that was closed at its other end: a pipe of our own may break, too."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def parse_arguments(arguments: list[str], description: str | None = None) -> TrainConfig:

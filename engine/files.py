@@ -19,6 +19,18 @@ CHECKSUMS = "checksums.json"
 # ---------------------------------------------------------------- one file
 
 
+def inside(directory: Path, name: str) -> Path:
+    """A file of the directory, by its plain name. Links may lead to the blobs of a Hub cache and nowhere else.
+    Raises UserError."""
+    root = directory.resolve()
+    path = directory / name
+    check(Path(name).name == name, f"{directory}: {name!r} lies outside of the directory")
+    check(path.is_file(), f"{path} does not exist")
+    safe = path.resolve().parent in (root, root.parent.parent / "blobs")
+    check(safe, f"{path} lies outside of the directory, at {path.resolve()}")
+    return path
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError, with the place, for what is no JSON object."""
     try:

@@ -81,9 +81,9 @@ class MetricsLog:
         self.tracker(metrics)
 
     def close(self) -> None:
-        from plot import plot_runs  # matplotlib takes a while to import
+        from engine.plots import plot_runs  # matplotlib takes a while to import
 
-        plot_runs([self.run], self.run / "loss.png")
+        plot_runs({str(self.run): read_metrics(self.run)}, self.run / "loss.png")
 
 
 def open_tracker(config: TrainConfig) -> Any:

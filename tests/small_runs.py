@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -25,11 +26,10 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import plot
 import train_sft
 import trainer
 from checkpoint import load_state, newest_checkpoint
-from engine import files, run_directory
+from engine import files, plots, run_directory
 
 WORDS = ("one", "three", "seven", "eleven", "the", "a", "is", "was", "not", "and", "or", "but", "there", "☂", "é")
 
@@ -95,7 +95,7 @@ def cheap_process(directory: Path) -> Iterator[pytest.MonkeyPatch]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "measure_peak", lambda *_: 1.0)
-        patch.setattr(plot, "plot_runs", lambda runs, out: out.touch())
+        patch.setattr(plots, "plot_runs", lambda runs, out: out.touch())
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory / "cache")
         yield patch
     for number, handler in handlers.items():
@@ -115,6 +115,30 @@ def run_main(main: Callable[[], None], arguments: list[str], directory: Path) ->
 
 def train_here(arguments: list[str], directory: Path) -> int:
     return run_main(train_sft.main, arguments, directory)
+
+
+def run_python(script: str, *arguments: object) -> str:
+    """What a new process prints that runs the script."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def peak_memory(preparation: str, work: str, *arguments: object) -> int:
+    """Bytes of resident memory that `work` takes at its peak, over what a new process has after `preparation`."""
+    script = f"""
+import sys, torch
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+{preparation}
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = memory("VmRSS")
+{work}
+print(memory("VmHWM") - before)
+"""
+    return int(run_python(script, *arguments))
 
 
 # ---------------------------------------------------------------- in a child

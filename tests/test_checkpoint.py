@@ -6,8 +6,6 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
-import lora
 from checkpoint import (
     iterate_weights,
     load_config,
-    load_model_and_tokenizer,
     load_pretrained,
     load_state,
     newest_checkpoint,
@@ -37,6 +32,7 @@ from config import RopeScaling, UserError
 from generation import generate
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
+from small_runs import peak_memory, run_python
 from tokenizer import Tokenizer
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
@@ -272,68 +268,10 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path: Path, tokeniz
         state_dict={n: torch.zeros_like(p, device="cpu") for n, p in model.state_dict().items()},
         max_shard_bytes=10**8,
     )
-    script = """
-import sys, torch
-from checkpoint import load_pretrained
-def memory(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-before = memory("VmRSS")
-model = load_pretrained(sys.argv[1])
-print((memory("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
-"""
-    assert sum(parameter.nbytes for parameter in model.parameters()) > 10**8
-    assert float(run_python(script, tmp_path)) < 1.2
-
-
-def run_python(script: str, *arguments: object) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-# ---------------------------------------------------------------- adapters
-
-
-@pytest.fixture
-def adapted(saved: tuple[Path, DeepSeekV2], tmp_path: Path) -> tuple[Path, DeepSeekV2]:
-    """A run directory with a checkpoint that holds an adapter only, and the adapted model."""
-    directory, model = saved
-    lora.add_lora(model, 4, 8.0, 0.0, ["q_proj", "down_proj", "experts.gate_up_proj"])
-    with torch.no_grad():
-        for parameter in lora.adapters(model).values():
-            parameter.normal_(std=0.2)
-    save_checkpoint(tmp_path / "run", 5, lambda place: lora.save_adapter(place, model, str(directory)), limit=1)
-    return tmp_path / "run", model
-
-
-@torch.no_grad()
-def test_an_adapter_is_loaded_with_its_base(adapted: tuple[Path, DeepSeekV2], tokenizer: Tokenizer) -> None:
-    run, model = adapted
-    loaded, its_tokenizer = load_model_and_tokenizer(run)
-    tokens = torch.randint(0, 512, (2, 30))
-    torch.testing.assert_close(loaded(tokens), model(tokens))
-    assert its_tokenizer.vocab_size == tokenizer.vocab_size
-
-
-@torch.no_grad()
-def test_merging_writes_a_plain_model_with_the_same_logits(adapted: tuple[Path, DeepSeekV2], tmp_path: Path) -> None:
-    run, model = adapted
-    command = [sys.executable, checkpoint.__file__, "merge", str(run), str(tmp_path / "merged")]
-    assert subprocess.run(command).returncode == 0
-    tokens = torch.randint(0, 512, (2, 30))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens).logits
-    assert relative_difference(model(tokens), theirs) < 1e-5
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert (again.returncode, again.stderr) == (2, f"error: {tmp_path}/merged exists already; choose a new directory\n")
-
-
-def test_an_adapter_without_its_base_is_refused(adapted: tuple[Path, DeepSeekV2], tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "model")
-    with pytest.raises(UserError, match=r"model is no checkpoint"):
-        load_model_and_tokenizer(adapted[0])
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert size > 10**8
+    load = "model = load_pretrained(sys.argv[1])"
+    assert peak_memory("from checkpoint import load_pretrained", load, tmp_path) < 1.2 * size
 
 
 # ---------------------------------------------------------------- what does not fit is refused

@@ -1,9 +1,6 @@
 """Packing and batches; the oracle is a loop over tokens."""
 
-import os
 import random
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -12,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datacollator import DataCollator, RowStream, draw_row, pack_best_fit
-from dataset import read_chitchat
+from datacollator import DataCollator, RowStream, pack_best_fit
+from engine.sources import read_chitchat
 from tokenizer import Tokenizer
 
 CAPACITY, PAD = 24, 999
@@ -66,6 +63,10 @@ def test_packing_is_best_fit_decreasing(lengths):
 def test_a_conversation_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="conversation 1 has 25 tokens, more than a row's 24"):
         pack_best_fit([3, 25], CAPACITY)
+
+
+def test_lengths_may_be_an_array():
+    assert pack_best_fit(np.array([5, 4, 3]), 8) == [[0, 2], [1]]
 
 
 def test_chitchat_is_packed_with_at_most_one_percent_of_padding():
@@ -158,25 +159,3 @@ def test_conversations_are_read_from_any_table():
         assert stream.lengths.tolist() == [len(ids) for ids, _ in expected]
         for i, (ids, mask) in enumerate(expected):
             assert [array.tolist() for array in stream.conversation(i)] == [ids, mask]
-
-
-# --- The command ---
-
-
-def test_a_drawn_row_is_as_wide_as_the_row():
-    blocks = draw_row([50, 25], 100, width=20).replace("\x1b[0m", "|").split("|")
-    assert blocks == ["\x1b[30;42m    50    ", "\x1b[30;46m 25  ", "·" * 5]
-
-
-def test_the_command_shows_a_conversation_and_packed_rows(tmp_path):
-    (tmp_path / "data.jsonl").write_text('{"prompt": "Hello", "completion": "there"}\n' * 3)
-    command = [sys.executable, "datacollator.py", str(tmp_path / "data.jsonl")]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path)}
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert "3 conversations" in out and "there" in out and "1 rows of 2,048 tokens" in out
-    missing = subprocess.run([*command, "nope"], env=environment, capture_output=True, text=True)
-    assert missing.returncode == 2 and "error: " in missing.stderr and "Traceback" not in missing.stderr
-
-
-def test_lengths_may_be_an_array():
-    assert pack_best_fit(np.array([5, 4, 3]), 8) == [[0, 2], [1]]

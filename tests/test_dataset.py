@@ -5,22 +5,19 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dataset as dataset_module
+import tokenizer as tokenizer_module
 from config import UserError
-from dataset import (
-    load_dataset_split,
-    open_split,
-    read_chatterbot,
-    read_chitchat,
-    read_chitchat_text,
-    tokenize_row,
-    tokenize_text,
-)
+from dataset import load_dataset_split, tokenize_row
+from engine import formats, sources, vocabulary
+from engine.sources import BUILT_IN, open_split, read_chatterbot, read_chitchat, read_chitchat_text
 from tokenizer import ROLES, Tokenizer
 
 TOKENIZER = Tokenizer(vocab_size=512)
@@ -129,9 +126,23 @@ def test_built_in_datasets_are_found_by_name():
 
 
 def test_a_built_in_dataset_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("dataset.BUILT_IN", {"chitchat": ("no-such-package", read_chitchat)})
+    monkeypatch.setitem(BUILT_IN, "chitchat", BUILT_IN["chitchat"]._replace(package="no-such-package"))
     with pytest.raises(UserError, match="pip install no-such-package"):
         load("chitchat")
+
+
+def test_documents_come_from_lines_and_tables_and_empty_ones_are_counted(tmp_path):
+    rows = [{"text": "Once upon a time"}, {"text": ""}, {"text": "The end"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
+    end = TOKENIZER.control_ids["<|endoftext|>"]
+    for name in (write_lines(tmp_path / "data.jsonl", rows), tmp_path / "data.parquet"):
+        dataset, report = load(name)
+        assert dataset["input_ids"][:] == [[*TOKENIZER.encode(row["text"]), end] for row in rows if row["text"]]
+        assert report.dropped == {"a single token": 1}
+
+
+def test_every_name_of_a_role_means_one_that_templates_know():
+    assert set(formats.ROLE_NAMES.values()) == set(ROLES)
 
 
 # --- What is found in a row ---
@@ -279,9 +290,9 @@ def test_truncation_keeps_a_prefix_that_has_something_to_learn_or_drops_the_row(
 
 
 @settings(deadline=None)
-@given(text=st.text(min_size=1, max_size=200), max_seq_len=st.integers(2, 60))
+@given(text=st.text(max_size=200), max_seq_len=st.integers(2, 60))
 def test_every_token_of_a_text_is_trained_on_in_pieces_that_fit(text, max_seq_len):
-    pieces = list(tokenize_text({"text": text}, TOKENIZER, max_seq_len))
+    pieces = list(tokenize_row({"text": text}, TOKENIZER, max_seq_len))
     ids = [i for piece in pieces for i in piece["input_ids"]]
     expected = [*TOKENIZER.encode(text), TOKENIZER.control_ids["<|endoftext|>"]]
     assert ids == expected or (ids == expected[:-1] and len(ids) % max_seq_len == 0)  # no piece of a single token
@@ -333,6 +344,13 @@ def test_rows_are_tokenised_once_and_again_when_anything_changes(tmp_path, monke
     assert rendered(tokenizer=Tokenizer(vocab_size=600)) == 2
     assert rendered(tokenizer=Tokenizer(vocab_size=512, chat_template="deepseek")) == 2
     assert rendered(rows=(GOOD, GOOD, GOOD)) == 3
+    for module in (dataset_module, sources, formats, tokenizer_module, vocabulary):  # their code
+        changed = tmp_path / f"{module.__name__}.py"
+        changed.write_text(Path(module.__file__).read_text() + "# changed\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(changed))
+            assert rendered(rows=(GOOD, GOOD, GOOD)) == 3, module
+    assert rendered(rows=(GOOD, GOOD, GOOD)) == 0
 
 
 def test_several_processes_give_the_same_as_one(tmp_path):

@@ -15,7 +15,6 @@ import train_sft
 from checkpoint import save_pretrained
 from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError
 from engine.cli import one_line_errors
-from plot import plot_runs
 from small_models import small_model
 from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl
 from tokenizer import Tokenizer
@@ -243,13 +242,6 @@ def test_a_run_whose_configuration_is_damaged(tmp_path: Path, refused: Callable[
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text('{"model": ')
     assert f"{tmp_path}/run/config.json is no JSON" in refused("--resume")
-
-
-def test_plotting_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as leaving, one_line_errors():
-        plot_runs([tmp_path / "nothing"], tmp_path / "out.png")
-    error = error_of(int(str(leaving.value)), capsys)
-    assert error == f"{tmp_path}/nothing is no run: it has no metrics.jsonl"
 
 
 def test_the_cache_of_a_full_disk(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

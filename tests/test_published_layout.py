@@ -1,9 +1,6 @@
 """A directory as DeepSeek-V2 is published, from its files through LoRA to a merged model."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from config import TrainConfig
 from engine.run_directory import read_metrics
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
-from small_runs import arguments, conversations, train_here, write_jsonl
+from small_runs import arguments, conversations, peak_memory, train_here, write_jsonl
 from tokenizer import Tokenizer
 
 # More entries than the tokenizer has, as published; YaRN far beyond its original context.
@@ -265,24 +262,14 @@ def test_a_lora_run_takes_little_more_memory_than_its_base(tmp_path: Path) -> No
         model = DeepSeekV2(small_config(vocab_size=512, **sizes)).to(torch.bfloat16)
     weights = {name: torch.zeros_like(p, device="cpu") for name, p in model.state_dict().items()}
     checkpoint.save_pretrained(tmp_path, model, Tokenizer(vocab_size=512), weights, max_shard_bytes=10**8)
-    script = """
-import sys, torch
+    preparation = """
 from pathlib import Path
+import lora, model, parallel
 from checkpoint import load_config
 from config import TrainConfig
 from parallel import World
 from train_sft import build_model
-def memory(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 config = TrainConfig(lora_rank=4, dtype="bfloat16", model=load_config(sys.argv[1]))
-import lora, model, parallel
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-before = memory("VmRSS")
-model = build_model(config, Path(sys.argv[1]), None, World(0, 1, torch.device("cpu")))
-print(memory("VmHWM") - before)
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 1.2 * sum(tensor.nbytes for tensor in weights.values())
+    work = 'model = build_model(config, Path(sys.argv[1]), None, World(0, 1, torch.device("cpu")))'
+    assert peak_memory(preparation, work, tmp_path) < 1.2 * sum(tensor.nbytes for tensor in weights.values())

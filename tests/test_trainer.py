@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import lora
-import plot
 import trainer as trainer_module
 from checkpoint import load_pretrained
 from config import TrainConfig, UserError
 from datacollator import DataCollator, RowStream
-from engine import run_directory
+from engine import plots, run_directory
 from engine.run_directory import read_metrics
 from optimizer import Muon, learning_rate
 from parallel import World
@@ -36,7 +35,7 @@ from trainer import Trainer
 TOKENIZER = Tokenizer(vocab_size=512)
 TEXTS = conversations(12, seed=1)
 WIDTH = 128
-REAL_PLOT = plot.plot_runs
+REAL_PLOT = plots.plot_runs
 # Weights move by about the learning rate, 1e-3, a step. Where a gradient is hardly more than its rounding error, Adam
 # blows that up, but not beyond a hundredth of a step.
 ROUNDING = 1e-5
@@ -326,7 +325,7 @@ def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
 
 
 def test_a_run_writes_what_the_design_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot, "plot_runs", REAL_PLOT)
+    monkeypatch.setattr(plots, "plot_runs", REAL_PLOT)
     trainer = make_trainer(tmp_path, held_out=rows(TEXTS[:4]), max_steps=5, eval_steps=2, save_steps=2)
     trainer.train()
     lines = read_metrics(tmp_path)

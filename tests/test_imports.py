@@ -1,0 +1,84 @@
+"""Imports run one way: from commands down to config.py. `python tests/test_imports.py` prints who imports whom."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {"train_sft", "chat", "show", "export"}
+# What a module may import of ours; commands, of all that is below them. A module that is not here needs a reason.
+MAY_IMPORT = {
+    # The machine room
+    "engine.files": {"config"},
+    "engine.cli": {"config"},
+    "engine.vocabulary": {"config", "engine.files"},
+    "engine.formats": set(),
+    "engine.sources": {"config"},
+    "engine.hub_config": {"config", "engine.files"},
+    "engine.kernels": set(),
+    "engine.plots": set(),
+    "engine.cost": {"config", "model"},
+    "engine.run_directory": {"config", "engine.files", "engine.plots"},
+    # Chapters
+    "config": set(),
+    "tokenizer": {"config", "engine.files", "engine.vocabulary"},
+    "dataset": {"config", "tokenizer", "engine.vocabulary", "engine.sources", "engine.formats"},
+    "datacollator": set(),
+    "model": {"config", "engine.kernels"},
+    "lora": {"config", "model", "engine.files", "engine.kernels"},
+    "generation": {"config", "model", "tokenizer", "engine.kernels"},
+    "optimizer": {"config"},
+    "parallel": {"config"},
+    "checkpoint": {"config", "model", "tokenizer", "lora", "engine.files", "engine.hub_config"},
+    "trainer": {
+        *("config", "tokenizer", "datacollator", "model", "lora", "generation", "checkpoint", "optimizer", "parallel"),
+        *("engine.cost", "engine.files", "engine.run_directory"),
+    },
+}
+
+
+def modules() -> dict[str, Path]:
+    """Name to file: the top level and engine/."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "engine").glob("*.py")]
+    named = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    return {name: file for name, file in named.items() if not name.endswith("__init__")}
+
+
+def imports(file: Path, known: dict[str, Path]) -> set[str]:
+    """Our modules that a file imports, wherever in it: inside functions and for types only, too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & known.keys()
+
+
+def import_graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports(file, known) for name, file in known.items()}
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    graphlib.TopologicalSorter(import_graph()).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_module_imports_only_what_lies_below_it(name: str) -> None:
+    imported = import_graph()[name]
+    assert not imported & COMMANDS
+    assert name in COMMANDS or imported <= MAY_IMPORT[name]
+
+
+def test_chatting_and_exporting_need_no_trainer() -> None:
+    graph = import_graph()
+    assert "trainer" not in graph["chat"] | graph["export"]
+
+
+if __name__ == "__main__":
+    graph = import_graph()
+    for name in graphlib.TopologicalSorter(graph).static_order():
+        print(f"{name:22} {', '.join(sorted(graph[name]))}")
