@@ -51,8 +51,8 @@ def draw_packing(out: Path) -> None:
     """A packed row, and which token attends to which."""
     tokenizer = Tokenizer()
     config = PRESETS["tiny"]
-    data, _ = load_dataset_split("chitchat", "test", tokenizer, config.max_seq_len)
-    rows = RowStream(data, DataCollator(config.max_seq_len, tokenizer.pad_token_id), seed=0)
+    data, _ = load_dataset_split("chitchat", "test", tokenizer, config.data.max_seq_len)
+    rows = RowStream(data, DataCollator(config.data.max_seq_len, tokenizer.pad_token_id), seed=0)
     index = max(range(rows.rows_per_epoch), key=lambda i: len(rows.row_indices(i)))
     batch = {name: tensor[0].numpy() for name, tensor in rows.batch([index]).items()}
     documents = batch["sequence_ids"]

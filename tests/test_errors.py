@@ -110,12 +110,14 @@ finally:
     ).stdout
     config = PRESETS[preset[0] if preset else "tiny"]
     words = " ".join(output.replace("│", " ").split())
-    for owner, prefix in ((config, "--"), (config.model, "--model.")):
+    for group, owner in vars(config).items():
+        prefix = "--model." if group == "model" else "--"
         for field in fields(owner):
             flag = prefix + field.name.replace("_", "-")
-            if field.name not in ("model", "rope_scaling"):
+            if field.name != "rope_scaling":
                 assert f"{flag} " in words or f"{flag}," in words, flag
-    for default in (f"(default: {config.max_seq_len})", f"(default: {config.learning_rate})", "(default: chitchat)"):
+    defaults = (config.data.max_seq_len, config.optimizer.learning_rate, "chitchat")
+    for default in (f"(default: {value})" for value in defaults):
         assert default in words or (preset and "chitchat" in default)
     assert "forgets a spike sooner" in words  # the reasons, too
     assert words.index("data options") < words.index("--dataset") < words.index("model options")

@@ -21,7 +21,7 @@ import checkpoint
 import lora
 import trainer
 from checkpoint import load_model_and_tokenizer, load_pretrained, load_state, newest_checkpoint
-from config import TrainConfig
+from config import LoraConfig
 from engine.run_directory import read_metrics
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
@@ -106,7 +106,7 @@ def run(request: pytest.FixtureRequest, published: Path, tmp_path_factory: pytes
     command = arguments(
         write_jsonl(directory / "small.jsonl", TEXTS),
         directory / "run",
-        *("--no-packing", "--lora-target-modules", *TrainConfig.lora_target_modules, *experts),
+        *("--no-packing", "--lora-target-modules", *LoraConfig.lora_target_modules, *experts),
         init_from=published,
         chat_template="deepseek",
         dtype=request.param,
@@ -267,18 +267,18 @@ def test_a_lora_run_takes_little_more_memory_than_its_base(tmp_path: Path) -> No
     checkpoint.save_pretrained(tmp_path, model, Tokenizer(vocab_size=512), weights, max_shard_bytes=10**8)
     script = """
 import sys, torch
-from pathlib import Path
 from checkpoint import load_config
 from config import TrainConfig
 from parallel import World
 from train_sft import build_model
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-config = TrainConfig(lora_rank=4, dtype="bfloat16", model=load_config(sys.argv[1]))
+changes = {"lora_rank": 4, "dtype": "bfloat16", "init_from": sys.argv[1], "model": load_config(sys.argv[1])}
+config = TrainConfig().changed(**changes)
 import lora, model, parallel
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 before = memory("VmRSS")
-model = build_model(config, Path(sys.argv[1]), None, World(0, 1, torch.device("cpu")))
+model = build_model(config, None, World(0, 1, torch.device("cpu")))
 print(memory("VmHWM") - before)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

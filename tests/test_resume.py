@@ -16,7 +16,7 @@ import torch
 
 import small_runs
 from checkpoint import load_pretrained, load_state
-from config import ModelConfig, RopeScaling, TrainConfig, UserError
+from config import CheckpointConfig, ModelConfig, RopeScaling, TrainConfig, UserError
 from engine.files import checksum, write_json
 from engine.run_directory import check_changes, open_run, read_metrics
 from small_runs import (
@@ -263,7 +263,9 @@ def test_what_may_change_is_taken_and_logged(run: Path, data: Path, capsys: pyte
 
 def test_settings_that_come_or_go_are_described(tmp_path: Path) -> None:
     plain, stretched = (
-        TrainConfig(output_dir=str(tmp_path / "run"), model=ModelConfig(rope_scaling=scaling))
+        TrainConfig(
+            checkpoint=CheckpointConfig(output_dir=str(tmp_path / "run")), model=ModelConfig(rope_scaling=scaling)
+        )
         for scaling in (None, RopeScaling(factor=4.0))
     )
     for old, new, change in ((plain, stretched, "None -> 4.0"), (stretched, plain, "4.0 -> None")):
