@@ -170,6 +170,19 @@ def test_compiling_needs_bfloat16(refused: Callable[..., str]) -> None:
     assert "compile needs dtype bfloat16" in refused("--compile", dtype="float32")
 
 
+def test_every_field_has_a_name_of_its_own_and_is_changed_by_it() -> None:
+    """The command line and config.json leave the groups' names out."""
+    names = [field.name for group in vars(PRESETS["mini"]).values() for field in fields(group)]
+    assert len(set(names)) == len(names)
+    changes = {"max_seq_len": 7, "optimizer": "muon", "init_from": "there", "sample_prompts": (), "vocab_size": 300}
+    mini, changed = PRESETS["mini"].flat(), PRESETS["mini"].changed(**changes).flat()
+    assert PRESETS["mini"].flat() == mini  # a copy was changed
+    flat = mini.pop("model") | mini
+    assert changed.pop("model") | changed == flat | changes
+    with pytest.raises(TypeError, match="max_seq_length"):
+        PRESETS["mini"].changed(max_seq_length=7)
+
+
 def test_presets_are_possible() -> None:
     for config in PRESETS.values():
         config.validate()

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora
-from config import LoraConfig, OptimizerConfig, UserError
+from config import MINI, OptimizerConfig, UserError
 from generation import generate
 from model import DeepSeekV2, Experts
 from optimizer import make_optimizers
 from small_models import relative_difference, small_config, small_model, transformers_model
 
-DEFAULT = LoraConfig.lora_target_modules
+DEFAULT = MINI.lora.lora_target_modules
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 COMPRESSED = {"q_lora_rank": 18}
 # Name -> (targets, rank, changes of the model's shape)
