@@ -1,105 +1,87 @@
 """Every hyperparameter, its default and the reason for it; and the presets.
 
 The model's fields have the names of DeepSeek-V2's `config.json` on Hugging Face, the training fields those of
-`transformers.TrainingArguments` and TRL's `SFTConfig`. Edit a value here, or override it on the command line:
-`python train_sft.py tiny --learning-rate 1e-3 --model.num-hidden-layers 6`.
+`transformers.TrainingArguments` and TRL's `SFTConfig`. Edit a value here, or override it on the command line, which
+needs a group's name for the model only: `python train_sft.py tiny --learning-rate 1e-3 --model.num-hidden-layers 6`.
 """
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+from tyro.conf import OmitArgPrefixes
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class UserError(ValueError):
-    """Something the user can mend. The entry points print it as one line, without a traceback (cli.py)."""
+    """Something the user can mend. The entry points print it as one line, without a traceback (engine/cli.py)."""
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def check_numbers(group: Any, may_be_zero: Collection[str], prefix: str = "") -> None:
+    """Every number of a group is finite and positive, or zero where that has a meaning."""
+    for name, value in vars(group).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            right, rule = (value >= 0, "not be negative") if name in may_be_zero else (value > 0, "be positive")
+            check(right and value < math.inf, f"{prefix}{name} is {value}; it must {rule}")
 
 
 @dataclass
 class RopeScaling:
     """YaRN (https://arxiv.org/abs/2309.00071): stretches the context of a model that was trained on a shorter one."""
 
-    # "yarn" is the only type DeepSeek-V2 uses.
-    type: str = "yarn"
-    # New context length over the original one.
-    factor: float = 40.0
-    # Context length of the pre-training.
-    original_max_position_embeddings: int = 4096
-    # Dimensions that rotate more than this many times over the original context keep their frequency.
-    beta_fast: float = 32.0
-    # Dimensions that rotate fewer than this many times are slowed down by the whole factor.
-    beta_slow: float = 1.0
-    # cos and sin are multiplied by m(mscale) / m(mscale_all_dim), with m(s) = 0.1 s ln(factor) + 1 ...
-    mscale: float = 1.0
-    # ... and the softmax scale by m(mscale_all_dim) squared.
-    mscale_all_dim: float = 0.0
+    type: str = "yarn"  # the only type DeepSeek-V2 uses
+    factor: float = 40.0  # new context length over the original one
+    original_max_position_embeddings: int = 4096  # context length of the pre-training
+    beta_fast: float = 32.0  # dimensions that rotate more often than this over the original context keep their pace
+    beta_slow: float = 1.0  # dimensions that rotate less often than this are slowed down by the whole factor
+    mscale: float = 1.0  # cos and sin are times m(mscale) / m(mscale_all_dim), with m(s) = 0.1 s ln(factor) + 1 ...
+    mscale_all_dim: float = 0.0  # ... and the softmax scale times m(mscale_all_dim) squared
 
 
 @dataclass
 class ModelConfig:
-    """The shape of a DeepSeek-V2 (https://arxiv.org/abs/2405.04434)."""
+    """The shape of a DeepSeek-V2 (https://arxiv.org/abs/2405.04434), for runs that start from scratch."""
 
-    # Entries of the embedding and of the output head; set from the tokenizer when a run starts from scratch.
-    vocab_size: int = 100_280
-    # Width of the residual stream (the paper's d).
-    hidden_size: int = 1024
-    # Number of transformer blocks.
-    num_hidden_layers: int = 4
-    # Attention heads (n_h).
-    num_attention_heads: int = 16
-    # Rank of the latent that queries are compressed to (d_c'); None: queries are not compressed, as in V2-Lite.
-    q_lora_rank: int | None = None
-    # Rank of the latent that keys and values share (d_c): with the rotary key, all that the cache has to hold.
-    kv_lora_rank: int = 512
-    # Width of a head's query and key without position.
-    qk_nope_head_dim: int = 128
-    # Width of the rotary part; its key is shared by all heads (d_h^R).
-    qk_rope_head_dim: int = 64
-    # Width of a head's value.
-    v_head_dim: int = 128
-    # Width of the dense feed-forward network in the first layers.
-    intermediate_size: int = 4096
-    # That many first layers have a dense feed-forward network instead of experts.
-    first_k_dense_replace: int = 1
-    # Width of one expert.
-    moe_intermediate_size: int = 1024
-    # Experts that a router chooses from (N_r).
-    n_routed_experts: int = 64
-    # Experts that every token passes (N_s).
-    n_shared_experts: int = 2
-    # Experts chosen for a token (K_r).
-    num_experts_per_tok: int = 6
+    vocab_size: int = 100_280  # entries of embedding and output head; the tokenizer's when a run starts from scratch
+    hidden_size: int = 1024  # width of the residual stream (the paper's d)
+    num_hidden_layers: int = 4  # transformer blocks
+    num_attention_heads: int = 16  # attention heads (n_h)
+    q_lora_rank: int | None = None  # rank of the queries' latent (d_c'); None: they are not compressed, as in V2-Lite
+    kv_lora_rank: int = 512  # rank of keys' and values' latent (d_c): with the rotary key, all that the cache holds
+    qk_nope_head_dim: int = 128  # width of a head's query and key without position
+    qk_rope_head_dim: int = 64  # width of the rotary part; its key is shared by all heads (d_h^R)
+    v_head_dim: int = 128  # width of a head's value
+    intermediate_size: int = 4096  # width of the dense feed-forward network in the first layers
+    first_k_dense_replace: int = 1  # that many first layers have a dense feed-forward network instead of experts
+    moe_intermediate_size: int = 1024  # width of one expert
+    n_routed_experts: int = 64  # experts that a router chooses from (N_r)
+    n_shared_experts: int = 2  # experts that every token passes (N_s)
+    num_experts_per_tok: int = 6  # experts chosen for a token (K_r)
     # "greedy": the best K_r of all; "group_limited_greedy": only from the best `topk_group` groups (section 2.2.2).
     topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
-    # Groups of experts: the paper's devices (D), for group-limited routing and two of the balance losses.
-    n_group: int = 1
-    # Groups that a token's experts may come from (M).
-    topk_group: int = 1
-    # Multiplies the weights of the chosen experts.
-    routed_scaling_factor: float = 1.0
-    # Make the weights of the chosen experts sum to one.
-    norm_topk_prob: bool = False
+    n_group: int = 1  # groups of experts: the paper's devices (D), for group-limited routing and two balance losses
+    topk_group: int = 1  # groups that a token's experts may come from (M)
+    routed_scaling_factor: float = 1.0  # multiplies the weights of the chosen experts
+    norm_topk_prob: bool = False  # make the weights of the chosen experts sum to one
     # Factor of the expert-level balance loss (alpha_1, equation 23), averaged over conversations, summed over layers.
     aux_loss_alpha: float = 0.003
-    # Factor of the device-level balance loss (alpha_2, equation 26).
-    device_aux_loss_alpha: float = 0.0
-    # Factor of the communication balance loss (alpha_3, equation 29).
-    communication_aux_loss_alpha: float = 0.0
-    # Longest sequence the model is made for.
-    max_position_embeddings: int = 4096
-    # Base of the rotary frequencies.
-    rope_theta: float = 10_000.0
+    device_aux_loss_alpha: float = 0.0  # factor of the device-level balance loss (alpha_2, equation 26)
+    communication_aux_loss_alpha: float = 0.0  # factor of the communication balance loss (alpha_3, equation 29)
+    max_position_embeddings: int = 4096  # longest sequence the model is made for
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
     # YaRN; None: plain RoPE. It extends a context that was already trained, so no run from scratch needs it. On the
     # command line any of its fields turns it on: --model.rope-scaling.factor 4.
     rope_scaling: RopeScaling | None = None
-    # Added to the variance in RMSNorm.
-    rms_norm_eps: float = 1e-6
-    # Standard deviation of the initial weights (the paper's 0.006 is for a width of 5,120).
-    initializer_range: float = 0.02
-    # One matrix for embedding and head: worth it where the vocabulary is most of the model.
-    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6  # added to the variance in RMSNorm
+    initializer_range: float = 0.02  # deviation of the initial weights (the paper's 0.006 is for a width of 5,120)
+    tie_word_embeddings: bool = False  # one matrix for embedding and head: where the vocabulary is most of the model
 
     def validate(self) -> None:
         """Refuse a shape that cannot be built. Raises UserError."""
@@ -108,64 +90,50 @@ class ModelConfig:
         if self.rope_scaling is not None:
             check_numbers(self.rope_scaling, ("mscale", "mscale_all_dim"), "model.rope_scaling.")
         chosen, routed, groups = self.num_experts_per_tok, self.n_routed_experts, self.n_group
+        width, heads = self.hidden_size, self.num_attention_heads
         check(self.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim must be even: RoPE rotates pairs")
         check(chosen <= routed, f"model.num_experts_per_tok is {chosen}, but there are {routed} routed experts")
         check(routed % groups == 0, f"model.n_group ({groups}) must divide model.n_routed_experts ({routed})")
         check(self.topk_group <= groups, f"model.topk_group ({self.topk_group}) is above model.n_group ({groups})")
-        check(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"model.num_attention_heads ({self.num_attention_heads}) must divide model.hidden_size "
-            f"({self.hidden_size}): transformers refuses such a checkpoint",
-        )
+        divides = f"model.num_attention_heads ({heads}) must divide model.hidden_size ({width})"
+        check(width % heads == 0, f"{divides}: transformers refuses such a checkpoint")
         reach = self.topk_group * routed // groups if self.topk_method == "group_limited_greedy" else routed
         check(chosen <= reach, f"model.num_experts_per_tok is {chosen}, but topk_group leaves {reach} experts")
 
 
 @dataclass
 class DataConfig:
-    """What is learned from."""
+    """What is learned from, and how it becomes tokens."""
 
     # Hub names, dataset directories, .jsonl/.json/.parquet files, `chitchat`, `chitchat_text` or `chatterbot`; each
     # may end in :N, and is then passed N times an epoch.
     dataset: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)
-    # Split to train on.
-    train_split: str = "train_sft"
-    # Split to evaluate on; only read where eval_steps is not 0.
-    eval_split: str = "test_sft"
-    # Tokens a row; longer conversations are cut.
-    max_seq_len: int = 4096
-    # Fill rows with several conversations (best fit) instead of padding one a row. The loss is the same either way.
-    packing: bool = True
-    # New data order every epoch.
-    shuffle: bool = True
-    # Drop and count malformed rows instead of stopping at the first.
-    skip_bad_rows: bool = False
-    # Processes that tokenise.
-    num_proc: int = 2
+    train_split: str = "train_sft"  # split to train on
+    eval_split: str = "test_sft"  # split to evaluate on; only read where eval_steps is not 0
+    max_seq_len: int = 4096  # tokens a row; longer conversations are cut
+    packing: bool = True  # fill rows with several conversations (best fit) instead of padding; the loss is the same
+    shuffle: bool = True  # new data order every epoch
+    skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping at the first
+    num_proc: int = 2  # processes that tokenise
+    tokenizer: str = "cl100k_base"  # or a directory with a tokenizer.json; with init_from, that one's own is taken
+    chat_template: str | None = None  # chatml, llama3, deepseek (tokenizer.py); None: the tokenizer's own, else chatml
 
-
-@dataclass
-class TokenizerConfig:
-    """How conversations become tokens."""
-
-    # `cl100k_base`, or a directory with a tokenizer.json. With init_from, that directory's own is taken.
-    tokenizer: str = "cl100k_base"
-    # Chat template: chatml, llama3 or deepseek (tables in tokenizer.py); None: the tokenizer's own, else chatml.
-    chat_template: str | None = None
+    def validate(self) -> None:
+        check_numbers(self, ())
+        check(self.max_seq_len >= 2, "max_seq_len is 1; a row needs a token to learn from and one to learn")
 
 
 @dataclass
 class BatchConfig:
     """How many rows a step takes, and how many steps a run."""
 
-    # Rows a micro-batch and process: as many as memory holds.
-    batch_size: int = 4
-    # Micro-batches a step: global batch = batch_size * gradient_accumulation_steps * processes.
-    gradient_accumulation_steps: int = 4
-    # Passes over the data; max_steps wins if it is set.
-    num_train_epochs: float = 1.0
-    # Optimizer steps; 0: as many as num_train_epochs takes.
-    max_steps: int = 0
+    batch_size: int = 4  # rows a micro-batch and process: as many as memory holds
+    gradient_accumulation_steps: int = 4  # micro-batches a step: global batch = this * batch_size * processes
+    num_train_epochs: float = 1.0  # passes over the data; max_steps wins if it is set
+    max_steps: int = 0  # optimizer steps; 0: as many as num_train_epochs takes
+
+    def validate(self) -> None:
+        check_numbers(self, ("max_steps",))
 
 
 @dataclass
@@ -174,20 +142,18 @@ class OptimizerConfig:
 
     # adamw, or muon for the blocks' matrices, adapters' too (adamw stays for the rest): it learns faster from scratch.
     optimizer: Literal["adamw", "muon"] = "adamw"
-    # Peak learning rate, the same for AdamW and Muon.
-    learning_rate: float = 2e-5
-    # The rate that the cosine ends at.
-    min_learning_rate: float = 2e-6
-    # Steps of linear warm-up, while Adam's second moments are still rough.
-    warmup_steps: int = 50
-    # Decoupled decay; on matrices only, since norms have nothing to be pulled to.
-    weight_decay: float = 0.1
-    # Decay of the mean of gradients.
-    adam_beta1: float = 0.9
-    # Decay of the mean of squared gradients; 0.95 forgets a spike sooner than Adam's 0.999.
-    adam_beta2: float = 0.95
-    # Gradients with a larger norm are scaled down to it.
-    max_grad_norm: float = 1.0
+    learning_rate: float = 2e-5  # peak learning rate, the same for AdamW and Muon
+    min_learning_rate: float = 2e-6  # the rate that the cosine ends at
+    warmup_steps: int = 50  # steps of linear warm-up, while Adam's second moments are still rough
+    weight_decay: float = 0.1  # decoupled decay; on matrices only, since norms have nothing to be pulled to
+    adam_beta1: float = 0.9  # decay of the mean of gradients
+    adam_beta2: float = 0.95  # decay of the mean of squared gradients; 0.95 forgets a spike sooner than Adam's 0.999
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
+
+    def validate(self) -> None:
+        check_numbers(self, ("min_learning_rate", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"))
+        for name in ("adam_beta1", "adam_beta2"):
+            check(getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be below 1")
 
 
 @dataclass
@@ -196,130 +162,106 @@ class ComputeConfig:
 
     # bfloat16: matrix products in bf16 (autocast); weights and optimizer stay fp32. "auto": where the hardware has it.
     dtype: Dtype = "auto"
-    # cuda, cpu, ...; "auto": CUDA where there is one.
-    device: str = "auto"
-    # Seeds weights, data order and dropout.
-    seed: int = 42
-    # torch.compile every block: slow first steps, faster ones after; needs a C++ compiler.
-    compile: bool = False
-    # Recompute a block's activations in the backward pass: a third more compute, much less memory.
-    gradient_checkpointing: bool = False
-    # Engine under torchrun: ddp keeps a copy of everything per process, fsdp shards it.
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    device: str = "auto"  # cuda, cpu, ...; "auto": CUDA where there is one
+    seed: int = 42  # seeds weights, data order and dropout
+    compile: bool = False  # torch.compile every block: slow first steps, faster ones after; needs a C++ compiler
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: 1/3 more compute, much less memory
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: ddp has a copy of everything per process, fsdp a shard
+
+    def validate(self) -> None:
+        check_numbers(self, ("seed",))
+        check(self.seed < 2**63, f"seed is {self.seed}; it must be below 2**63")
+        traced = not self.compile or self.dtype != "float32"
+        check(traced, "compile needs dtype bfloat16: torch cannot trace the grouped product in float32")
 
 
 @dataclass
 class CheckpointConfig:
     """Where a run begins, and what it leaves."""
 
-    # Start from a checkpoint directory in Hugging Face layout (or a run directory, meaning its newest checkpoint).
-    init_from: str | None = None
-    # Where the run is written; "": runs/<preset>.
-    output_dir: str = ""
-    # Continue the newest checkpoint in output_dir, exactly.
-    resume: bool = False
-    # Steps between checkpoints; 0: only at the end.
-    save_steps: int = 500
-    # Checkpoints kept; older ones go once a new one stands.
-    save_total_limit: int = 2
+    init_from: str | None = None  # start from a directory in Hugging Face layout, or from a run's newest checkpoint
+    output_dir: str = ""  # where the run is written; "": runs/<preset>
+    resume: bool = False  # continue the newest checkpoint in output_dir, exactly
+    save_steps: int = 500  # steps between checkpoints; 0: only at the end
+    save_total_limit: int = 2  # checkpoints kept; older ones go once a new one stands
+
+    def validate(self) -> None:
+        check_numbers(self, ("save_steps",))
 
 
 @dataclass
 class LoraConfig:
     """Adapters instead of all weights (lora.py)."""
 
-    # Rank of the adapters; 0: full fine-tuning.
-    lora_rank: int = 0
-    # The adapters' output is scaled by alpha / rank.
-    lora_alpha: float = 16.0
-    # Dropout on the adapters' input.
-    lora_dropout: float = 0.0
+    lora_rank: int = 0  # rank of the adapters; 0: full fine-tuning
+    lora_alpha: float = 16.0  # the adapters' output is scaled by alpha / rank
+    lora_dropout: float = 0.0  # dropout on the adapters' input
     # Names of the modules that get an adapter; add experts.gate_up_proj and experts.down_proj for the routed experts.
     lora_target_modules: tuple[str, ...] = (
-        "q_proj",
-        "q_a_proj",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_b_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
+        *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
     )
+
+    def validate(self) -> None:
+        check_numbers(self, ("lora_rank", "lora_alpha", "lora_dropout"))
+        check(self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be below 1")
 
 
 @dataclass
 class WatchConfig:
     """How to see what goes on."""
 
-    # Steps between evaluations; 0: none.
-    eval_steps: int = 250
-    # Rows of the held-out split used at an evaluation; 0: all. The last evaluation always takes all.
-    eval_max_rows: int = 0
-    # Steps between lines in metrics.jsonl.
-    logging_steps: int = 1
+    eval_steps: int = 250  # steps between evaluations; 0: none
+    eval_max_rows: int = 0  # rows of the held-out split used at an evaluation; 0: all. The last one always takes all
+    logging_steps: int = 1  # steps between lines in metrics.jsonl
     # Prompts answered at each evaluation, so that one sees the model learn.
     sample_prompts: tuple[str, ...] = ("Hello! How are you?", "What did you do today?", "Do you like music?")
     # Tracker that gets the metrics too, if it is installed.
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
-    # Show Python's traceback with an error.
-    debug: bool = False
+    debug: bool = False  # show Python's traceback with an error
+
+    def validate(self) -> None:
+        check_numbers(self, ("eval_steps", "eval_max_rows"))
 
 
 @dataclass
-class TrainConfig(
-    WatchConfig,
-    LoraConfig,
-    CheckpointConfig,
-    ComputeConfig,
-    OptimizerConfig,
-    BatchConfig,
-    TokenizerConfig,
-    DataConfig,
-):
-    """One run of supervised fine-tuning: the fields of all groups above, and the model's. (The bases stand in reverse,
-    since a dataclass takes the last one's fields first.)"""
+class TrainConfig:
+    """One run of supervised fine-tuning. On the command line the groups' fields stand beside each other."""
 
-    # The model's shape, for runs that start from scratch.
+    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    batch: OmitArgPrefixes[BatchConfig] = field(default_factory=BatchConfig)
+    optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    compute: OmitArgPrefixes[ComputeConfig] = field(default_factory=ComputeConfig)
+    checkpoint: OmitArgPrefixes[CheckpointConfig] = field(default_factory=CheckpointConfig)
+    lora: OmitArgPrefixes[LoraConfig] = field(default_factory=LoraConfig)
+    watch: OmitArgPrefixes[WatchConfig] = field(default_factory=WatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def validate(self) -> None:
         """Refuse values that no run can have. Raises UserError."""
-        self.model.validate()
-        below_one = ("adam_beta1", "adam_beta2", "lora_dropout")
-        switches = ("max_steps", "warmup_steps", "save_steps", "eval_steps", "eval_max_rows", "lora_rank")
-        check_numbers(self, (*below_one, *switches, "min_learning_rate", "weight_decay", "lora_alpha", "seed"))
-        for name in below_one:
-            check(getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be below 1")
+        for group in vars(self).values():
+            group.validate()
+        length, context = self.data.max_seq_len, self.model.max_position_embeddings
+        check(length <= context, f"max_seq_len ({length}) is above model.max_position_embeddings ({context})")
         widths = self.model.hidden_size % 8 == 0 and self.model.moe_intermediate_size % 8 == 0
-        check(
-            self.dtype == "float32" or widths,
-            "in bfloat16 the grouped product needs model.hidden_size and model.moe_intermediate_size in multiples of 8",
-        )
-        bf16_only = "compile needs dtype bfloat16: torch cannot trace the grouped product in float32"
-        check(not self.compile or self.dtype != "float32", bf16_only)
-        check(self.seed < 2**63, f"seed is {self.seed}; it must be below 2**63")
-        check(self.max_seq_len >= 2, "max_seq_len is 1; a row needs a token to learn from and one to learn")
-        check(
-            self.max_seq_len <= self.model.max_position_embeddings,
-            f"max_seq_len ({self.max_seq_len}) is above model.max_position_embeddings "
-            f"({self.model.max_position_embeddings})",
-        )
+        in_eights = "the grouped product needs model.hidden_size and model.moe_intermediate_size in multiples of 8"
+        check(self.compute.dtype == "float32" or widths, f"in bfloat16 {in_eights}")
+        from_scratch = self.checkpoint.init_from is None
+        check(not (self.lora.lora_rank and from_scratch), "lora_rank needs init_from: adapters adapt a trained model")
 
+    def flat(self) -> dict[str, Any]:
+        """What a run's config.json holds: the fields by their own names, of which no two are the same; and `model`."""
+        groups = asdict(self)
+        model = groups.pop("model")
+        return {name: value for group in groups.values() for name, value in group.items()} | {"model": model}
 
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def check_numbers(config: Any, may_be_zero: Collection[str], prefix: str = "") -> None:
-    """Every number is finite and positive, or zero where that has a meaning."""
-    for name, value in vars(config).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if name in may_be_zero:
-                check(0 <= value < math.inf, f"{prefix}{name} is {value}; it must not be negative")
-            else:
-                check(0 < value < math.inf, f"{prefix}{name} is {value}; it must be positive")
+    def changed(self, **values: Any) -> "TrainConfig":
+        """A copy with other values of some fields, which are given by their own names, without their group's."""
+        groups = {
+            group_name: replace(group, **{name: values.pop(name) for name in vars(group) if name in values})
+            for group_name, group in vars(self).items()
+        }
+        return replace(self, **groups | values)
 
 
 # One GPU: the shape this project began with.
@@ -328,20 +270,17 @@ MINI = TrainConfig()
 # Any CPU, no network, under five minutes: the same parts, but two layers and a vocabulary of 8,192 entries. How it came
 # to this shape, rate and optimizer: benchmarks/README.md.
 TINY = TrainConfig(
-    dataset=("chitchat",),
-    train_split="train",
-    eval_split="test",
-    max_seq_len=512,
-    batch_size=4,
-    gradient_accumulation_steps=1,
-    max_steps=1000,
-    optimizer="muon",
-    learning_rate=4e-3,
-    min_learning_rate=3e-5,
-    warmup_steps=15,
-    adam_beta2=0.99,  # gradients of small batches are noisy: a tenth fewer steps to the same loss than with 0.95
-    eval_steps=200,
-    save_steps=200,
+    data=DataConfig(dataset=("chitchat",), train_split="train", eval_split="test", max_seq_len=512),
+    batch=BatchConfig(batch_size=4, gradient_accumulation_steps=1, max_steps=1000),
+    optimizer=OptimizerConfig(
+        optimizer="muon",
+        learning_rate=4e-3,
+        min_learning_rate=3e-5,
+        warmup_steps=15,
+        adam_beta2=0.99,  # gradients of small batches are noisy: a tenth fewer steps to the same loss than with 0.95
+    ),
+    checkpoint=CheckpointConfig(save_steps=200),
+    watch=WatchConfig(eval_steps=200),
     model=ModelConfig(
         vocab_size=8192,
         hidden_size=256,
@@ -361,8 +300,7 @@ TINY = TrainConfig(
 )
 
 # Pre-training a model of tiny's kind on text: python train_sft.py base --dataset FILE. Half an hour and more on a CPU.
-BASE = replace(
-    TINY,
+BASE = TINY.changed(
     dataset=("chitchat_text",),
     batch_size=8,
     max_steps=6000,
@@ -373,7 +311,7 @@ BASE = replace(
 )
 
 # DeepSeek-V2-Lite as published (15.7 B parameters), for init_from.
-V2_LITE = TrainConfig(
+V2_LITE = MINI.changed(
     batch_size=1,
     gradient_accumulation_steps=16,
     gradient_checkpointing=True,

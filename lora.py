@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from config import TrainConfig, UserError, check
+from config import LoraConfig, UserError, check
 from engine.files import read_json, write_json
 from engine.kernels import Product
 from model import Experts
@@ -120,7 +120,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, target_m
     """
     targets = adaptable_weights(model)
     ranks = {name: rank for name, target in targets.items() if target in target_modules}
-    known = {*targets.values(), *TrainConfig.lora_target_modules}
+    known = {*targets.values(), *LoraConfig.lora_target_modules}
     unknown = [target for target in target_modules if target not in known or not ranks]
     there = ", ".join(sorted(set(targets.values())))
     check(bool(ranks) and not unknown, f"lora_target_modules: the model has no {', '.join(unknown)}; it has {there}")

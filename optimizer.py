@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from config import TrainConfig
+from config import OptimizerConfig
 
 
-def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
+def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
     """Rate of a step counted from 0: linear warm-up, then half a cosine down to min_learning_rate."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -18,10 +18,10 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
     return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: OptimizerConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """AdamW, whose decay pulls on matrices only, not on the norms' gains; with `optimizer` muon, Muon for the blocks'
     matrices. AdamW keeps router, embedding and head, whose rows stand for experts and words, each on its own, and the
-    stacked experts, where Muon cost more time than it saved."""
+    stacked experts, where Muon cost more time than it saved. dtype: that Muon multiplies in."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     in_blocks = [n for n, p in trained.items() if ".layers." in n and p.dim() == 2 and ".gate." not in n]
     blocks = [trained.pop(name) for name in (in_blocks if config.optimizer == "muon" else [])]
@@ -34,7 +34,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     if groups:
         optimizers.append(torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2), fused=True))
     if blocks:
-        optimizers.append(Muon(blocks, config.weight_decay, getattr(torch, config.dtype)))
+        optimizers.append(Muon(blocks, config.weight_decay, dtype))
     return optimizers
 
 

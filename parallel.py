@@ -8,7 +8,7 @@ state, and gathers a block's weights just before they are needed. Without torchr
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -183,6 +183,16 @@ def largest_over_ranks(value: int, world: World) -> int:
 def wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def first_process_first(world: World) -> Iterator[None]:
+    """The first process passes the block alone, then all others: it fills the cache that they read."""
+    if not world.is_main:
+        wait_for_all()
+    yield
+    if world.is_main:
+        wait_for_all()
 
 
 def is_sharded(model: nn.Module) -> bool:

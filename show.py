@@ -144,7 +144,7 @@ class Model:
 
 def describe(config: ModelConfig) -> str:
     """The architecture as a table, and what its cache takes against multi-head attention's."""
-    from model import parameter_counts
+    from engine.cost import parameter_counts
 
     counts = parameter_counts(config)
     counts["all"] = sum(total for total, _ in counts.values()), sum(active for _, active in counts.values())

@@ -29,48 +29,86 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
+def train(config: TrainConfig, world: "World") -> None:
+    """Config -> tokenizer -> data -> model -> trainer; each of the functions below makes one of them."""
+    import torch
+
+    from checkpoint import resolve_checkpoint
+    from engine.run_directory import check_changes, open_run
+    from parallel import replicate
+    from trainer import Trainer
+
+    source = resolve_checkpoint(config.checkpoint.init_from) if config.checkpoint.init_from else None
+    tokenizer = load_tokenizer(config, source)
+    config = resolve(config, source, tokenizer, world)
+    if world.is_main and config.checkpoint.resume:
+        check_changes(config)
+    train_rows = load_rows(config, config.data.train_split, tokenizer, world, config.data.shuffle)
+    held_out = load_rows(config, config.data.eval_split, tokenizer, world, False) if config.watch.eval_steps else None
+
+    torch.manual_seed(config.compute.seed)
+    checkpoint = checkpoint_to_resume(config, world)
+    model = build_model(config, checkpoint, world)
+    trainer = Trainer(config, replicate(model, config.compute.parallel, world), tokenizer, train_rows, held_out, world)
+    if checkpoint:
+        trainer.resume(checkpoint)
+    if world.is_main:
+        open_run(config)
+        parameters = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(
+            f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
+            f"{trainer.total_steps} of {trainer.rows_per_step} rows on {world.size} x {world.device} in "
+            f"{config.compute.dtype} into {config.checkpoint.output_dir}"
+        )
+    trainer.train()
+
+
 def load_tokenizer(config: TrainConfig, source: Path | None) -> "Tokenizer":
-    """The tokenizer of `source`, the checkpoint that the run starts from, or a new one. What it and the checkpoint
-    decide is noted in the configuration. Raises UserError for a configuration that no run can have."""
-    from checkpoint import load_config
+    """That of `source`, the checkpoint that the run starts from; else the configured one. Raises UserError."""
     from tokenizer import Tokenizer
 
-    check(source is not None or not config.lora_rank, "lora_rank needs init_from: adapters adapt a trained model")
+    name = str(source or config.data.tokenizer)
+    vocab_size = config.model.vocab_size if name == "cl100k_base" else None
+    return Tokenizer(name, vocab_size, config.data.chat_template)
+
+
+def resolve(config: TrainConfig, source: Path | None, tokenizer: "Tokenizer", world: "World") -> TrainConfig:
+    """The complete configuration, as the run has it and keeps it: with what the checkpoint that it starts from, the
+    tokenizer and the device decide. Raises UserError for one that no run can have."""
+    from checkpoint import load_config
+    from parallel import choose_dtype
+
+    dtype = choose_dtype(config.compute.dtype, world.device)
+    config = config.changed(dtype=dtype, chat_template=tokenizer.chat_template)
     if source:
-        config.init_from, config.tokenizer, config.model = str(source), str(source), load_config(source)
+        config = config.changed(init_from=str(source), tokenizer=str(source), model=load_config(source))
+    else:
+        config = config.changed(vocab_size=tokenizer.vocab_size)
     config.validate()
-    vocab_size = config.model.vocab_size if config.tokenizer == "cl100k_base" else None
-    tokenizer = Tokenizer(config.tokenizer, vocab_size, config.chat_template)
-    config.chat_template = tokenizer.chat_template
-    if source is None:
-        config.model.vocab_size = tokenizer.vocab_size
-    return tokenizer
+    return config
 
 
 def load_rows(config: TrainConfig, split: str, tokenizer: "Tokenizer", world: "World", shuffle: bool) -> "RowStream":
-    """A split's conversations in rows. The first process fills the cache that the others then read."""
+    """A split's conversations in rows."""
     import datasets
 
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
-    from parallel import wait_for_all
+    from parallel import first_process_first
 
-    if not world.is_main:
-        wait_for_all()
-    parts = []
-    for source in config.dataset:
-        name, _, weight = source.partition(":")
-        data, report = load_dataset_split(
-            name, split, tokenizer, config.max_seq_len, config.num_proc, config.skip_bad_rows
-        )
-        parts += [data] * int(weight or 1)
-        if world.is_main:
-            print(report)
-    if world.is_main:
-        wait_for_all()
-    data = datasets.concatenate_datasets(parts)
-    collator = DataCollator(config.max_seq_len, tokenizer.pad_token_id, config.packing)
-    return RowStream(data, collator, config.seed, shuffle)
+    data, parts = config.data, []
+    with first_process_first(world):
+        for source in data.dataset:
+            name, _, weight = source.partition(":")
+            part, report = load_dataset_split(
+                name, split, tokenizer, data.max_seq_len, data.num_proc, data.skip_bad_rows
+            )
+            parts += [part] * int(weight or 1)
+            if world.is_main:
+                print(report)
+    collator = DataCollator(data.max_seq_len, tokenizer.pad_token_id, data.packing)
+    return RowStream(datasets.concatenate_datasets(parts), collator, config.compute.seed, shuffle)
 
 
 def checkpoint_to_resume(config: TrainConfig, world: "World") -> Path | None:
@@ -78,15 +116,16 @@ def checkpoint_to_resume(config: TrainConfig, world: "World") -> Path | None:
     from checkpoint import checkpoints, newest_checkpoint
     from parallel import from_first_rank
 
-    newest = newest_checkpoint(config.output_dir) if config.resume and world.is_main else None
-    checkpoint = from_first_rank(newest, world)
-    damaged = config.resume and checkpoint is None and checkpoints(config.output_dir)
-    check(not damaged, f"{config.output_dir} has no checkpoint left that is whole; start without --resume")
+    run, resume = config.checkpoint.output_dir, config.checkpoint.resume
+    checkpoint = from_first_rank(newest_checkpoint(run) if resume and world.is_main else None, world)
+    damaged = resume and checkpoint is None and checkpoints(run)
+    check(not damaged, f"{run} has no checkpoint left that is whole; start without --resume")
     return checkpoint
 
 
-def build_model(config: TrainConfig, source: Path | None, adapter: Path | None, world: "World") -> "DeepSeekV2":
-    """The model on its device, with weights from `source` (None: new ones) and, with LoRA, its adapters.
+def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") -> "DeepSeekV2":
+    """The model on its device, with the weights of `checkpoint`, from which the run goes on; else those of init_from;
+    else new ones. With LoRA, init_from has the base's weights and `checkpoint` the adapters'.
 
     It is planned on the meta device and filled one tensor at a time, so that a rank never holds more than its share.
     """
@@ -97,58 +136,29 @@ def build_model(config: TrainConfig, source: Path | None, adapter: Path | None, 
     from model import DeepSeekV2
     from parallel import load_weights, parallelize
 
+    adapters, compute = config.lora, config.compute
     with torch.device("meta"):
         model = DeepSeekV2(config.model)
-        if config.lora_rank:
+        if adapters.lora_rank:
             model.requires_grad_(False)
-            if config.dtype == "bfloat16":
+            if compute.dtype == "bfloat16":
                 model.to(torch.bfloat16)
-            lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
-    parallelize(model, model.model.layers, config.parallel, world)
-    generator = torch.Generator().manual_seed(config.seed)
+            lora.add_lora(
+                model, adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_target_modules
+            )
+    parallelize(model, model.model.layers, compute.parallel, world)
+    generator = torch.Generator().manual_seed(compute.seed)
+    base = config.checkpoint.init_from
+    source = base if adapters.lora_rank else checkpoint or base
     load_weights(model, iterate_weights(source, config.model) if source else model.initial_weights(generator))
-    if config.lora_rank:
-        load_weights(model, lora.read_adapter(model, adapter) if adapter else lora.initial_weights(model, generator))
-    model.model.gradient_checkpointing = config.gradient_checkpointing
-    if config.compile:
+    if adapters.lora_rank:
+        start = lora.read_adapter(model, checkpoint) if checkpoint else lora.initial_weights(model, generator)
+        load_weights(model, start)
+    model.model.gradient_checkpointing = compute.gradient_checkpointing
+    if compute.compile:
         for block in model.model.layers:
             block.compile()
     return model
-
-
-def train(config: TrainConfig, world: "World") -> None:
-    """Config -> data -> model -> trainer."""
-    import torch
-
-    from checkpoint import resolve_checkpoint
-    from engine.run_directory import check_changes, open_run
-    from parallel import choose_dtype, replicate
-    from trainer import Trainer
-
-    config.dtype = choose_dtype(config.dtype, world.device)
-    source = resolve_checkpoint(config.init_from) if config.init_from else None
-    tokenizer = load_tokenizer(config, source)
-    if world.is_main and config.resume:
-        check_changes(config)
-    train_rows = load_rows(config, config.train_split, tokenizer, world, config.shuffle)
-    held_out = load_rows(config, config.eval_split, tokenizer, world, shuffle=False) if config.eval_steps else None
-
-    torch.manual_seed(config.seed)
-    checkpoint = checkpoint_to_resume(config, world)
-    model = build_model(config, source if config.lora_rank else checkpoint or source, checkpoint, world)
-    trainer = Trainer(config, replicate(model, config.parallel, world), tokenizer, train_rows, held_out, world)
-    if checkpoint:
-        trainer.resume(checkpoint)
-    if world.is_main:
-        open_run(config)
-        parameters = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(
-            f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
-            f"{trainer.total_steps} of {trainer.rows_per_step} rows on {world.size} x {world.device} in {config.dtype} "
-            f"into {config.output_dir}"
-        )
-    trainer.train()
 
 
 def main() -> None:
@@ -157,8 +167,8 @@ def main() -> None:
 
         from parallel import join_world, leave_world, recorded, was_restarted
 
-        world = join_world(config.device)
-        config.resume |= was_restarted(world)
+        world = join_world(config.compute.device)
+        config = config.changed(resume=was_restarted(world) or config.checkpoint.resume)
         recorded(train)(config, world)
         leave_world()
 

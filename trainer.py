@@ -2,40 +2,27 @@
 
 import contextlib
 import math
-import os
-import signal
 import time
-from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+import parallel
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, check
 from datacollator import IGNORE, Batch, RowStream
-from engine.run_directory import MetricsLog
+from engine.cli import StopSignal
+from engine.cost import measure_peak, multiplied_parameters
+from engine.prefetch import StepLoader
+from engine.run_directory import RunLog
 from generation import answers
 from lora import save_adapter
-from model import DeepSeekV2, LossOutput, parameter_counts
+from model import DeepSeekV2, LossOutput
 from optimizer import learning_rate, make_optimizers
-from parallel import (
-    World,
-    from_first_rank,
-    full_tensor,
-    gather_state,
-    is_sharded,
-    largest_over_ranks,
-    leave_world,
-    scatter_optimizer_state,
-    sum_over_ranks,
-    synchronize_gradients,
-    wait_for_all,
-)
+from parallel import World
 from tokenizer import Tokenizer
 
 STATE = "trainer_state.pt"
@@ -63,119 +50,82 @@ class Trainer:
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
         self.train_rows, self.held_out = train, held_out
         self.plain_model = cast(DeepSeekV2, getattr(model, "module", model))
-        self.optimizers = make_optimizers(model, config)
-        self.output_dir = Path(config.output_dir)
-        self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
-        if train.rows_per_epoch < self.rows_per_step:
-            raise UserError(
-                f"{', '.join(config.dataset)}: its {train.rows_per_epoch} rows don't fill one step of "
-                f"{self.rows_per_step}; lower batch_size or gradient_accumulation_steps"
-            )
-        epochs_steps = math.ceil(config.num_train_epochs * train.rows_per_epoch / self.rows_per_step)
-        self.total_steps = config.max_steps or epochs_steps
+        self.dtype = getattr(torch, config.compute.dtype)
+        self.optimizers = make_optimizers(model, config.optimizer, self.dtype)
+        self.batches = StepLoader(train, config.batch, world)
+        self.rows_per_step = self.batches.rows_per_step
+        rows, self.data_name = train.rows_per_epoch, ", ".join(config.data.dataset)
+        too_few = f"{self.data_name}: its {rows} rows don't fill one step of {self.rows_per_step}"
+        check(rows >= self.rows_per_step, f"{too_few}; lower batch_size or gradient_accumulation_steps")
+        steps = math.ceil(config.batch.num_train_epochs * rows / self.rows_per_step)
+        self.total_steps = config.batch.max_steps or steps
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
+        self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
-        self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes, device=world.device)
-        self.stop_signal = 0
-        counts = {part: active for part, (_, active) in parameter_counts(self.plain_model.config).items()}
-        # The embedding is looked up, not multiplied.
-        self.head_parameters = counts["head"] or counts["embedding"]
-        self.body_parameters = sum(counts.values()) - counts["head"] - counts["embedding"]
-        self.peak = measure_peak(world.device, getattr(torch, config.dtype)) * world.size
+        self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
+        self.multiplied = multiplied_parameters(self.plain_model.config)
+        self.peak = measure_peak(world.device, self.dtype) * world.size
 
     # ---------------------------------------------------------------- the loop
 
     def train(self) -> None:
         """Run to the last step. Exits with 128 + signal after SIGINT or SIGTERM, once the step is done and saved."""
-        config = self.config
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        handlers = {number: signal.signal(number, self.stop_after_step) for number in numbers}
+        watch = self.config.watch
         self.model.train()
-        log = MetricsLog(config, self.step) if self.world.is_main else None
-        bar = tqdm(total=self.total_steps, initial=self.step, disable=log is None, dynamic_ncols=True, unit="step")
-        with bar, contextlib.closing(self.prefetch()) as steps:
+        with (
+            StopSignal() as signal,
+            RunLog(self.config, self.step, self.total_steps, self.world.is_main) as log,
+            contextlib.closing(self.batches.steps(self.rows_seen, self.total_steps - self.step)) as steps,
+        ):
             for batches in steps:
                 metrics = self.train_step(batches)
                 # Asked once a step, so that all ranks do the same even if a signal comes in the middle of what follows.
-                stop = largest_over_ranks(self.stop_signal, self.world)
+                stop = parallel.largest_over_ranks(signal.number, self.world)
                 last = self.step == self.total_steps
-                bar.update()
-                bar.set_postfix_str(
-                    f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-                    f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}"
-                )
-                if log and (last or self.due(config.logging_steps)):
+                log.advance(metrics)
+                if last or self.due(watch.logging_steps):
                     log.write(metrics)
-                if self.held_out and (last or self.due(config.eval_steps)):
+                if self.held_out and (last or self.due(watch.eval_steps)):
                     evaluation = self.evaluate()
-                    if log:
-                        described = ", ".join(f"{k} {v:.4f}" for k, v in evaluation.items() if k != "step")
-                        bar.write(f"step {self.step}: {described}")
-                        self.print_samples(bar)
-                        log.write(evaluation)
-                if last or stop or self.due(config.save_steps):
+                    log.print("step {step}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(**evaluation))
+                    self.print_samples(log.print)
+                    log.write(evaluation)
+                if last or stop or self.due(self.config.checkpoint.save_steps):
                     self.save()
                 if stop:
-                    leave_world()
+                    parallel.leave_world()
                     raise SystemExit(128 + stop)
-        if log:
-            log.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)  # ours would keep this trainer, and with it the model, alive
-
-    def stop_after_step(self, number: int, frame: object) -> None:
-        """Signal handler: finish the step, save and exit; a second signal leaves at once."""
-        if self.stop_signal:
-            os._exit(128 + number)
-        self.stop_signal = number
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
-
-    def prefetch(self) -> Generator[list[Batch], None, None]:
-        """This rank's micro-batches of every step to come; a thread prepares the next step's during this one."""
-        with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(self.load_step, self.rows_seen)
-            for _ in range(self.step, self.total_steps):
-                batches = following.result()
-                following = pool.submit(self.load_step, self.rows_seen + self.rows_per_step)
-                yield batches
-
-    def load_step(self, first_row: int) -> list[Batch]:
-        size = self.config.batch_size
-        starts = range(first_row + self.world.rank * size, first_row + self.rows_per_step, size * self.world.size)
-        batches = [self.train_rows.batch(range(start, start + size)) for start in starts]
-        if self.world.device.type == "cuda":  # page-locked memory, from which a copy runs beside the computation
-            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
-        return batches
 
     def train_step(self, batches: list[Batch]) -> dict[str, float]:
         """One optimizer step on all micro-batches: the gradient of the sum over all their target tokens, on all ranks,
         divided by the number of these tokens."""
         began = time.perf_counter()
         counts = torch.tensor([count_batch(batch) for batch in batches]).sum(dim=0).to(self.world.device)
-        num_targets, num_documents, num_tokens = sum_over_ranks(counts).tolist()
-        rate = learning_rate(self.step, self.config, self.total_steps)
+        num_targets, num_documents, num_tokens = parallel.sum_over_ranks(counts).tolist()
+        rate = learning_rate(self.step, self.config.optimizer, self.total_steps)
         # for dropout; torch takes 64 bits
-        torch.manual_seed(((self.config.seed << 40) + self.step * self.world.size + self.world.rank) % 2**64)
+        torch.manual_seed(((self.config.compute.seed << 40) + self.step * self.world.size + self.world.rank) % 2**64)
         sums: list[Tensor] = []
         for i, batch in enumerate(batches):
-            with synchronize_gradients(self.model, wanted=i == len(batches) - 1):
+            with parallel.synchronize_gradients(self.model, wanted=i == len(batches) - 1):
                 output = self.forward(batch)
                 loss = output.loss_sum / num_targets + output.balance_loss / num_documents
                 (loss * self.world.size).backward()  # the engines divide the sum over ranks by their number
             losses = torch.stack((output.loss_sum, output.balance_loss)).detach()
             sums.append(torch.cat((losses, output.expert_counts.flatten())))
-        totals = sum_over_ranks(torch.stack(sums).sum(dim=0).double())
+        totals = parallel.sum_over_ranks(torch.stack(sums).sum(dim=0).double())
         loss_sum, balance_sum = totals[:2].tolist()
         expert_counts = totals[2:].view_as(output.expert_counts)  # (MoE layers, E)
-        grad_norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)).item()
+        max_norm = self.config.optimizer.max_grad_norm
+        grad_norm = parallel.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)).item()
         self.update_weights(loss_sum, grad_norm, rate)
         self.step += 1
         self.rows_seen += self.rows_per_step
         self.num_tokens += num_tokens
         seconds = time.perf_counter() - began
-        products = 6 * (self.body_parameters * num_tokens + self.head_parameters * num_targets)
         return {
             "step": self.step,
             "loss": loss_sum / num_targets,
@@ -185,7 +135,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "num_tokens": self.num_tokens,
             "tokens_per_second": num_tokens / seconds,
-            "peak_share": products / seconds / self.peak,
+            "peak_share": self.multiplied.training_flops(num_tokens, num_targets) / seconds / self.peak,
             "skipped_steps": self.skipped_steps,
         }
 
@@ -193,7 +143,7 @@ class Trainer:
         """Training and evaluation share it, so that both see the same precision."""
         device = self.world.device
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.model(**moved)
 
     def update_weights(self, loss_sum: float, grad_norm: float, rate: float) -> None:
@@ -213,7 +163,7 @@ class Trainer:
             conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
             raise UserError(
                 f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (now in "
-                f"conversations {conversations} of {', '.join(self.config.dataset)}); the weights are those of the "
+                f"conversations {conversations} of {self.data_name}); the weights are those of the "
                 f"last good step, and {self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower "
                 "learning_rate"
             )
@@ -226,65 +176,63 @@ class Trainer:
         the tokenizer. Every held-out conversation counts once, on whichever rank."""
         assert self.held_out is not None
         self.model.eval()
-        rows = self.held_out.rows_per_epoch
-        if self.config.eval_max_rows and self.step < self.total_steps:
-            rows = min(rows, self.config.eval_max_rows)
+        rows, size = self.held_out.rows_per_epoch, self.config.batch.batch_size
+        if self.config.watch.eval_max_rows and self.step < self.total_steps:
+            rows = min(rows, self.config.watch.eval_max_rows)
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        size = self.config.batch_size * self.world.size
-        for start in range(0, rows, size):
-            first = start + self.world.rank * self.config.batch_size
-            mine = range(first, min(first + self.config.batch_size, rows))
+        for start in range(0, rows, size * self.world.size):
+            first = start + self.world.rank * size
+            mine = range(first, min(first + size, rows))
             batch = self.held_out.batch(mine or [0])
             if not mine:  # under FSDP every rank has to take part in every forward pass
                 batch["labels"].fill_(IGNORE)
-            output = self.forward(batch)
-            labels = batch["labels"].to(self.world.device)
-            num_bytes = self.token_num_bytes[labels[labels != IGNORE]].sum()
-            sums += torch.stack((output.loss_sum.double(), output.num_targets, num_bytes))
-        loss_sum, num_targets, num_bytes = sum_over_ranks(sums).tolist()
+            sums[0] += self.forward(batch).loss_sum
+            targets = batch["labels"][batch["labels"] != IGNORE]
+            sums[1] += len(targets)
+            sums[2] += int(self.token_num_bytes[targets].sum())
+        loss_sum, num_targets, num_bytes = parallel.sum_over_ranks(sums).tolist()
         self.model.train()
         bits = loss_sum / math.log(2)
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
-    def print_samples(self, bar: tqdm) -> None:
+    def print_samples(self, show: Callable[[str], None]) -> None:
         """What the model answers by now. Under FSDP no rank has the whole model, so there are none."""
-        questions = self.config.sample_prompts
-        if not questions or is_sharded(self.model):
+        questions = self.config.watch.sample_prompts
+        if not questions or not self.world.is_main or parallel.is_sharded(self.model):
             return
-        generator = torch.Generator(self.world.device).manual_seed(self.config.seed)
+        rng = torch.Generator(self.world.device).manual_seed(self.config.compute.seed)
         self.model.eval()
-        replies = answers(
-            self.plain_model, self.tokenizer, questions, 40, temperature=0.7, top_p=0.9, generator=generator
-        )
-        for question, reply in zip(questions, replies, strict=True):
-            bar.write(f"  {question!r} -> {reply.strip()!r}")
+        replies = answers(self.plain_model, self.tokenizer, questions, 40, temperature=0.7, top_p=0.9, generator=rng)
         self.model.train()
+        for question, reply in zip(questions, replies, strict=True):
+            show(f"  {question!r} -> {reply.strip()!r}")
 
     # ---------------------------------------------------------------- save, resume
 
     def save(self) -> None:
         """Write a checkpoint; every rank takes part in gathering it, the first one writes."""
-        weights, optimizer_state = gather_state(self.model, self.optimizers)
+        weights, optimizer_state = parallel.gather_state(self.model, self.optimizers)
         state = {name: getattr(self, name) for name in COUNTERS}
-        state |= {"config": asdict(self.config), "optimizer": optimizer_state}
+        state |= {"config": self.config.flat(), "optimizer": optimizer_state}
 
         def write(directory: Path) -> None:
-            if self.config.lora_rank:
-                save_adapter(directory, self.plain_model, self.config.init_from, weights)
+            if self.config.lora.lora_rank:
+                save_adapter(directory, self.plain_model, self.config.checkpoint.init_from, weights)
                 self.tokenizer.save_pretrained(directory)
             else:
                 save_pretrained(directory, self.plain_model, self.tokenizer, weights)
             save_state(directory / STATE, state)
 
         if self.world.is_main:
-            self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, self.config.save_total_limit)
-        wait_for_all()
+            limit = self.config.checkpoint.save_total_limit
+            self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, limit)
+        parallel.wait_for_all()
 
     def resume(self, directory: Path) -> None:
         """Take over everything but the weights, which the model has already, from a checkpoint."""
         state = load_state(directory / STATE) if self.world.is_main else {"optimizer": {}}
-        scatter_optimizer_state(self.model, self.optimizers, state.pop("optimizer"))
-        for name, value in from_first_rank(state, self.world).items():
+        parallel.scatter_optimizer_state(self.model, self.optimizers, state.pop("optimizer"))
+        for name, value in parallel.from_first_rank(state, self.world).items():
             if name in COUNTERS:
                 setattr(self, name, value)
         self.last_checkpoint = directory
@@ -295,17 +243,3 @@ def count_batch(batch: Batch) -> list[int]:
     sequence_ids = batch["sequence_ids"]
     counts = ((batch["labels"] != IGNORE).sum(), sequence_ids.amax(dim=1).sum(), (sequence_ids > 0).sum())
     return [int(count) for count in counts]
-
-
-def measure_peak(device: torch.device, dtype: torch.dtype, largest: int = 2048) -> float:
-    """FLOP/s of large matrix products: the most that this machine could do. Larger ones are tried while it's quick."""
-    best, seconds, size = 0.0, 0.0, 256
-    while size <= largest and seconds < 0.1:
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
-        for _ in range(4):  # the first warms up
-            began = time.perf_counter()
-            (a @ b).sum().item()  # waits for the device
-            seconds = time.perf_counter() - began
-            best = max(best, 2 * size**3 / seconds)
-        size *= 2
-    return best

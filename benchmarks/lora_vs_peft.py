@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import lora
 from checkpoint import load_model_and_tokenizer, load_pretrained, resolve_checkpoint, save_pretrained
-from config import TrainConfig, check
+from config import LoraConfig, OptimizerConfig, check
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
 from dataset import load_dataset_split
 from engine.cli import one_line_errors
@@ -95,7 +95,7 @@ def new_adapter(base: Path, directory: str) -> None:
     """What both kinds of LoRA start from, in a file that both read."""
     torch.manual_seed(0)
     model = load_pretrained(base, torch.float32)
-    lora.add_lora(model, RANK, ALPHA, 0.0, TrainConfig.lora_target_modules)
+    lora.add_lora(model, RANK, ALPHA, 0.0, LoraConfig.lora_target_modules)
     lora.save_adapter(directory, model, str(base))
 
 
@@ -125,7 +125,7 @@ def evaluate(contender: Contender, batches: Batches) -> float:
 
 def training_step(contender: Contender) -> Callable[[Sequence[Conversation]], float]:
     """A function of conversations that trains on them and returns their mean loss."""
-    (optimizer,) = make_optimizers(contender.model, TrainConfig())
+    (optimizer,) = make_optimizers(contender.model, OptimizerConfig(), torch.float32)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
 

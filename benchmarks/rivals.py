@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import ModelConfig, TrainConfig
+from config import ModelConfig, OptimizerConfig
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream, pack_best_fit
+from engine.cost import measure_peak
 from model import DeepSeekV2, LossOutput
 from optimizer import make_optimizers
 from tokenizer import Tokenizer
-from trainer import measure_peak
 
 Step = Callable[[Sequence[Conversation]], float]
 Batches = Sequence[Sequence[Conversation]]
@@ -108,7 +108,7 @@ def our_loop(config: ModelConfig, dtype: str) -> Step:
     """What Trainer.train_step does, without its bookkeeping."""
     torch.manual_seed(0)
     model = DeepSeekV2(config)
-    (optimizer,) = make_optimizers(model, TrainConfig())
+    (optimizer,) = make_optimizers(model, OptimizerConfig(), getattr(torch, dtype))
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import PRESETS
-from model import parameter_counts
+from engine.cost import multiplied_parameters, parameter_counts
 
 WARM_UP = COUNTED = 3  # steps
 WORKER = "RANK" in os.environ
@@ -96,13 +96,15 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     flags += ["--optimizer", "adamw"]  # Muon gathers matrices under FSDP, beside what theory counts
     config = train_sft.parse_arguments(flags)
     tokenizer = Tokenizer(vocab_size=config.model.vocab_size)
-    data, _ = load_dataset_split("chitchat", "train", tokenizer, config.max_seq_len)
-    rows = RowStream(data, DataCollator(config.max_seq_len, tokenizer.pad_token_id), config.seed)
-    world = join_world(config.device)
-    model = train_sft.build_model(config, None, None, world)
+    world = join_world(config.compute.device)
+    config = train_sft.resolve(config, None, tokenizer, world)
+    width = config.data.max_seq_len
+    data, _ = load_dataset_split("chitchat", "train", tokenizer, width)
+    rows = RowStream(data, DataCollator(width, tokenizer.pad_token_id), config.compute.seed)
+    model = train_sft.build_model(config, None, world)
     trainer = Trainer(config, replicate(model, engine, world), tokenizer, rows, None, world)
     traffic = Traffic()
-    with contextlib.closing(trainer.prefetch()) as batches:
+    with contextlib.closing(trainer.batches.steps(0, trainer.total_steps)) as batches:
         for batch in itertools.islice(batches, WARM_UP):
             trainer.train_step(batch)
         wait_for_all()
@@ -144,9 +146,9 @@ def calculate(preset: str, micro_batches: int) -> None:
     FSDP sends beside all of the computation, DDP beside the last micro-batch's backward pass, two thirds of its work.
     Gradients and gathered weights are fp32.
     """
-    counts = {part: active for part, (_, active) in parameter_counts(PRESETS[preset].model).items()}
     size = 4 * sum(total for total, _ in parameter_counts(PRESETS[preset].model).values())
-    flops = 6 * (sum(counts.values()) - counts["embedding"]) * TOKENS * micro_batches
+    tokens = TOKENS * micro_batches
+    flops = multiplied_parameters(PRESETS[preset].model).training_flops(tokens, tokens)
     computing = flops / FLOPS
     print(f"\nCalculated, not measured: {preset}, {micro_batches} micro-batches of {TOKENS:,} tokens a GPU and step")
     print(f"{'GPUs':>4} {'engine':6}{'sent per GPU':>14}{'compute':>10}{'send':>10}{'beside it':>11}{'efficiency':>12}")
@@ -178,7 +180,7 @@ def main() -> None:
             f"{theory(engine, ranks, options.preset) / 1e6:10.2f}{result['wire'] / 1e6:14.2f}"
             f"{result['rate']:11,.0f}{result['rate'] / (ranks * one):12.0%}"
         )
-    calculate("mini", PRESETS["mini"].gradient_accumulation_steps)
+    calculate("mini", PRESETS["mini"].batch.gradient_accumulation_steps)
 
 
 if __name__ == "__main__" and WORKER:

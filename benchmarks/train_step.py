@@ -36,7 +36,8 @@ from rivals import (  # first: sets the environment
 
 from config import Dtype, ModelConfig
 from datacollator import IGNORE, Conversation
-from model import DeepSeekV2, parameter_counts
+from engine.cost import multiplied_parameters
+from model import DeepSeekV2
 from parallel import choose_dtype
 
 US, LOOP, TRL = "this repository", "loop around transformers", "TRL's SFTTrainer"
@@ -63,9 +64,7 @@ class Result(NamedTuple):
 def flops_per_token(config: ModelConfig, batches: Batches) -> float:
     """Of a real token, forward and backward: 2 and 4 for each parameter of a matrix that the token passes, the head's
     at target positions only; and causal attention, half of each conversation's square."""
-    counts = {part: active for part, (_, active) in parameter_counts(config).items()}
-    head = counts["head"] or counts["embedding"]
-    body = sum(counts.values()) - counts["head"] - counts["embedding"]  # the embedding is looked up, not multiplied
+    body, head = multiplied_parameters(config)
     conversations = [conversation for batch in batches for conversation in batch]
     tokens, targets = count_tokens(conversations)
     pairs = sum(len(ids) * (len(ids) + 1) / 2 for ids, _ in conversations)

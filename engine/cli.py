@@ -1,17 +1,18 @@
-"""The command line: config.py's dataclasses as flags, and errors as one line."""
+"""The command line: config.py's dataclasses as flags, and errors as one line, and signals."""
 
 import contextlib
 import io
 import os
 import select
+import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, make_dataclass, replace
-from typing import Annotated, Any, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import tyro
 
-from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError, check
+from config import PRESETS, RopeScaling, TrainConfig, UserError, check
 
 Config = TypeVar("Config")
 
@@ -45,6 +46,26 @@ def nobody_reads_output() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+class StopSignal:
+    """A context in which SIGINT and SIGTERM do no more than set `number`; a second one leaves the process at once."""
+
+    number = 0
+
+    def __enter__(self) -> "StopSignal":
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:  # else the process is about to leave, and a second signal may still come
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+
+    def note(self, number: int, frame: object) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+
+
 def parse_arguments(arguments: list[str], description: str | None = None) -> TrainConfig:
     """train_sft.py's: the preset, with the fields that the command line overrides. Raises UserError."""
     preset, flags = "", list(arguments)
@@ -62,29 +83,8 @@ def parse_arguments(arguments: list[str], description: str | None = None) -> Tra
     if any(flag.replace("_", "-").startswith("--model.rope-scaling.") for flag in flags):  # any of them turns it on
         yarn = default.model.rope_scaling or RopeScaling()
         default = replace(default, model=replace(default.model, rope_scaling=yarn))
-    parsed: Any = parse_flags(COMMAND_LINE, flags, f"train_sft.py {preset}", description, default=in_groups(default))
-    groups = [vars(getattr(parsed, name)) for name in GROUPS]
-    config = TrainConfig(**{name: value for group in groups for name, value in group.items()}, model=parsed.model)
-    config.output_dir = config.output_dir or f"runs/{preset}"
-    return config
-
-
-# TrainConfig's fields in groups, as --help shows them; only the model's flags have their group's name before them.
-# Its bases stand in reverse.
-GROUPS = {group.__name__.removesuffix("Config").lower(): group for group in TrainConfig.__bases__[::-1]}
-COMMAND_LINE = make_dataclass(
-    "CommandLine",
-    [(name, Annotated[group, tyro.conf.OmitArgPrefixes]) for name, group in GROUPS.items()] + [("model", ModelConfig)],
-)
-
-
-def in_groups(config: TrainConfig) -> Any:
-    """The same configuration as a COMMAND_LINE."""
-    groups = {
-        name: group(**{field.name: getattr(config, field.name) for field in fields(group)})
-        for name, group in GROUPS.items()
-    }
-    return COMMAND_LINE(**groups, model=config.model)
+    config = parse_flags(TrainConfig, flags, f"train_sft.py {preset}", description, default=default)
+    return config.changed(output_dir=config.checkpoint.output_dir or f"runs/{preset}")
 
 
 def parse_flags(kind: type[Config], flags: list[str], prog: str, description: str | None, **options: Any) -> Config:

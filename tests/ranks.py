@@ -125,7 +125,7 @@ def main() -> None:
         for run in runs:
             config = train_sft.parse_arguments(run["arguments"])
             if run["continues"] and world.is_main:
-                take_over(Path(run["continues"]), Path(config.output_dir))
+                take_over(Path(run["continues"]), Path(config.checkpoint.output_dir))
             dist.barrier()
             train_sft.train(config, world)
     gc.unfreeze()  # or leave_world could not collect what the runs have left

@@ -249,8 +249,12 @@ def signal_in_step(step: int, number: signal.Signals) -> None:
 
 def numbers(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
+    return without_clock(run_directory.read_metrics(run))
+
+
+def without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     clock = ("tokens_per_second", "peak_share")
-    return [{k: v for k, v in line.items() if k not in clock} for line in run_directory.read_metrics(run)]
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -109,12 +109,14 @@ finally:
     ).stdout
     config = PRESETS[preset[0] if preset else "tiny"]
     words = " ".join(output.replace("│", " ").split())
-    for owner, prefix in ((config, "--"), (config.model, "--model.")):
+    for group, owner in vars(config).items():
+        prefix = "--model." if group == "model" else "--"
         for field in fields(owner):
             flag = prefix + field.name.replace("_", "-")
-            if field.name not in ("model", "rope_scaling"):
+            if field.name != "rope_scaling":
                 assert f"{flag} " in words or f"{flag}," in words, flag
-    for default in (f"(default: {config.max_seq_len})", f"(default: {config.learning_rate})", "(default: chitchat)"):
+    defaults = (config.data.max_seq_len, config.optimizer.learning_rate, "chitchat")
+    for default in (f"(default: {value})" for value in defaults):
         assert default in words or (preset and "chitchat" in default)
     assert "forgets a spike sooner" in words  # the reasons, too
     assert words.index("data options") < words.index("--dataset") < words.index("model options")
@@ -165,6 +167,19 @@ def test_impossible_values(changes: dict[str, Any], message: str, refused: Calla
 
 def test_compiling_needs_bfloat16(refused: Callable[..., str]) -> None:
     assert "compile needs dtype bfloat16" in refused("--compile", dtype="float32")
+
+
+def test_every_field_has_a_name_of_its_own_and_is_changed_by_it() -> None:
+    """The command line and config.json leave the groups' names out."""
+    names = [field.name for group in vars(PRESETS["mini"]).values() for field in fields(group)]
+    assert len(set(names)) == len(names)
+    changes = {"max_seq_len": 7, "optimizer": "muon", "init_from": "there", "sample_prompts": (), "vocab_size": 300}
+    mini, changed = PRESETS["mini"].flat(), PRESETS["mini"].changed(**changes).flat()
+    assert PRESETS["mini"].flat() == mini  # a copy was changed
+    flat = mini.pop("model") | mini
+    assert changed.pop("model") | changed == flat | changes
+    with pytest.raises(TypeError, match="max_seq_length"):
+        PRESETS["mini"].changed(max_seq_length=7)
 
 
 def test_presets_are_possible() -> None:

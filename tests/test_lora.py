@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora
-from config import TrainConfig, UserError
+from config import MINI, OptimizerConfig, UserError
 from generation import generate
 from model import DeepSeekV2, Experts
 from optimizer import make_optimizers
 from small_models import relative_difference, small_config, small_model, transformers_model
 
-DEFAULT = TrainConfig.lora_target_modules
+DEFAULT = MINI.lora.lora_target_modules
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 COMPRESSED = {"q_lora_rank": 18}
 # Name -> (targets, rank, changes of the model's shape)
@@ -316,7 +316,7 @@ def test_adapters_take_part_in_generation() -> None:
 def test_only_adapters_get_gradients_and_optimizer_state() -> None:
     model = adapted_model((*DEFAULT, *EXPERTS))
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in lora.adapters(model)}
-    (optimizer,) = make_optimizers(model, TrainConfig())
+    (optimizer,) = make_optimizers(model, OptimizerConfig(), torch.float32)
     model(tokens(), labels=tokens()).loss_sum.backward()
     optimizer.step()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -397,7 +397,8 @@ def test_losses_stay_pefts_for_fifty_steps(targets: tuple[str, ...], tmp_path: P
     lora.add_lora(model, 8, 16.0, 0.0, targets)
     lora.save_adapter(tmp_path, model, "base")
     reference = open_with_peft(tmp_path, trainable=True)
-    optimizers = [make_optimizers(one, TrainConfig(weight_decay=0.1))[0] for one in (model, reference)]
+    decay = OptimizerConfig(weight_decay=0.1)
+    optimizers = [make_optimizers(one, decay, torch.float32)[0] for one in (model, reference)]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = 3e-3
     lengths = torch.tensor([25, 11, 18, 30])

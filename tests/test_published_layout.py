@@ -18,7 +18,7 @@ import checkpoint
 import lora
 import trainer
 from checkpoint import load_model_and_tokenizer, load_pretrained, load_state, newest_checkpoint
-from config import TrainConfig
+from config import LoraConfig
 from engine.run_directory import read_metrics
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
@@ -103,7 +103,7 @@ def run(request: pytest.FixtureRequest, published: Path, tmp_path_factory: pytes
     command = arguments(
         write_jsonl(directory / "small.jsonl", TEXTS),
         directory / "run",
-        *("--no-packing", "--lora-target-modules", *TrainConfig.lora_target_modules, *experts),
+        *("--no-packing", "--lora-target-modules", *LoraConfig.lora_target_modules, *experts),
         init_from=published,
         chat_template="deepseek",
         dtype=request.param,
@@ -269,7 +269,8 @@ from checkpoint import load_config
 from config import TrainConfig
 from parallel import World
 from train_sft import build_model
-config = TrainConfig(lora_rank=4, dtype="bfloat16", model=load_config(sys.argv[1]))
+changes = {"lora_rank": 4, "dtype": "bfloat16", "init_from": sys.argv[1], "model": load_config(sys.argv[1])}
+config = TrainConfig().changed(**changes)
 """
-    work = 'model = build_model(config, Path(sys.argv[1]), None, World(0, 1, torch.device("cpu")))'
+    work = 'model = build_model(config, None, World(0, 1, torch.device("cpu")))'
     assert peak_memory(preparation, work, tmp_path) < 1.2 * sum(tensor.nbytes for tensor in weights.values())

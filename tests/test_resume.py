@@ -16,7 +16,7 @@ import torch
 
 import small_runs
 from checkpoint import load_pretrained, load_state
-from config import ModelConfig, RopeScaling, TrainConfig, UserError
+from config import CheckpointConfig, ModelConfig, RopeScaling, TrainConfig, UserError
 from engine.files import checksum, write_json
 from engine.run_directory import check_changes, open_run, read_metrics
 from small_runs import (
@@ -30,6 +30,7 @@ from small_runs import (
     train_here,
     train_in_child,
     wait_for,
+    without_clock,
     write_jsonl,
 )
 
@@ -263,13 +264,35 @@ def test_what_may_change_is_taken_and_logged(run: Path, data: Path, capsys: pyte
 
 def test_settings_that_come_or_go_are_described(tmp_path: Path) -> None:
     plain, stretched = (
-        TrainConfig(output_dir=str(tmp_path / "run"), model=ModelConfig(rope_scaling=scaling))
+        TrainConfig(
+            checkpoint=CheckpointConfig(output_dir=str(tmp_path / "run")), model=ModelConfig(rope_scaling=scaling)
+        )
         for scaling in (None, RopeScaling(factor=4.0))
     )
     for old, new, change in ((plain, stretched, "None -> 4.0"), (stretched, plain, "4.0 -> None")):
         open_run(old)
         with pytest.raises(UserError, match=rf"another configuration: .*model\.rope_scaling\.factor {change}"):
             check_changes(new)
+
+
+def test_a_run_from_before_the_configuration_had_groups_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written by commit 9a2237a, which stopped after 6 of 12 steps, and went on to the lines of expected.jsonl."""
+    written = Path(__file__).parent / "data"
+    shutil.copytree(written / "run_9a2237a", tmp_path / "run")
+    shutil.copy(written / "talk.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = arguments(Path("talk.jsonl"), Path("run"), RESUME, train_split="train[5:]")
+    assert train_here(command, tmp_path) == 0
+    expected = [json.loads(line) for line in (written / "run_9a2237a/expected.jsonl").read_text().splitlines()]
+    for line, before in zip(numbers(tmp_path / "run"), without_clock(expected), strict=True):
+        assert line == pytest.approx(before, rel=1e-6)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config.keys() == json.loads((written / "run_9a2237a/config.json").read_text()).keys()
+    assert config["dataset"] == ["talk.jsonl"]
+    load_pretrained(tmp_path / "run/checkpoints/step-000012")
+    load_pretrained(written / "run_9a2237a/checkpoints/step-000006")
 
 
 def test_an_earlier_run_moves_aside_and_is_never_overwritten(

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 import lora
 import trainer as trainer_module
 from checkpoint import load_pretrained
-from config import TrainConfig, UserError
+from config import OptimizerConfig, TrainConfig, UserError
 from datacollator import DataCollator, RowStream
 from engine import plots, run_directory
 from engine.run_directory import read_metrics
@@ -58,9 +57,9 @@ def rows(texts: list, packing: bool = False, shuffle: bool = False, width: int =
 def make_trainer(directory: Path, train: RowStream | None = None, held_out: RowStream | None = None, **changes: Any):
     """A trainer of a few thousand parameters; changes to its configuration, model_x to its model's."""
     model_changes = {name.removeprefix("model_"): changes.pop(name) for name in [*changes] if name.startswith("model_")}
-    config = TrainConfig(
+    config = TrainConfig().changed(
         **{
-            "dataset": "talk.jsonl",
+            "dataset": ("talk.jsonl",),
             "batch_size": 4,
             "gradient_accumulation_steps": 1,
             "max_steps": 4,
@@ -79,7 +78,7 @@ def make_trainer(directory: Path, train: RowStream | None = None, held_out: RowS
     )
     torch.manual_seed(0)
     model = small_model(vocab_size=512, **model_changes)
-    model.model.gradient_checkpointing = config.gradient_checkpointing
+    model.model.gradient_checkpointing = config.compute.gradient_checkpointing
     world = World(0, 1, torch.device("cpu"))
     return Trainer(config, model, TOKENIZER, train or rows(TEXTS), held_out, world)
 
@@ -87,7 +86,7 @@ def make_trainer(directory: Path, train: RowStream | None = None, held_out: RowS
 def run_steps(trainer: Trainer, number: int) -> list[dict[str, float]]:
     """Steps without the loop around them."""
     trainer.model.train()
-    return [trainer.train_step(trainer.load_step(trainer.rows_seen)) for _ in range(number)]
+    return [trainer.train_step(trainer.batches.load(trainer.rows_seen)) for _ in range(number)]
 
 
 def losses(lines: list[dict[str, float]]) -> Tensor:
@@ -241,7 +240,7 @@ def test_any_seed_will_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (1, 1), (10, 10), (20, 10), (0, 1)])
 def test_the_rate_warms_up_and_follows_transformers_cosine(warmup: int, total: int) -> None:
-    config = TrainConfig(learning_rate=0.5, min_learning_rate=0.05, warmup_steps=warmup)
+    config = OptimizerConfig(learning_rate=0.5, min_learning_rate=0.05, warmup_steps=warmup)
     ours = [learning_rate(step, config, total) for step in range(total + 1)]
     expected = [0.5 * (step + 1) / warmup for step in range(min(warmup, total + 1))]  # no step is wasted at rate 0
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.5)
@@ -273,7 +272,7 @@ def test_evaluation_is_a_loop_over_single_conversations(packing: bool, batch_siz
     held_out = rows(TEXTS, packing)
     assert held_out.rows_per_epoch % batch_size
     trainer = make_trainer(tmp_path, held_out=held_out, batch_size=batch_size if batch_size < 100 else 12)
-    trainer.config.batch_size = batch_size
+    trainer.config.batch.batch_size = batch_size
     nats, targets, num_bytes = 0.0, 0, 0
     for messages in TEXTS:
         ids, mask = (torch.tensor(x) for x in TOKENIZER.render(messages))
@@ -296,7 +295,7 @@ def test_evaluation_leaves_dropout_and_random_numbers_alone(tmp_path: Path) -> N
             nn.init.normal_(parameter)
     before = torch.get_rng_state()
     first = trainer.evaluate()
-    trainer.print_samples(SimpleNamespace(write=lambda text: None))
+    trainer.print_samples(lambda text: None)
     assert trainer.evaluate() == first
     assert torch.get_rng_state().equal(before)
 
@@ -316,7 +315,7 @@ def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
     for context in (len(prompt) + 1, len(prompt), len(prompt) - 1):
         trainer = make_trainer(tmp_path, sample_prompts=("a",), model_max_position_embeddings=context)
         printed: list[str] = []
-        trainer.print_samples(SimpleNamespace(write=printed.append))
+        trainer.print_samples(printed.append)
         assert len(printed) == 1
         assert context > len(prompt) or printed == ["  'a' -> ''"]
 
@@ -382,7 +381,7 @@ def test_a_tracker_gets_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_full_disk_under_the_metrics_is_named(tmp_path: Path) -> None:
-    log = run_directory.MetricsLog(make_trainer(tmp_path).config, 0)
+    log = run_directory.RunLog(make_trainer(tmp_path).config, 0, 4, shown=True)
     log.path = Path("/dev/full")
     with pytest.raises(UserError, match=r"/dev/full cannot be written \(.*No space left"):
         log.write({"step": 1})
@@ -479,7 +478,7 @@ def test_fewer_rows_than_a_step_takes_are_refused(tmp_path: Path) -> None:
 
 def test_a_configuration_is_not_changed_by_training(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    before = replace(trainer.config)
+    before = copy.deepcopy(trainer.config)
     trainer.train()
     assert trainer.config == before
 
