@@ -64,8 +64,7 @@ class ModelConfig:
     n_routed_experts: int = 64  # experts that a router chooses from (N_r)
     n_shared_experts: int = 2  # experts that every token passes (N_s)
     num_experts_per_tok: int = 6  # experts chosen for a token (K_r)
-    # "greedy": the best K_r of all; "group_limited_greedy": only from the best `topk_group` groups (section 2.2.2).
-    topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
+    topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"  # K_r best of all, or of the best groups (2.2.2)
     n_group: int = 1  # groups of experts: the paper's devices (D), for group-limited routing and two balance losses
     topk_group: int = 1  # groups that a token's experts may come from (M)
     routed_scaling_factor: float = 1.0  # multiplies the weights of the chosen experts
@@ -160,8 +159,7 @@ class OptimizerConfig:
 class ComputeConfig:
     """Where and how it is computed."""
 
-    # bfloat16: matrix products in bf16 (autocast); weights and optimizer stay fp32. "auto": where the hardware has it.
-    dtype: Dtype = "auto"
+    dtype: Dtype = "auto"  # bfloat16: products in it (autocast), weights and optimizer fp32; auto: if hardware has it
     device: str = "auto"  # cuda, cpu, ...; "auto": CUDA where there is one
     seed: int = 42  # seeds weights, data order and dropout
     compile: bool = False  # torch.compile every block: slow first steps, faster ones after; needs a C++ compiler
@@ -216,8 +214,7 @@ class WatchConfig:
     logging_steps: int = 1  # steps between lines in metrics.jsonl
     # Prompts answered at each evaluation, so that one sees the model learn.
     sample_prompts: tuple[str, ...] = ("Hello! How are you?", "What did you do today?", "Do you like music?")
-    # Tracker that gets the metrics too, if it is installed.
-    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
+    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # tracker that gets the metrics too
     debug: bool = False  # show Python's traceback with an error
 
     def validate(self) -> None:
@@ -256,11 +253,10 @@ class TrainConfig:
         return {name: value for group in groups.values() for name, value in group.items()} | {"model": model}
 
     def changed(self, **values: Any) -> "TrainConfig":
-        """A copy with other values of some fields, which are given by their own names, without their group's."""
-        groups = {
-            group_name: replace(group, **{name: values.pop(name) for name in vars(group) if name in values})
-            for group_name, group in vars(self).items()
-        }
+        """A copy with other values of some fields, the model's too, given by their own names without their group's."""
+        groups = {}
+        for key, group in vars(self).items():
+            groups[key] = replace(group, **{name: values.pop(name) for name in vars(group) if name in values})
         return replace(self, **groups | values)
 
 
@@ -272,13 +268,8 @@ MINI = TrainConfig()
 TINY = TrainConfig(
     data=DataConfig(dataset=("chitchat",), train_split="train", eval_split="test", max_seq_len=512),
     batch=BatchConfig(batch_size=4, gradient_accumulation_steps=1, max_steps=1000),
-    optimizer=OptimizerConfig(
-        optimizer="muon",
-        learning_rate=4e-3,
-        min_learning_rate=3e-5,
-        warmup_steps=15,
-        adam_beta2=0.99,  # gradients of small batches are noisy: a tenth fewer steps to the same loss than with 0.95
-    ),
+    # Gradients of small batches are noisy: with adam_beta2 0.99 a tenth fewer steps to the same loss than with 0.95.
+    optimizer=OptimizerConfig("muon", learning_rate=4e-3, min_learning_rate=3e-5, warmup_steps=15, adam_beta2=0.99),
     checkpoint=CheckpointConfig(save_steps=200),
     watch=WatchConfig(eval_steps=200),
     model=ModelConfig(
@@ -316,16 +307,14 @@ V2_LITE = MINI.changed(
     gradient_accumulation_steps=16,
     gradient_checkpointing=True,
     chat_template="deepseek",
-    model=ModelConfig(
-        vocab_size=102_400,
-        hidden_size=2048,
-        num_hidden_layers=27,
-        intermediate_size=10_944,
-        moe_intermediate_size=1408,
-        aux_loss_alpha=0.001,
-        max_position_embeddings=163_840,
-        rope_scaling=RopeScaling(mscale=0.707, mscale_all_dim=0.707),
-    ),
+    vocab_size=102_400,
+    hidden_size=2048,
+    num_hidden_layers=27,
+    intermediate_size=10_944,
+    moe_intermediate_size=1408,
+    aux_loss_alpha=0.001,
+    max_position_embeddings=163_840,
+    rope_scaling=RopeScaling(mscale=0.707, mscale_all_dim=0.707),
 )
 
 PRESETS = {"tiny": TINY, "base": BASE, "mini": MINI, "v2_lite": V2_LITE}
