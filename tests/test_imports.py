@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "engine.plots": set(),
     "engine.cost": {"config", "model"},
     "engine.run_directory": {"config", "engine.files", "engine.plots"},
+    "engine.prefetch": {"config", "datacollator", "parallel"},
     # Chapters
     "config": set(),
     "tokenizer": {"config", "engine.files", "engine.vocabulary"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "model", "tokenizer", "lora", "engine.files", "engine.hub_config"},
     "trainer": {
         *("config", "tokenizer", "datacollator", "model", "lora", "generation", "checkpoint", "optimizer", "parallel"),
-        *("engine.cost", "engine.files", "engine.run_directory"),
+        *("engine.cli", "engine.cost", "engine.files", "engine.prefetch", "engine.run_directory"),
     },
 }
 
