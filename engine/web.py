@@ -33,9 +33,12 @@ BANDS = (
     (0.0, "under 1%", "#ff8787"),
 )
 CHOSEN, OTHER = "#e8590c", "#4c6ef5"
+# Tokens in a line as text, with a scroll bar; pictures below their titles.
 CSS = """
-.tokens .textfield { max-height: 300px; overflow-y: auto; line-height: 1.9; }
-.tokens .textspan { margin: 0 1px; padding: 1px 2px; }
+.tokens .textfield { display: block; max-height: 300px; overflow-y: auto; line-height: 1.8; word-break: normal; }
+.tokens .token { margin: 0 1px 0 0; padding: 1px 0; cursor: pointer; }
+.tokens .token:focus { outline: 2px solid #e8590c; }
+.experts, .cache { padding-top: 34px; }
 """
 
 
@@ -119,12 +122,15 @@ class Page:
     ) -> None:
         self.models = models
         self.lock = threading.Lock()  # one answer at a time, whoever has the page open
+        height = 440 if len(models) == 1 else 300
         with gr.Blocks(title="SFT from scratch", analytics_enabled=False, fill_width=True) as self.blocks:
             with gr.Row() if len(models) == 1 else gr.Column():
                 with gr.Column():
                     with gr.Row():
                         chats = [
-                            gr.Chatbot(label=name, render_markdown=False, buttons=[], height=440, elem_classes="chat")
+                            gr.Chatbot(
+                                label=name, render_markdown=False, buttons=[], height=height, elem_classes="chat"
+                            )
                             for name in names
                         ]
                     self.build_question()
@@ -160,7 +166,7 @@ class Page:
     def build_panel(self, chat: gr.Chatbot) -> Panel:
         with gr.Column():
             tokens = gr.HighlightedText(
-                label="The answer's tokens by the model's own probability: click on one",
+                label="The answer's tokens by the probability the model gave them: click on one",
                 color_map={name: colour for _, name, colour in BANDS},
                 show_legend=True,
                 show_inline_category=False,
@@ -168,7 +174,7 @@ class Page:
                 elem_classes="tokens",
             )
             with gr.Row():
-                likeliest = gr.Label(label="That token, and the likeliest others", show_heading=False)
+                likeliest = gr.Label(label="That token (▸), and the likeliest others there", show_heading=False)
                 with gr.Column():
                     framed: dict[str, Any] = {"show_label": True, "container": True, "js_on_load": None}
                     experts = gr.HTML(label="Experts it was sent to", elem_classes="experts", **framed)
@@ -226,7 +232,7 @@ class Page:
             messages = [
                 message | {"content": html.escape(message["content"], quote=False)} for message in talk.messages
             ]
-            tokens = [(seen.text, band(seen.probability)) for seen in talk.seen]
+            tokens = [(seen.text.replace("\n", "↵\n"), band(seen.probability)) for seen in talk.seen]
             read = talk.prompt_length + max(len(talk.seen) - 1, 0)  # no layer has read the newest yet
             per_token = cache_bytes(model.config, compute_dtype(model.output_weight))
             look = look_at(talk, max(len(talk.seen) - 2, 0))
@@ -234,9 +240,17 @@ class Page:
         return outputs
 
 
+def as_text(content: str) -> list[dict[str, str]]:
+    """For the chat, which shows HTML as HTML, and takes indentation off a plain string."""
+    return [{"type": "text", "text": html.escape(content, quote=False)}]
+
+
 def look_at(talk: Talk, index: int) -> tuple[dict[str, float], str]:
     """The likeliest, and the experts, of one token of the newest answer."""
-    return (dict(talk.seen[index].likeliest), draw_experts(talk.seen[index])) if talk.seen else ({}, "")
+    if not talk.seen:
+        return {}, ""
+    (token, probability), *others = talk.seen[index].likeliest
+    return {f"▸ {token}": probability, **dict(others)}, draw_experts(talk.seen[index])
 
 
 def choose(talk: Talk, event: gr.SelectData) -> tuple[dict[str, float], str]:
