@@ -229,9 +229,7 @@ class Page:
         """An empty question box, and each Panel's values."""
         outputs: list[Any] = [""]
         for (model, _), talk in zip(self.models, talks, strict=True):
-            messages = [
-                message | {"content": html.escape(message["content"], quote=False)} for message in talk.messages
-            ]
+            messages = [message | {"content": as_text(message["content"])} for message in talk.messages]
             tokens = [(seen.text.replace("\n", "↵\n"), band(seen.probability)) for seen in talk.seen]
             read = talk.prompt_length + max(len(talk.seen) - 1, 0)  # no layer has read the newest yet
             per_token = cache_bytes(model.config, compute_dtype(model.output_weight))
