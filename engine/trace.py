@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import ModelConfig
 from generation import generate, room_for_answer
 from model import DeepSeekV2, MoE
 from tokenizer import Tokenizer
@@ -101,10 +100,3 @@ def text_of(tokenizer: Tokenizer, token: int) -> str:
 def visible(tokenizer: Tokenizer, token: int) -> str:
     """With spaces and line breaks to be seen, and its number, since two tokens may look the same."""
     return f"{text_of(tokenizer, token).replace(' ', '␣').replace(chr(10), '↵')} · {token}"
-
-
-def cache_bytes(config: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Per token of all layers: the latent and the rotary key, and the keys and values of all heads."""
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
-    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    return latent * config.num_hidden_layers * dtype.itemsize, heads * config.num_hidden_layers * dtype.itemsize

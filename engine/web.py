@@ -14,8 +14,9 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from config import UserError
+from engine.cost import cache_entries
 from engine.kernels import compute_dtype
-from engine.trace import Seen, cache_bytes, write
+from engine.trace import Seen, write
 from model import DeepSeekV2
 from tokenizer import Tokenizer
 
@@ -232,9 +233,10 @@ class Page:
             messages = [message | {"content": as_text(message["content"])} for message in talk.messages]
             tokens = [(seen.text.replace("\n", "↵\n"), band(seen.probability)) for seen in talk.seen]
             read = talk.prompt_length + max(len(talk.seen) - 1, 0)  # no layer has read the newest yet
-            per_token = cache_bytes(model.config, compute_dtype(model.output_weight))
+            size = compute_dtype(model.output_weight).itemsize
+            latent, heads = (entries * size for entries in cache_entries(model.config))
             look = look_at(talk, max(len(talk.seen) - 2, 0))
-            outputs += [messages, tokens, *look, draw_cache(per_token, read, talk.planned), talk]
+            outputs += [messages, tokens, *look, draw_cache((latent, heads), read, talk.planned), talk]
         return outputs
 
 

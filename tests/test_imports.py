@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "model": {"config", "engine.kernels"},
     "lora": {"config", "model", "engine.files", "engine.kernels"},
     "generation": {"config", "model", "tokenizer", "engine.kernels"},
+    "engine.trace": {"generation", "model", "tokenizer"},
+    "engine.web": {"config", "model", "tokenizer", "engine.cost", "engine.kernels", "engine.trace"},
     "optimizer": {"config"},
     "parallel": {"config"},
     "checkpoint": {"config", "model", "tokenizer", "lora", "engine.files", "engine.hub_config"},

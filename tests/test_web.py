@@ -22,6 +22,7 @@ import chat
 import model as model_module
 from checkpoint import save_pretrained
 from engine import trace, web
+from engine.cost import cache_entries
 from generation import LatentCache, generate
 from model import DeepSeekV2, MoE
 from small_models import small_model
@@ -127,7 +128,7 @@ def test_every_token_can_be_told_apart(tokenizer: Tokenizer) -> None:
 def test_the_caches_size_is_that_of_the_tensors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the cache itself, and of the keys and values that training rebuilds for every head."""
     model = small_model().to(dtype)
-    latent, multi_head = trace.cache_bytes(model.config, dtype)
+    latent, multi_head = (entries * dtype.itemsize for entries in cache_entries(model.config))
     assert LatentCache(model, 1, 50).latents.nbytes == 50 * latent
     rebuilt = []
     attention = model_module.document_attention
@@ -310,7 +311,7 @@ def test_an_answer_streams_in_and_is_that_of_the_terminal(
     orange = wait(page, lambda: texts(page, f".experts rect[fill='{web.CHOSEN}'] title"))
     assert {title.rpartition(" ")[0] for title in orange} == set(chosen)
     read = len(prompt_for(tokenizer, QUESTION)) + 23
-    (latent, multi_head) = (f"{size * read / 1024:,.1f} KB" for size in trace.cache_bytes(model.config, torch.float32))
+    (latent, multi_head) = (f"{4 * entries * read / 1024:,.1f} KB" for entries in cache_entries(model.config))
     assert {latent, multi_head} <= set(texts(page, ".cache text"))
 
 
