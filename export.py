@@ -1,15 +1,22 @@
 """A model for elsewhere.
 
-python export.py merge ADAPTER OUT    # a LoRA adapter and its base model as a plain model directory
+python export.py merge ADAPTER OUT                       # a LoRA adapter and its base as a plain model directory
+python export.py hub RUN OUT [--base-name ORG/MODEL]     # a directory to publish, with a model card
+python export.py gguf RUN OUT.gguf                       # a file that llama.cpp, Ollama and LM Studio run
 """
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, Suppress, arg
+from tyro.conf import Positional, arg
 
+from config import check
 from engine.cli import one_line_errors, parse_flags
+
+# torch takes a while to import, so each command imports what it needs.
 
 
 @dataclass
@@ -22,18 +29,68 @@ class Merge:
     out: Annotated[Positional[str], arg(metavar="OUT")]
 
     def export(self) -> None:
-        from checkpoint import merge_adapter  # torch takes a while to import
+        from checkpoint import merge_adapter
 
         merge_adapter(self.adapter, self.out)
-        print(f"wrote {self.out}")
 
 
-COMMANDS: Any = Merge | Annotated[None, Suppress]  # tyro makes commands of several types only
+@dataclass
+class Hub:
+    """A model or an adapter with a model card, and nothing that only this machine needs: no run state, no checksums."""
+
+    # A run, or one of its checkpoints.
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    # The directory to write.
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    # What the model was trained from, by its name on the Hub. An adapter must have it: it would name a local directory.
+    base_name: str = ""
+    # The card's; one of the Hub's identifiers, as mit or apache-2.0.
+    license: str = "unknown"
+
+    def export(self) -> None:
+        from engine.model_card import model_card
+
+        from checkpoint import export_files
+
+        export_files(self.run, self.out, self.base_name, model_card(self.run, self.out, self.base_name, self.license))
+
+
+@dataclass
+class Gguf:
+    """A GGUF file, with its vocabulary and chat template. An adapter is merged into its base."""
+
+    # A run, or a checkpoint.
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    # The file to write.
+    out: Annotated[Positional[str], arg(metavar="OUT.gguf")]
+
+    def export(self) -> None:
+        check(not Path(self.out).exists(), f"{self.out} exists already; choose a new name")
+        check(find_spec("gguf") is not None, "GGUF needs a package: pip install -r requirements-gguf.txt")
+        import lora
+        from checkpoint import load_model_and_tokenizer
+        from engine.files import disk_errors
+        from engine.gguf_file import write_gguf
+
+        model, tokenizer = load_model_and_tokenizer(self.run)
+        lora.merge(model)
+        unfinished = Path(f"{self.out}.tmp")
+        with disk_errors(Path(self.out)):
+            try:
+                write_gguf(unfinished, model, tokenizer, Path(self.out).stem)
+                unfinished.rename(self.out)
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+
+COMMANDS: Any = Merge | Hub | Gguf
 
 
 def main() -> None:
     with one_line_errors():
-        parse_flags(COMMANDS, sys.argv[1:], "export.py", __doc__).export()
+        command = parse_flags(COMMANDS, sys.argv[1:], "export.py", __doc__)
+        command.export()
+        print(f"wrote {command.out}")
 
 
 if __name__ == "__main__":
