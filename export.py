@@ -5,6 +5,7 @@ python export.py hub RUN OUT [--base-name ORG/MODEL]     # a directory to publis
 python export.py gguf RUN OUT.gguf                       # a file that llama.cpp, Ollama and LM Studio run
 """
 
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -48,11 +49,33 @@ class Hub:
     license: str = "unknown"
 
     def export(self) -> None:
-        from engine.model_card import model_card
+        from checkpoint import ADAPTER_CONFIG, resolve_checkpoint
+        from engine.files import CHECKSUMS, disk_errors, read_json, write_directory, write_json
+        from engine.model_card import model_card, run_of
+        from engine.plots import plot_runs
+        from engine.run_directory import read_metrics
 
-        from checkpoint import export_files
+        out = Path(self.out)
+        check(not out.exists(), f"{out} exists already; choose a new directory")
+        checkpoint = resolve_checkpoint(self.run)
+        is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
+        named = self.base_name != "" or not is_adapter
+        check(named, "name the adapter's base on the Hub: --base-name ORG/MODEL")
 
-        export_files(self.run, self.out, self.base_name, model_card(self.run, self.out, self.base_name, self.license))
+        def write(directory: Path) -> None:
+            for file in checkpoint.iterdir():
+                if file.suffix in (".json", ".safetensors") and file.name != CHECKSUMS:
+                    shutil.copyfile(file, directory / file.name)
+            if is_adapter:
+                config = read_json(checkpoint / ADAPTER_CONFIG) | {"base_model_name_or_path": self.base_name}
+                write_json(directory / ADAPTER_CONFIG, config)
+            card = model_card(checkpoint, out.name, self.base_name, self.license)
+            (directory / "README.md").write_text(card, encoding="utf-8")
+            if run := run_of(checkpoint):
+                plot_runs({out.name: read_metrics(run)}, directory / "loss.png")
+
+        with disk_errors(out):
+            write_directory(out, write, checksums=False)
 
 
 @dataclass

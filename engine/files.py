@@ -86,7 +86,7 @@ def checksum(path: Path) -> str:
 # ---------------------------------------------------------------- a directory, all or nothing
 
 
-def write_directory(place: Path, write: Callable[[Path], None]) -> None:
+def write_directory(place: Path, write: Callable[[Path], None], checksums: bool = True) -> None:
     """Let `write` fill a new directory, add its files' checksums, and put it at `place` once all of it is on the disk.
 
     Killed at any moment, `place` has all of it or what was there before. Raises OSError or SafetensorError where the
@@ -98,7 +98,8 @@ def write_directory(place: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir()
         write(temporary)
-        write_json(temporary / CHECKSUMS, {file.name: checksum(file) for file in sorted(temporary.iterdir())})
+        if checksums:
+            write_json(temporary / CHECKSUMS, {file.name: checksum(file) for file in sorted(temporary.iterdir())})
         for written in (*temporary.iterdir(), temporary):
             flush_to_disk(written)
         if place.exists():

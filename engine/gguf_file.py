@@ -36,6 +36,7 @@ BLOCK_NAMES = {
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 
 
@@ -138,20 +139,18 @@ def gguf_tensors(model: DeepSeekV2) -> Iterator[tuple[str, Tensor]]:
     for layer, block in enumerate(model.model.layers):
         for full_name, tensor in block.state_dict().items():
             name = full_name.removesuffix(".weight")
+            parts = {BLOCK_NAMES.get(name, ""): tensor}
             if name == "self_attn.kv_b_proj":
-                parts = zip(("attn_k_b", "attn_v_b"), split_up_projection(tensor, model.config), strict=True)
+                parts = split_up_projection(tensor, model.config)
             elif name == "mlp.experts.gate_up_proj":
-                parts = zip(("ffn_gate_exps", "ffn_up_exps"), tensor.chunk(2, dim=1), strict=True)
-            elif name == "mlp.experts.down_proj":
-                parts = iter([("ffn_down_exps", tensor)])
-            else:
-                parts = iter([(BLOCK_NAMES[name], tensor)])
-            for gguf_name, part in parts:
+                gate, up = tensor.chunk(2, dim=1)
+                parts = {"ffn_gate_exps": gate, "ffn_up_exps": up}
+            for gguf_name, part in parts.items():
                 yield f"blk.{layer}.{gguf_name}.weight", part.contiguous()
 
 
-def split_up_projection(weight: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+def split_up_projection(weight: Tensor, config: ModelConfig) -> dict[str, Tensor]:
     """kv_b_proj (H (nope + v), rank) -> of keys (H, rank, qk_nope_head_dim), of values (H, v_head_dim, rank)."""
     heads = weight.unflatten(0, (config.num_attention_heads, -1))
     keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-    return keys.mT, values
+    return {"attn_k_b": keys.mT, "attn_v_b": values}

@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "model": {"config", "engine.kernels"},
     "lora": {"config", "model", "engine.files", "engine.kernels"},
     "generation": {"config", "model", "tokenizer", "engine.kernels"},
+    "engine.gguf_file": {"config", "model", "tokenizer", "engine.vocabulary"},
+    "engine.model_card": {"config", "engine.run_directory"},
     "engine.trace": {"generation", "model", "tokenizer"},
     "engine.web": {"config", "model", "tokenizer", "engine.cost", "engine.kernels", "engine.trace"},
     "optimizer": {"config"},
