@@ -1,11 +1,13 @@
 """Talk to a checkpoint: python chat.py CHECKPOINT [--prompt TEXT]
 
-CHECKPOINT: a model directory, a run directory (meaning its newest checkpoint) or a LoRA adapter's.
+CHECKPOINT: a model directory, a run directory (meaning its newest checkpoint) or a LoRA adapter's. With --web a page in
+the browser shows what goes on inside; it takes two checkpoints as well, to be asked the same.
 """
 
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 class ChatConfig:
     """Talk to a checkpoint."""
 
-    # A model directory, a run directory (meaning its newest checkpoint) or a LoRA adapter's.
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    # A model directory, a run directory (meaning its newest checkpoint) or a LoRA adapter's; with --web one or two.
+    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     # Answer this once and exit; without it, a conversation begins.
     prompt: str | None = None
     # Told to the model before the conversation.
@@ -42,10 +44,18 @@ class ChatConfig:
     seed: int = 0
     # cuda, cpu, ...; "auto": CUDA where there is one.
     device: str = "auto"
+    # A page in the browser instead: the answer's tokens with their probabilities, alternatives and experts.
+    web: bool = False
+    # Who may open that page: this machine only, or with 0.0.0.0 whoever reaches it over the network.
+    host: str = "127.0.0.1"
     # Show Python's traceback with an error.
     debug: bool = False
 
     def validate(self) -> None:
+        number, most = len(self.checkpoints), 2 if self.web else 1
+        check(number > 0, "name a CHECKPOINT: a model directory, a run directory or a LoRA adapter's")
+        check(number <= most, f"{number} checkpoints are named; {'two are the most' if self.web else 'two need --web'}")
+        check(self.prompt is None or not self.web, "--prompt and --web exclude each other: type into the page")
         check(self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be positive")
         check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
         check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
@@ -61,21 +71,15 @@ def reply(
     generator: "torch.Generator",
 ) -> Iterator[str]:
     """The assistant's answer to a conversation, piece by piece as it comes. Raises UserError if it doesn't fit."""
-    from generation import generate
+    from generation import generate, room_for_answer
 
     prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
-    room = model.config.max_position_embeddings - len(prompt)
-    check(
-        room > 0,
-        f"the conversation has {len(prompt)} tokens, but the model's context is "
-        f"{model.config.max_position_embeddings}: shorten it or start a new one",
-    )
     tokens: list[int] = []
     printed = ""
     for (token,) in generate(
         model,
         [prompt],
-        min(config.max_new_tokens, room),
+        room_for_answer(model, prompt, config.max_new_tokens),
         (tokenizer.eos_token_id,),
         config.temperature,
         config.top_k,
@@ -100,9 +104,17 @@ def chat(config: ChatConfig) -> None:
     from parallel import choose_device
 
     config.validate()
+    if config.web:
+        check(find_spec("gradio") is not None, "--web needs Gradio: pip install -r requirements-web.txt")
     device = choose_device(config.device)
-    model, tokenizer = load_model_and_tokenizer(config.checkpoint, device=device)
-    model.eval()
+    models = [load_model_and_tokenizer(checkpoint, device=device) for checkpoint in config.checkpoints]
+    for model, _ in models:
+        model.eval()
+    if config.web:
+        from engine.web import serve
+
+        return serve(models, config.checkpoints, config.host, vars(config))
+    ((model, tokenizer),) = models
     generator = torch.Generator(device).manual_seed(config.seed)
     messages = [{"role": "system", "content": config.system}] if config.system else []
     if config.prompt is None:

@@ -19,7 +19,7 @@ from torch.types import Device
 
 import lora
 from config import ModelConfig, UserError, check
-from engine.files import damaged_files, disk_errors, inside, read_json, write_directory, write_json
+from engine.files import damaged_files, disk_errors, inside, make_readable, read_json, write_directory, write_json
 from engine.hub_config import hub_config, load_config
 from model import DeepSeekV2
 from tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def save_pretrained(
     config = hub_config(model.config) | special_ids | {"torch_dtype": dtype, "dtype": dtype}
     write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", special_ids)
-    tokenizer.save_pretrained(directory)
+    tokenizer.save_pretrained(directory, model.config.max_position_embeddings)
     write_weights(directory, weights, max_shard_bytes)
 
 
@@ -99,6 +99,7 @@ def write_weights(directory: Path, weights: dict[str, Tensor], max_shard_bytes: 
         )
     for file, shard in zip(files, shards, strict=True):
         save_file(shard, directory / file, {"format": "pt"})
+        make_readable(directory / file)
 
 
 def num_bytes(weights: dict[str, Tensor]) -> int:

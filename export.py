@@ -1,15 +1,23 @@
 """A model for elsewhere.
 
-python export.py merge ADAPTER OUT    # a LoRA adapter and its base model as a plain model directory
+python export.py merge ADAPTER OUT                       # a LoRA adapter and its base as a plain model directory
+python export.py hub RUN OUT [--base-name ORG/MODEL]     # a directory to publish, with a model card
+python export.py gguf RUN OUT.gguf                       # a file that llama.cpp, Ollama and LM Studio run
 """
 
+import shutil
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, Suppress, arg
+from tyro.conf import Positional, arg
 
+from config import check
 from engine.cli import one_line_errors, parse_flags
+
+# torch takes a while to import, so each command imports what it needs.
 
 
 @dataclass
@@ -22,18 +30,90 @@ class Merge:
     out: Annotated[Positional[str], arg(metavar="OUT")]
 
     def export(self) -> None:
-        from checkpoint import merge_adapter  # torch takes a while to import
+        from checkpoint import merge_adapter
 
         merge_adapter(self.adapter, self.out)
-        print(f"wrote {self.out}")
 
 
-COMMANDS: Any = Merge | Annotated[None, Suppress]  # tyro makes commands of several types only
+@dataclass
+class Hub:
+    """A model or an adapter with a model card, and nothing that only this machine needs: no run state, no checksums."""
+
+    # A run, or one of its checkpoints.
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    # The directory to write.
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    # What the model was trained from, by its name on the Hub. An adapter must have it: it would name a local directory.
+    base_name: str = ""
+    # The card's; one of the Hub's identifiers, as mit or apache-2.0.
+    license: str = "unknown"
+
+    def export(self) -> None:
+        from checkpoint import ADAPTER_CONFIG, resolve_checkpoint
+        from engine.files import CHECKSUMS, disk_errors, read_json, write_directory, write_json
+        from engine.model_card import model_card, run_of
+        from engine.plots import plot_runs
+        from engine.run_directory import read_metrics
+
+        out = Path(self.out)
+        check(not out.exists(), f"{out} exists already; choose a new directory")
+        checkpoint = resolve_checkpoint(self.run)
+        is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
+        named = self.base_name != "" or not is_adapter
+        check(named, "name the adapter's base on the Hub: --base-name ORG/MODEL")
+
+        def write(directory: Path) -> None:
+            for file in checkpoint.iterdir():
+                if file.suffix in (".json", ".safetensors") and file.name != CHECKSUMS:
+                    shutil.copyfile(file, directory / file.name)
+            if is_adapter:
+                config = read_json(checkpoint / ADAPTER_CONFIG) | {"base_model_name_or_path": self.base_name}
+                write_json(directory / ADAPTER_CONFIG, config)
+            card = model_card(checkpoint, out.name, self.base_name, self.license)
+            (directory / "README.md").write_text(card, encoding="utf-8")
+            if run := run_of(checkpoint):
+                plot_runs({out.name: read_metrics(run)}, directory / "loss.png")
+
+        with disk_errors(out):
+            write_directory(out, write, checksums=False)
+
+
+@dataclass
+class Gguf:
+    """A GGUF file, with its vocabulary and chat template. An adapter is merged into its base."""
+
+    # A run, or a checkpoint.
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    # The file to write.
+    out: Annotated[Positional[str], arg(metavar="OUT.gguf")]
+
+    def export(self) -> None:
+        check(not Path(self.out).exists(), f"{self.out} exists already; choose a new name")
+        check(find_spec("gguf") is not None, "GGUF needs a package: pip install -r requirements-gguf.txt")
+        import lora
+        from checkpoint import load_model_and_tokenizer
+        from engine.files import disk_errors
+        from engine.gguf_file import write_gguf
+
+        model, tokenizer = load_model_and_tokenizer(self.run)
+        lora.merge(model)
+        unfinished = Path(f"{self.out}.tmp")
+        with disk_errors(Path(self.out)):
+            try:
+                write_gguf(unfinished, model, tokenizer, Path(self.out).stem)
+                unfinished.rename(self.out)
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+
+COMMANDS: Any = Merge | Hub | Gguf
 
 
 def main() -> None:
     with one_line_errors():
-        parse_flags(COMMANDS, sys.argv[1:], "export.py", __doc__).export()
+        command = parse_flags(COMMANDS, sys.argv[1:], "export.py", __doc__)
+        command.export()
+        print(f"wrote {command.out}")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ The cache holds what attention needs of earlier tokens, and in multi-head latent
 and one rotary key a token and layer. No head's keys or values are ever rebuilt (`model.Attention.attend_absorbed`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import UserError, check
 from engine.kernels import compute_dtype, fast_decoding
 from model import Block, DeepSeekV2, LayerCache
 from tokenizer import Tokenizer
@@ -26,10 +26,12 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Iterator[list[int]]:
     """Continue prompts of any lengths, yielding one token a prompt and step, until each has stopped.
 
-    A prompt that has stopped goes on yielding its stop token. Raises UserError where a prompt and its continuation
+    A prompt that has stopped goes on yielding its stop token. observe: is shown each step's logits (B, V), after the
+    layers have read the tokens before and ahead of the draw. Raises UserError where a prompt and its continuation
     don't fit into max_position_embeddings.
     """
     longest, room = max(map(len, prompts)), model.config.max_position_embeddings
@@ -50,12 +52,25 @@ def generate(
         cache = LatentCache(model, len(prompts), longest + max_new_tokens)
         logits = cache.prefill(padded, lengths)
         for step in range(max_new_tokens):
+            if observe:
+                observe(logits)
             tokens = torch.where(stopped, tokens, sample(logits, temperature, top_k, top_p, generator))
             yield tokens.tolist()
             stopped |= torch.isin(tokens, stops)
             if stopped.all() or step == max_new_tokens - 1:
                 return
             logits = cache.step(tokens, lengths + step, longest + step + 1)
+
+
+def room_for_answer(model: DeepSeekV2, prompt: list[int], max_new_tokens: int) -> int:
+    """How many new tokens the context has room for, at most max_new_tokens. Raises UserError where it has none."""
+    context = model.config.max_position_embeddings
+    check(
+        len(prompt) < context,
+        f"the conversation has {len(prompt)} tokens, but the model's context is {context}: "
+        "shorten it or start a new one",
+    )
+    return min(max_new_tokens, context - len(prompt))
 
 
 def answers(

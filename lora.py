@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from config import LoraConfig, UserError, check
-from engine.files import read_json, write_json
+from engine.files import make_readable, read_json, write_json
 from engine.kernels import Product
 from model import Experts
 
@@ -227,6 +227,7 @@ def save_adapter(
     values = model.state_dict() if state_dict is None else state_dict
     tensors = {peft: to_peft(values[name], name).contiguous() for name, peft in peft_names(model).items()}
     save_file(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
+    make_readable(directory / ADAPTER_WEIGHTS)
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> None:

@@ -144,17 +144,15 @@ class Model:
 
 def describe(config: ModelConfig) -> str:
     """The architecture as a table, and what its cache takes against multi-head attention's."""
-    from engine.cost import parameter_counts
+    from engine.cost import cache_entries, parameter_counts
 
     counts = parameter_counts(config)
     counts["all"] = sum(total for total, _ in counts.values()), sum(active for _, active in counts.values())
     lines = [f"{'':20}{'parameters':>16}{'active':>16}"]
     lines += [f"{part:20}{total:16,}{active:16,}" for part, (total, active) in counts.items()]
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
-    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    per_token = [2 * config.num_hidden_layers * width for width in (latent, heads)]
+    latent, heads = cache_entries(config)
     lines.append(
-        f"\ncache per token in bf16: {per_token[0]:,} bytes; keys and values of all heads would take {per_token[1]:,} "
+        f"\ncache per token in bf16: {2 * latent:,} bytes; keys and values of all heads would take {2 * heads:,} "
         f"({heads / latent:.1f} times as much)"
     )
     return "\n".join(lines)

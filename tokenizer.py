@@ -71,6 +71,13 @@ CHAT_TEMPLATES = {
     ),
 }
 
+# In Jinja: `content` as one text, from whichever form it comes in.
+JINJA_CONTENT = (
+    "{% set content = message['content'] %}{% if content is not string %}"
+    "{% for part in content if part['type'] != 'text' %}{{ raise_exception('not text: ' + part['type']) }}{% endfor %}"
+    "{% set content = content | map(attribute='text') | join %}{% endif %}"
+)
+
 
 class Tokenizer:
     """A vocabulary with a chat template.
@@ -106,7 +113,7 @@ class Tokenizer:
         self.token_num_bytes = [0 if i in control else len(token) for i, token in enumerate(self.tokens)]
         self.max_token_bytes = max(self.token_num_bytes)
         self._encode = vocabulary.encode
-        self._to_json = vocabulary.to_json
+        self.to_json = vocabulary.to_json
         self._start = self._encode_control(self.template.start)
         self._turns = {role: self._encode_turn(role) for role in self.template.turns}
 
@@ -146,42 +153,47 @@ class Tokenizer:
             mask += [0] * len(header)
         return ids, mask
 
-    def jinja_template(self) -> str:
-        """The template for transformers' `apply_chat_template`, with `{% generation %}` around what is trained on."""
+    def jinja_template(self, mark_trained: bool = True) -> str:
+        """The template for transformers' `apply_chat_template`, which takes a content as text or as a list of text
+        parts. mark_trained: with `{% generation %}`, which not every engine knows, around what is trained on."""
         branches = ""
         for role, turn in self.template.turns.items():
             header, lead, trail, end, footer = map(json.dumps, turn)
-            body = f"{{{{ {lead} + message['content'] + {trail} + {end} }}}}"
-            if role == "assistant":
+            body = f"{{{{ {lead} + content + {trail} + {end} }}}}"
+            if role == "assistant" and mark_trained:
                 body = f"{{% generation %}}{body}{{% endgeneration %}}"
             keyword = "elif" if branches else "if"
             branches += f"{{% {keyword} message['role'] == '{role}' %}}{{{{ {header} }}}}{body}{{{{ {footer} }}}}"
         branches += "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
         prompt = json.dumps(self.template.turns["assistant"].header)
         return (
-            f"{{{{ {json.dumps(self.template.start)} }}}}{{% for message in messages %}}{branches}{{% endfor %}}"
-            f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}{{% endif %}}"
+            f"{{{{ {json.dumps(self.template.start)} }}}}{{% for message in messages %}}{JINJA_CONTENT}{branches}"
+            f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {prompt} }}}}{{% endif %}}"
         )
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer and `Tokenizer` read."""
+    def save_pretrained(self, directory: str | Path, max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer and `Tokenizer` read.
+        max_length: the model's context, in tokens."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "chat_template": self.jinja_template(),
             "chat_template_name": self.chat_template,
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
+            "padding_side": "left",  # a batch is continued at its right end
             "clean_up_tokenization_spaces": False,
         }
+        if max_length is not None:
+            config["model_max_length"] = max_length
         if self.template.start:
             config["bos_token"] = self.template.start
         Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, "tokenizer.json").write_text(self._to_json(), encoding="utf-8")
+        Path(directory, "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
         Path(directory, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def fingerprint(self) -> str:
         """Changes when ids could: a key for caches."""
-        return hashlib.sha256(repr((self._to_json(), self.vocab_size, self.template)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.to_json(), self.vocab_size, self.template)).encode()).hexdigest()
 
     def __reduce__(self) -> tuple:
         return Tokenizer, (self.name, self.vocab_size, self.chat_template)  # so that other processes can have one

@@ -218,7 +218,7 @@ class Trainer:
         def write(directory: Path) -> None:
             if self.config.lora.lora_rank:
                 save_adapter(directory, self.plain_model, self.config.checkpoint.init_from, weights)
-                self.tokenizer.save_pretrained(directory)
+                self.tokenizer.save_pretrained(directory, self.config.model.max_position_embeddings)
             else:
                 save_pretrained(directory, self.plain_model, self.tokenizer, weights)
             save_state(directory / STATE, state)

@@ -32,6 +32,14 @@ def parameter_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return counts
 
 
+def cache_entries(config: ModelConfig) -> tuple[int, int]:
+    """Numbers that a token of context takes in all layers: as latent and rotary key, and as keys and values of all
+    heads (table 1 of the paper)."""
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    return latent * config.num_hidden_layers, heads * config.num_hidden_layers
+
+
 class Multiplied(NamedTuple):
     """Active parameters that something is multiplied by. The embedding is looked up, unless it is the head too."""
 

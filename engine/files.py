@@ -45,6 +45,11 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def make_readable(path: Path) -> None:
+    """For whoever may read its neighbours: safetensors makes files that nobody else may read."""
+    path.chmod(0o644)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Killed at any moment, there is the old file or the new one. Raises UserError where the disk refuses."""
     temporary = path.with_suffix(".tmp")
@@ -81,7 +86,7 @@ def checksum(path: Path) -> str:
 # ---------------------------------------------------------------- a directory, all or nothing
 
 
-def write_directory(place: Path, write: Callable[[Path], None]) -> None:
+def write_directory(place: Path, write: Callable[[Path], None], checksums: bool = True) -> None:
     """Let `write` fill a new directory, add its files' checksums, and put it at `place` once all of it is on the disk.
 
     Killed at any moment, `place` has all of it or what was there before. Raises OSError or SafetensorError where the
@@ -93,9 +98,8 @@ def write_directory(place: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir()
         write(temporary)
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes files that nobody else may read
-        write_json(temporary / CHECKSUMS, {file.name: checksum(file) for file in sorted(temporary.iterdir())})
+        if checksums:
+            write_json(temporary / CHECKSUMS, {file.name: checksum(file) for file in sorted(temporary.iterdir())})
         for written in (*temporary.iterdir(), temporary):
             flush_to_disk(written)
         if place.exists():

@@ -159,7 +159,7 @@ def scripts_are_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answer(model: Any, tokenizer: Tokenizer, messages: list[dict[str, str]], **options: Any) -> list[str]:
-    return list(reply(model, tokenizer, messages, ChatConfig("", **options), torch.Generator()))
+    return list(reply(model, tokenizer, messages, ChatConfig(("",), **options), torch.Generator()))
 
 
 def test_characters_come_whole_and_nothing_after_the_end(tokenizer: Tokenizer) -> None:

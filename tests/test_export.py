@@ -1,21 +1,31 @@
-"""Adapters: loaded with their base, and merged into it by export.py."""
+"""Adapters merged, models published and turned into GGUF. Oracles: transformers, huggingface_hub, gguf's tables."""
 
+import contextlib
+import json
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
 import lora
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
-from config import UserError
+from config import RopeScaling, UserError
+from engine.cli import parse_arguments
+from engine.run_directory import read_metrics
 from model import DeepSeekV2
 from small_models import relative_difference, small_model
-from small_runs import run_main
+from small_runs import arguments, conversations, run_main, train_here, write_jsonl
 from tokenizer import Tokenizer
 
+YARN = RopeScaling(factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=0.7)
 TOKENS = torch.randint(0, 512, (2, 30), generator=torch.Generator().manual_seed(0))
 
 
@@ -65,3 +75,173 @@ def test_merging_what_is_no_adapter_is_refused(
     error = f"{tmp_path}/base is no adapter (it has no adapter_config.json): there is nothing to merge"
     assert capsys.readouterr().err == f"error: {error}\n"
     assert not (tmp_path / "merged").exists()
+
+
+# ---------------------------------------------------------------- to publish
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a model of 24 thousand parameters."""
+    directory = tmp_path_factory.mktemp("trained")
+    data = write_jsonl(directory / "private.jsonl", conversations(20))
+    assert train_here(arguments(data, directory / "run", max_steps=4, eval_steps=2), directory) == 0
+    return directory / "run"
+
+
+def published(directory: Path) -> set[str]:
+    assert {oct(file.stat().st_mode)[-3:] for file in directory.iterdir()} == {"644"}
+    for file in directory.glob("*.json"):
+        assert str(directory.parent) not in file.read_text()
+    return {file.name for file in directory.iterdir()}
+
+
+def read_card(directory: Path) -> tuple[dict[str, Any], str]:
+    _, front, text = (directory / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_a_run_is_published_with_a_card(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """huggingface_hub reads its front matter; its command, its losses and its code for transformers are right."""
+    flags = ["hub", str(trained), str(tmp_path / "small"), "--license", "mit", "--base-name", "org/base"]
+    assert run_main(export.main, flags, tmp_path) == 0
+    assert published(tmp_path / "small") == {
+        *("README.md", "loss.png", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    card = ModelCard.load(tmp_path / "small" / "README.md")
+    assert (card.data.license, card.data.base_model, card.data.library_name) == ("mit", "org/base", "transformers")
+    _, text = read_card(tmp_path / "small")
+    assert str(trained.parent) not in text
+    metrics = read_metrics(trained)
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    assert f"| {losses[0]:.4f}, {losses[-1]:.4f} |" in text
+    assert f"| {[line['eval_loss'] for line in metrics if 'eval_loss' in line][-1]:.4f} |" in text
+    (line,) = [line for line in text.splitlines() if "train_sft.py" in line]
+    again = parse_arguments(shlex.split(line)[2:]).flat()
+    ours = json.loads((trained / "config.json").read_text())
+    local = {"dataset", "output_dir", "num_proc", "device", "save_steps"}
+    assert {key for key in ours if json.loads(json.dumps(again[key])) != ours[key]} <= local
+    code = text.split("```python\n")[1].split("```")[0]
+    with contextlib.chdir(tmp_path):
+        exec(code, {})
+    assert capsys.readouterr().out.strip() != ""
+
+
+def test_an_adapter_is_published_with_its_bases_public_name(
+    adapted: DeepSeekV2, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["hub", str(tmp_path / "run"), str(tmp_path / "public")]
+    assert run_main(export.main, command, tmp_path) == 2
+    assert capsys.readouterr().err == "error: name the adapter's base on the Hub: --base-name ORG/MODEL\n"
+    assert run_main(export.main, [*command, "--base-name", "org/base"], tmp_path) == 0
+    assert published(tmp_path / "public") == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert (
+        json.loads((tmp_path / "public" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    )
+    front, _ = read_card(tmp_path / "public")
+    assert (front["base_model"], front["library_name"]) == ("org/base", "peft")
+    # as downloaded beside it, the base is found by that name
+    (tmp_path / "org").mkdir()
+    (tmp_path / "base").rename(tmp_path / "org" / "base")
+    with contextlib.chdir(tmp_path):
+        loaded, _ = load_model_and_tokenizer("public")
+    torch.testing.assert_close(loaded(TOKENS), adapted(TOKENS))
+
+
+# ---------------------------------------------------------------- GGUF (llama.cpp itself: benchmarks/clients.py)
+
+
+def export_gguf(model: DeepSeekV2, tokenizer: Tokenizer, directory: Path) -> gguf.GGUFReader:
+    save_pretrained(directory / "model", model, tokenizer)
+    assert run_main(export.main, ["gguf", str(directory / "model"), str(directory / "m.gguf")], directory) == 0
+    return gguf.GGUFReader(directory / "m.gguf")
+
+
+@pytest.mark.parametrize("changes", [{"q_lora_rank": 18, "tie_word_embeddings": True}, {}], ids=["compressed", "plain"])
+def test_gguf_has_the_weights_under_the_names_of_llama_cpp(changes: dict[str, Any], tmp_path: Path) -> None:
+    """gguf's own table maps the Hub's names to llama.cpp's; kv_b_proj is split as in its converter."""
+    model = small_model(vocab_size=512, **changes)
+    reader = export_gguf(model, Tokenizer(vocab_size=512), tmp_path)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, 3)
+    theirs = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    expected = {"output.weight": model.output_weight}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("kv_b_proj.weight"):
+            prefix = f"blk.{name.split('.')[2]}"
+            heads = tensor.view(3, 14 + 10, 20)
+            expected[f"{prefix}.attn_k_b.weight"] = heads[:, :14].transpose(1, 2)
+            expected[f"{prefix}.attn_v_b.weight"] = heads[:, 14:]
+        elif name.endswith("experts.gate_up_proj"):
+            for part, matrix in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
+                expected[names.get_name(name.replace("gate_up_proj", part)) + ".weight"] = matrix
+        else:
+            expected[names.get_name(name.removesuffix(".weight")) + ".weight"] = tensor
+    assert theirs.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(theirs[name], tensor), name
+    assert reader.get_field("deepseek2.attention.q_lora_rank").contents() == changes.get("q_lora_rank", 0)
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3"])
+def test_gguf_has_the_vocabulary_and_the_template(template: str, tmp_path: Path) -> None:
+    """A vocabulary of 2,000 in a model with room for 2,048."""
+    tokenizer = Tokenizer(vocab_size=2000, chat_template=template)
+    reader = export_gguf(small_model(vocab_size=2048), tokenizer, tmp_path)
+    field = {name.removeprefix("tokenizer."): reader.get_field(name) for name in reader.fields}
+    tokens, types = field["ggml.tokens"].contents(), field["ggml.token_type"].contents()
+    control = sorted(tokenizer.control_ids.values())
+    assert [i for i, kind in enumerate(types) if kind == gguf.TokenType.CONTROL] == control
+    assert [tokens[i] for i in control] == [tokenizer.decode([i]) for i in control]
+    assert [i for i, kind in enumerate(types) if kind == gguf.TokenType.UNUSED] == list(range(2000, 2048))
+    assert len(set(tokens)) == len(tokens) == 2048
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokens[:2000] == theirs.convert_ids_to_tokens(range(2000))
+    merges = json.loads((tmp_path / "model" / "tokenizer.json").read_text())["model"]["merges"]
+    assert field["ggml.merges"].contents() == [" ".join(merge) for merge in merges]
+    assert field["ggml.pre"].contents() == "dbrx"
+    assert field["ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    messages = [{"role": role, "content": f"I am {role}."} for role in ("system", "user", "assistant")]
+    jinja = field["chat_template"].contents()
+    assert "generation %" not in jinja
+    rendered = theirs.apply_chat_template(messages, chat_template=jinja, tokenize=False)
+    assert theirs(rendered, add_special_tokens=False)["input_ids"] == tokenizer.render(messages)[0]
+
+
+def test_bfloat16_weights_stay_so_in_gguf(tmp_path: Path) -> None:
+    reader = export_gguf(small_model(vocab_size=512).to(torch.bfloat16), Tokenizer(vocab_size=512), tmp_path)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    full = {name for name, kind in kinds.items() if kind == "F32"}
+    assert set(kinds.values()) == {"F32", "BF16"}
+    assert all("norm" in name or "ffn_gate_inp" in name for name in full)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "no group-limited routing"),
+        ({"rope_scaling": YARN}, "mscale equal to mscale_all_dim"),
+        ({"rms_norm_eps": 1e-5}, "one rms_norm_eps"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pretrained(tmp_path / "model", small_model(vocab_size=512, **changes), Tokenizer(vocab_size=512))
+    assert run_main(export.main, ["gguf", str(tmp_path / "model"), str(tmp_path / "m.gguf")], tmp_path) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"model"}
+
+
+def test_an_adapter_is_merged_for_gguf(adapted: DeepSeekV2, tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "base", small_model(vocab_size=512), Tokenizer(vocab_size=512))
+    assert run_main(export.main, ["gguf", str(tmp_path / "run"), str(tmp_path / "m.gguf")], tmp_path) == 0
+    tensors = {
+        tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    }
+    lora.merge(adapted)
+    for layer in range(3):
+        weight = adapted.get_parameter(f"model.layers.{layer}.self_attn.q_proj.weight")
+        torch.testing.assert_close(tensors[f"blk.{layer}.attn_q.weight"], weight.detach())

@@ -1,0 +1,156 @@
+"""A model as a GGUF file, which llama.cpp, Ollama and LM Studio run; written through llama.cpp's own `gguf` package.
+
+llama.cpp calls the architecture deepseek2 and always works in the latent space (`model.Attention.attend_absorbed`), so
+that kv_b_proj comes as its two parts. Whatever it computes otherwise than this repository is refused.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from config import ModelConfig, check
+from engine.vocabulary import BYTE_TO_CHAR, CL100K_PATTERN
+from model import DeepSeekV2
+from tokenizer import Tokenizer
+
+# Our module's name within a block, and GGUF's.
+BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+
+
+def write_gguf(path: Path, model: DeepSeekV2, tokenizer: Tokenizer, name: str) -> None:
+    """Raises UserError for what llama.cpp cannot run. Weights keep their dtype; vectors and routers are fp32."""
+    check_runnable(model.config, tokenizer)
+    writer = gguf.GGUFWriter(path, "deepseek2")
+    writer.add_name(name)
+    add_config(writer, model.config)
+    add_tokenizer(writer, tokenizer, model.config.vocab_size)
+    for tensor_name, tensor in gguf_tensors(model):
+        is_small = tensor.dim() == 1 or ".ffn_gate_inp." in tensor_name
+        dtype = {torch.bfloat16: Type.BF16, torch.float16: Type.F16}.get(tensor.dtype, Type.F32)
+        dtype = Type.F32 if is_small else dtype
+        data = gguf.quants.quantize(tensor.detach().float().cpu().numpy(), dtype)
+        writer.add_tensor(tensor_name, data, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def check_runnable(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    rope = config.rope_scaling
+    check(config.topk_method == "greedy", "llama.cpp has no group-limited routing as DeepSeek-V2 does it")
+    check(rope is None or rope.mscale == rope.mscale_all_dim, "llama.cpp wants YaRN's mscale equal to mscale_all_dim")
+    check(
+        config.rms_norm_eps == 1e-6, f"llama.cpp has one rms_norm_eps, 1e-6, for all norms, not {config.rms_norm_eps}"
+    )
+    patterns = json.dumps(json.loads(tokenizer.to_json())["pre_tokenizer"])
+    known = json.dumps(CL100K_PATTERN) in patterns
+    check(known, "the vocabulary is not cl100k_base's: use llama.cpp's convert_hf_to_gguf.py, which knows many others")
+
+
+def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    # attention: in the latent space there is one key and value for all heads
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_q_lora_rank(config.q_lora_rank or 0)  # left out, llama.cpp refuses all but the published sizes
+    writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    if rope := config.rope_scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_max_position_embeddings)
+        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope.mscale_all_dim)
+    # experts
+    normalised = config.norm_topk_prob and config.num_experts_per_tok > 1
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
+    writer.add_expert_weights_norm(normalised)
+    writer.add_expert_weights_scale(1.0 if normalised else config.routed_scaling_factor)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """The vocabulary in GPT-2's characters. Ids that stand for nothing get a name, since all names must differ."""
+    control = {i: token for token, i in tokenizer.control_ids.items()}
+    tokens, types = [], []
+    for i in range(vocab_size):
+        token = tokenizer.tokens[i] if i < tokenizer.vocab_size else b""
+        tokens.append(control.get(i) or "".join(BYTE_TO_CHAR[byte] for byte in token) or f"[unused {i}]")
+        kind = gguf.TokenType.NORMAL if token else gguf.TokenType.UNUSED
+        types.append(gguf.TokenType.CONTROL if i in control else kind)
+    merges = json.loads(tokenizer.to_json())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("dbrx")  # llama.cpp's name for the pattern that cl100k_base cuts text by
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)  # the template writes it
+    if tokenizer.template.start:
+        writer.add_bos_token_id(tokenizer.control_ids[tokenizer.template.start])
+    writer.add_chat_template(tokenizer.jinja_template(mark_trained=False))
+
+
+def gguf_tensors(model: DeepSeekV2) -> Iterator[tuple[str, Tensor]]:
+    """GGUF's names with our tensors, the experts' as stacks (E, out, in)."""
+    yield "token_embd.weight", model.model.embed_tokens.weight
+    yield "output_norm.weight", model.model.norm.weight
+    yield "output.weight", model.output_weight
+    for layer, block in enumerate(model.model.layers):
+        for full_name, tensor in block.state_dict().items():
+            name = full_name.removesuffix(".weight")
+            parts = {BLOCK_NAMES.get(name, ""): tensor}
+            if name == "self_attn.kv_b_proj":
+                parts = split_up_projection(tensor, model.config)
+            elif name == "mlp.experts.gate_up_proj":
+                gate, up = tensor.chunk(2, dim=1)
+                parts = {"ffn_gate_exps": gate, "ffn_up_exps": up}
+            for gguf_name, part in parts.items():
+                yield f"blk.{layer}.{gguf_name}.weight", part.contiguous()
+
+
+def split_up_projection(weight: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """kv_b_proj (H (nope + v), rank) -> of keys (H, rank, qk_nope_head_dim), of values (H, v_head_dim, rank)."""
+    heads = weight.unflatten(0, (config.num_attention_heads, -1))
+    keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+    return {"attn_k_b": keys.mT, "attn_v_b": values}
