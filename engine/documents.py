@@ -3,8 +3,8 @@
 Shapes: B rows, T positions, N tokens of the stream that the layers work on, D documents, M targets.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,12 @@ class Documents(NamedTuple):
     lengths: tuple[int, ...]  # of all documents that aren't empty
     num_documents: int  # real ones
     num_targets: int  # real ones
+
+    @property
+    def real_labels(self) -> Tensor:
+        """(num_targets,)"""
+        assert self.labels is not None
+        return self.labels[: self.num_targets]
 
 
 def find_documents(sequence_ids: Tensor, labels: Tensor | None = None, slots: int | None = None) -> Documents:
@@ -74,6 +80,39 @@ def find_documents(sequence_ids: Tensor, labels: Tensor | None = None, slots: in
 # ---------------------------------------------------------------- one copy to the device
 
 ALIGNED = 16  # bytes: where a tensor of any dtype may begin
+
+
+class MicroBatch(NamedTuple):
+    """A batch with its documents, ready for its device."""
+
+    input_ids: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T)
+    documents: Documents
+    piece: Tensor | None  # all tensors in one piece of memory, page-locked for CUDA; None for a CPU
+
+    def arguments(self, device: torch.device) -> dict[str, Any]:
+        """The model's, on the device: one copy, beside whatever the device computes."""
+        fields = self.fields()
+        if self.piece is not None:
+            names = [name for name, x in fields.items() if isinstance(x, Tensor)]
+            moved = taken_apart(self.piece.to(device, non_blocking=True), [fields[name] for name in names])
+            fields |= dict(zip(names, moved, strict=True))
+        inputs = {name: fields.pop(name) for name in ("input_ids", "position_ids")}
+        return inputs | {"documents": Documents(**fields)}
+
+    def fields(self) -> dict[str, Any]:
+        """Those of the documents, too, by name."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids} | self.documents._asdict()
+
+
+def make_micro_batch(batch: Mapping[str, Tensor], slots: int | None, device: torch.device) -> MicroBatch:
+    """Of a batch by datacollator.py; slots as for `find_documents`."""
+    documents = find_documents(batch["sequence_ids"], batch["labels"], slots)
+    made = MicroBatch(batch["input_ids"], batch["position_ids"], documents, None)
+    if device.type == "cpu":
+        return made
+    piece = in_one_piece(x for x in made.fields().values() if isinstance(x, Tensor))
+    return made._replace(piece=piece.pin_memory() if device.type == "cuda" else piece)
 
 
 def in_one_piece(tensors: Iterable[Tensor]) -> Tensor:
