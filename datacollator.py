@@ -9,7 +9,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ Batch = dict[str, torch.Tensor]
 # Token ids and mask (1: trained on), of equal length.
 Conversation = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 
-# A label that the loss ignores.
-IGNORE = -100
+IGNORE = -100  # a label that the loss ignores
 
 
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -91,6 +90,20 @@ class DataCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+class Counts(NamedTuple):
+    """What some rows hold."""
+
+    targets: int
+    documents: int
+    tokens: int
+
+
+def count_targets(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Of conversations that begin at these offsets: tokens that are trained on, but for the first of each."""
+    sums = np.concatenate(([0], np.cumsum(mask == 1)))
+    return sums[offsets[1:]] - sums[np.minimum(offsets[:-1] + 1, offsets[1:])]
+
+
 class RowStream:
     """An endless stream of rows, of which row i is a pure function of the data, the seed and i.
 
@@ -109,6 +122,7 @@ class RowStream:
         self._mask = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in table["mask"].chunks]
         self._chunk_starts = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._ids])
         self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._ids])
+        self.num_targets = np.concatenate([count_targets(*chunk) for chunk in self._mask])
         self._epoch_rows = functools.lru_cache(maxsize=2)(self._arrange_epoch)
         self.rows_per_epoch = len(self._epoch_rows(0))
 
@@ -124,6 +138,18 @@ class RowStream:
         """Which conversations of the dataset row i holds."""
         epoch, at = divmod(i, self.rows_per_epoch)
         return self._epoch_rows(epoch)[at]
+
+    def counts(self, rows: Iterable[int]) -> "Counts":
+        """What these rows hold, for which no token has to be read."""
+        indices = [index for i in rows for index in self.row_indices(i)]
+        return Counts(int(self.num_targets[indices].sum()), len(indices), int(self.lengths[indices].sum()))
+
+    @property
+    def most_conversations(self) -> int:
+        """No row of any epoch holds more: as many of the shortest ones as fit into a row."""
+        if not self.collator.packing:
+            return 1
+        return int(np.searchsorted(np.sort(self.lengths).cumsum(), self.collator.max_seq_len, side="right"))
 
     def row(self, i: int) -> list[Conversation]:
         return [self.conversation(index) for index in self.row_indices(i)]

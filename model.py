@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
+from engine.documents import Documents, find_documents
 from engine.kernels import (
-    Documents,
     Product,
     compute_dtype,
     document_attention,
-    find_documents,
     find_routes,
     linear,
     sum_cross_entropy,
@@ -276,19 +275,21 @@ class MoE(nn.Module):
         output = self.shared_experts(x) + self.experts(x, weights, experts)
         if documents is None:
             return output, None
-        chosen = torch.zeros_like(scores).scatter(1, experts, 1.0)  # (N, E), 1 where the token goes to the expert
+        # (N, E), 1 where a real token goes to the expert
+        chosen = torch.zeros_like(scores).scatter(1, experts, documents.real.expand_as(experts))
         return output, Routing(chosen.sum(dim=0).detach(), balance_loss(self.config, scores, chosen, documents))
 
 
 def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents: Documents) -> Tensor:
     """The three balance losses of section 2.2.3, each document on its own; the sum over documents.
 
-    scores (N, E) are the router's, chosen (N, E) is 1 where a token goes to an expert.
+    scores (N, E) are the router's, chosen (N, E) is 1 where a token goes to an expert; documents of padding, of which
+    none is chosen, add nothing.
     """
 
     def document_mean(x: Tensor) -> Tensor:  # (N, ·) -> (documents, ·)
         lengths = documents.offsets.diff()[:, None]
-        return x.new_zeros(len(lengths), x.shape[1]).index_add(0, documents.ids, x) / lengths
+        return x.new_zeros(len(lengths), x.shape[1]).index_add(0, documents.ids, x) / lengths.clamp(min=1)
 
     experts, devices, chosen_per_token = config.n_routed_experts, config.n_group, config.num_experts_per_tok
     load = document_mean(chosen) * experts / chosen_per_token  # f_i, equation 24
@@ -401,7 +402,7 @@ class DeepSeekV2(nn.Module):
         documents: Documents | None = None,
     ) -> Tensor | LossOutput:
         """The first four arguments (B, T) int64, as datacollator.py makes them; left out: each row is one conversation.
-        documents: what `find_documents` finds in them, where it was done before.
+        documents: what `find_documents` finds in sequence_ids and labels, which then aren't needed.
 
         Without labels: logits (B, T, vocab_size), zeros at padding. With labels (already shifted, -100 where nothing is
         learned): the summed loss with its counts.
@@ -415,18 +416,17 @@ class DeepSeekV2(nn.Module):
         tokens = documents.tokens
         contexts = [documents] * self.config.num_hidden_layers
         hidden, routings = self.model(input_ids.flatten()[tokens], position_ids.flatten()[tokens], contexts)
-        if labels is None:
+        if documents.targets is None or documents.labels is None:
             logits = self.logits(hidden)
             every = logits.new_zeros(input_ids.numel(), self.config.vocab_size).index_copy(0, tokens, logits)
             return every.view(*input_ids.shape, -1)
-        targets = labels.flatten()[tokens][documents.targets]
-        loss_sum = sum_cross_entropy(hidden[documents.targets], self.output_weight, targets)
+        loss_sum = sum_cross_entropy(hidden[documents.targets], self.output_weight, documents.labels)
         balance = [routing.balance_loss for routing in routings]
         counts = [routing.expert_counts for routing in routings]
         return LossOutput(
             loss_sum=loss_sum,
-            num_targets=len(targets),
+            num_targets=documents.num_targets,
             balance_loss=torch.stack(balance).sum() if balance else loss_sum.new_zeros(()),
-            num_documents=len(documents.offsets) - 1,
+            num_documents=documents.num_documents,
             expert_counts=torch.stack(counts) if counts else loss_sum.new_zeros(0, self.config.n_routed_experts),
         )

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from config import OptimizerConfig
 
 
-def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Rate of a step counted from 0: linear warm-up, then half a cosine down to min_learning_rate."""
+def learning_rate(step: float, config: OptimizerConfig, total_steps: float) -> float:
+    """Rate of a step counted from 0, or of a place between two: linear warm-up, then half a cosine down to
+    min_learning_rate."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
@@ -46,6 +47,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     MOMENTUM = 0.95
+    found_inf: Tensor | None = None  # (), 1 to leave everything as it is; torch's fused optimizers look at theirs, too
 
     def __init__(self, matrices: Iterable[nn.Parameter], weight_decay: float, dtype: torch.dtype) -> None:
         super().__init__(matrices, {"lr": 1e-3, "weight_decay": weight_decay})
@@ -60,12 +62,14 @@ class Muon(torch.optim.Optimizer):
                     continue
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
-                mean = state["momentum_buffer"].lerp_(gradient, 1 - self.MOMENTUM)
+                mean = state["momentum_buffer"].lerp(gradient, 1 - self.MOMENTUM)
                 update = orthogonalize(gradient.lerp(mean, self.MOMENTUM), self.dtype)  # Nesterov's: one step ahead
                 # Brought to the size of AdamW's updates, so that both take the same learning rate
                 # (https://arxiv.org/abs/2502.16982, equation 4).
                 rate = group["lr"] * 0.2 * math.sqrt(max(matrix.shape))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                moved = matrix.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                for old, new in ((state["momentum_buffer"], mean), (matrix, moved)):
+                    old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:

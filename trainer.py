@@ -13,10 +13,11 @@ from torch import Tensor, nn
 import parallel
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError, check
-from datacollator import IGNORE, Batch, RowStream
-from engine.cli import StopSignal
+from datacollator import RowStream
+from engine.cli import STOP_SIGNALS, StopSignal
 from engine.cost import measure_peak, multiplied_parameters
-from engine.prefetch import StepLoader
+from engine.documents import MicroBatch
+from engine.prefetch import Step, StepLoader
 from engine.run_directory import RunLog
 from generation import answers
 from lora import save_adapter
@@ -48,39 +49,53 @@ class Trainer:
         world: World,
     ) -> None:
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
-        self.train_rows, self.held_out = train, held_out
+        self.train_rows = train
         self.plain_model = cast(DeepSeekV2, getattr(model, "module", model))
         self.dtype = getattr(torch, config.compute.dtype)
         self.optimizers = make_optimizers(model, config.optimizer, self.dtype)
-        self.batches = StepLoader(train, config.batch, world)
+        fixed_shapes = world.device.type != "cpu" or config.compute.compile
+        self.batches = StepLoader(train, config.batch, world, fixed_shapes)
+        self.held_out = StepLoader(held_out, config.batch, world, fixed_shapes) if held_out else None
         self.rows_per_step = self.batches.rows_per_step
         rows, self.data_name = train.rows_per_epoch, ", ".join(config.data.dataset)
         too_few = f"{self.data_name}: its {rows} rows don't fill one step of {self.rows_per_step}"
         check(rows >= self.rows_per_step, f"{too_few}; lower batch_size or gradient_accumulation_steps")
-        steps = math.ceil(config.batch.num_train_epochs * rows / self.rows_per_step)
-        self.total_steps = config.batch.max_steps or steps
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
         self.multiplied = multiplied_parameters(self.plain_model.config)
         self.peak = measure_peak(world.device, self.dtype) * world.size
+        self.signal, self.stop = StopSignal(), 0
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """How far the run is, and where it ends: in steps, or where epochs are counted, in rows by a step's rows. So a
+        run that is continued by other ranks or with other batches keeps its place in epochs and schedule."""
+        if self.config.batch.max_steps:
+            return self.step, self.config.batch.max_steps
+        rows = self.config.batch.num_train_epochs * self.train_rows.rows_per_epoch
+        seen = self.rows_seen / self.rows_per_step
+        return seen, seen + math.ceil((rows - self.rows_seen) / self.rows_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        now, end = self.place
+        return self.step + round(end - now)
 
     # ---------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        """Run to the last step. Exits with 128 + signal after SIGINT or SIGTERM, once the step is done and saved."""
+        """Run to the last step. Exits with 128 + signal after one of STOP_SIGNALS, once the step is done and saved."""
         watch = self.config.watch
         self.model.train()
         with (
-            StopSignal() as signal,
+            self.signal,
             RunLog(self.config, self.step, self.total_steps, self.world.is_main) as log,
             contextlib.closing(self.batches.steps(self.rows_seen, self.total_steps - self.step)) as steps,
         ):
-            for batches in steps:
-                metrics = self.train_step(batches)
-                # Asked once a step, so that all ranks do the same even if a signal comes in the middle of what follows.
-                stop = parallel.largest_over_ranks(signal.number, self.world)
+            for step in steps:
+                metrics = self.train_step(step)
                 last = self.step == self.total_steps
                 log.advance(metrics)
                 if last or self.due(watch.logging_steps):
@@ -90,74 +105,85 @@ class Trainer:
                     log.print("step {step}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(**evaluation))
                     self.print_samples(log.print)
                     log.write(evaluation)
-                if last or stop or self.due(self.config.checkpoint.save_steps):
+                if last or self.stop or self.due(self.config.checkpoint.save_steps):
                     self.save()
-                if stop:
+                if self.stop:
                     parallel.leave_world()
-                    raise SystemExit(128 + stop)
+                    raise SystemExit(128 + self.stop)
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def train_step(self, batches: list[Batch]) -> dict[str, float]:
+    def train_step(self, step: Step) -> dict[str, float]:
         """One optimizer step on all micro-batches: the gradient of the sum over all their target tokens, on all ranks,
-        divided by the number of these tokens."""
-        began = time.perf_counter()
-        counts = torch.tensor([count_batch(batch) for batch in batches]).sum(dim=0).to(self.world.device)
-        num_targets, num_documents, num_tokens = parallel.sum_over_ranks(counts).tolist()
-        rate = learning_rate(self.step, self.config.optimizer, self.total_steps)
+        divided by the number of these tokens. Nothing waits for the device before the optimizer has been told."""
+        began, counts = time.perf_counter(), step.counts
+        now, end = self.place
+        rate = learning_rate(now, self.config.optimizer, end)
         # for dropout; torch takes 64 bits
         torch.manual_seed(((self.config.compute.seed << 40) + self.step * self.world.size + self.world.rank) % 2**64)
         sums: list[Tensor] = []
-        for i, batch in enumerate(batches):
-            with parallel.synchronize_gradients(self.model, wanted=i == len(batches) - 1):
-                output = self.forward(batch)
-                loss = output.loss_sum / num_targets + output.balance_loss / num_documents
+        for i, micro_batch in enumerate(step.micro_batches):
+            with parallel.synchronize_gradients(self.model, last=i == len(step.micro_batches) - 1):
+                output = self.forward(micro_batch)
+                loss = output.loss_sum / counts.targets + output.balance_loss / counts.documents
                 (loss * self.world.size).backward()  # the engines divide the sum over ranks by their number
             losses = torch.stack((output.loss_sum, output.balance_loss)).detach()
-            sums.append(torch.cat((losses, output.expert_counts.flatten())))
-        totals = parallel.sum_over_ranks(torch.stack(sums).sum(dim=0).double())
-        loss_sum, balance_sum = totals[:2].tolist()
-        expert_counts = totals[2:].view_as(output.expert_counts)  # (MoE layers, E)
+            sums.append(torch.cat((losses, output.expert_counts.flatten(), self.signals(losses))))
+        totals = parallel.sum_over_ranks(torch.stack(sums).sum(dim=0))
+        losses, expert_counts, signals = totals.split([2, output.expert_counts.numel(), len(STOP_SIGNALS)])
+        experts = expert_counts.view_as(output.expert_counts)  # (MoE layers, E)
+        expert_load = (experts.amax(dim=1) / experts.mean(dim=1)).mean()
         max_norm = self.config.optimizer.max_grad_norm
-        grad_norm = parallel.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)).item()
-        self.update_weights(loss_sum, grad_norm, rate)
+        grad_norm = parallel.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
+        finite = losses[0].isfinite() & grad_norm.isfinite()
+        self.update_weights(finite, rate)
+        values = torch.cat((losses, torch.stack((expert_load, grad_norm, finite.float())), signals)).tolist()
+        loss_sum, balance_sum, load, norm, was_finite, *received = values
+        self.stop = self.stop or next((n for n, times in zip(STOP_SIGNALS, received, strict=True) if times), 0)
+        self.count_bad_step(bool(was_finite))
         self.step += 1
         self.rows_seen += self.rows_per_step
-        self.num_tokens += num_tokens
+        self.num_tokens += counts.tokens
         seconds = time.perf_counter() - began
         return {
             "step": self.step,
-            "loss": loss_sum / num_targets,
-            "balance_loss": balance_sum / num_documents,
-            "expert_load": (expert_counts.amax(dim=1) / expert_counts.mean(dim=1)).mean().item(),
+            "loss": loss_sum / counts.targets,
+            "balance_loss": balance_sum / counts.documents,
+            "expert_load": load,
             "learning_rate": rate,
-            "grad_norm": grad_norm,
+            "grad_norm": norm,
             "num_tokens": self.num_tokens,
-            "tokens_per_second": num_tokens / seconds,
-            "peak_share": self.multiplied.training_flops(num_tokens, num_targets) / seconds / self.peak,
+            "tokens_per_second": counts.tokens / seconds,
+            "peak_share": self.multiplied.training_flops(counts.tokens, counts.targets) / seconds / self.peak,
             "skipped_steps": self.skipped_steps,
         }
 
-    def forward(self, batch: Batch) -> LossOutput:
+    def signals(self, like: Tensor) -> Tensor:
+        """One where this rank has received one of STOP_SIGNALS. They are summed with the rest of a step's numbers, so
+        that all ranks stop after the same step."""
+        return torch.cat([like.new_full((1,), float(number == self.signal.number)) for number in STOP_SIGNALS])
+
+    def forward(self, micro_batch: MicroBatch) -> LossOutput:
         """Training and evaluation share it, so that both see the same precision."""
         device = self.world.device
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.model(**moved)
+            return self.model(**micro_batch.arguments(device))
 
-    def update_weights(self, loss_sum: float, grad_norm: float, rate: float) -> None:
-        """Step, unless the numbers have gone bad: NaN and infinity never reach the weights."""
-        if math.isfinite(loss_sum) and math.isfinite(grad_norm):
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-            self.bad_steps = 0
-        else:
-            self.skipped_steps += 1
-            self.bad_steps += 1
+    def update_weights(self, finite: Tensor, rate: float) -> None:
+        """Step, unless the numbers have gone bad: NaN and infinity never reach the weights. The optimizers see to that
+        by themselves, on the device, so that the host needn't know."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
+            optimizer.step()
         self.model.zero_grad()
+
+    def count_bad_step(self, finite: bool) -> None:
+        """Raises UserError after MAX_BAD_STEPS in a row."""
+        self.skipped_steps += not finite
+        self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps == MAX_BAD_STEPS:
             rows = range(self.rows_seen, self.rows_seen + self.rows_per_step)
             conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
@@ -176,21 +202,20 @@ class Trainer:
         the tokenizer. Every held-out conversation counts once, on whichever rank."""
         assert self.held_out is not None
         self.model.eval()
-        rows, size = self.held_out.rows_per_epoch, self.config.batch.batch_size
+        rows, size = self.held_out.rows.rows_per_epoch, self.config.batch.batch_size
         if self.config.watch.eval_max_rows and self.step < self.total_steps:
             rows = min(rows, self.config.watch.eval_max_rows)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        losses, counted = [], torch.zeros(2, dtype=torch.int64)  # targets, and their bytes
         for start in range(0, rows, size * self.world.size):
             first = start + self.world.rank * size
             mine = range(first, min(first + size, rows))
-            batch = self.held_out.batch(mine or [0])
-            if not mine:  # under FSDP every rank has to take part in every forward pass
-                batch["labels"].fill_(IGNORE)
-            sums[0] += self.forward(batch).loss_sum
-            targets = batch["labels"][batch["labels"] != IGNORE]
-            sums[1] += len(targets)
-            sums[2] += int(self.token_num_bytes[targets].sum())
-        loss_sum, num_targets, num_bytes = parallel.sum_over_ranks(sums).tolist()
+            # under FSDP every rank has to take part in every forward pass
+            micro_batch = self.held_out.micro_batch(mine or [0], counted=len(mine) > 0)
+            losses.append(self.forward(micro_batch).loss_sum)
+            targets = micro_batch.documents.real_labels
+            counted += torch.stack((torch.tensor(len(targets)), self.token_num_bytes[targets].sum()))
+        loss_sum = parallel.sum_over_ranks(torch.stack(losses).sum()).item()
+        num_targets, num_bytes = parallel.sum_over_ranks(counted.to(self.world.device)).tolist()
         self.model.train()
         bits = loss_sum / math.log(2)
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
@@ -236,10 +261,3 @@ class Trainer:
             if name in COUNTERS:
                 setattr(self, name, value)
         self.last_checkpoint = directory
-
-
-def count_batch(batch: Batch) -> list[int]:
-    """Targets, documents and real tokens."""
-    sequence_ids = batch["sequence_ids"]
-    counts = ((batch["labels"] != IGNORE).sum(), sequence_ids.amax(dim=1).sum(), (sequence_ids > 0).sum())
-    return [int(count) for count in counts]

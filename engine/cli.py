@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+import math
 import os
 import select
 import signal
+import stat
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -46,24 +49,47 @@ def nobody_reads_output() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-class StopSignal:
-    """A context in which SIGINT and SIGTERM do no more than set `number`; a second one leaves the process at once."""
+# Ctrl-C, what schedulers send, and what a terminal sends that closes.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    number = 0
+
+class StopSignal:
+    """A context in which STOP_SIGNALS do no more than set `number`: the run saves and leaves after its step.
+
+    Schedulers and torchrun send the same signal to a process and to its whole group, so that it comes twice or more.
+    Only a second Ctrl-C by a person, who takes a moment for it, leaves the process at once.
+    """
+
+    A_MOMENT = 1.0  # seconds
+
+    def __init__(self) -> None:
+        self.number, self.interrupted = 0, math.inf
 
     def __enter__(self) -> "StopSignal":
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup wants it
+        self.handlers = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        if error is None:  # else the process is about to leave, and a second signal may still come
+        if error is None:  # else the process is about to leave, and another signal may still come
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
 
     def note(self, number: int, frame: object) -> None:
-        if self.number:
-            os._exit(128 + number)
-        self.number = number
+        if number == signal.SIGINT:
+            if time.monotonic() > self.interrupted + self.A_MOMENT:
+                os._exit(128 + number)
+            self.interrupted = min(self.interrupted, time.monotonic())
+        if number == signal.SIGHUP:
+            leave_terminal()
+        self.number = self.number or number
+
+
+def leave_terminal() -> None:
+    """Print nowhere from now on if it was to a terminal: that one is gone, and printing to it would be an error."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def parse_arguments(arguments: list[str], description: str | None = None) -> TrainConfig:

@@ -1,7 +1,8 @@
 """The hot operations, each twice: the plain form that a textbook prints, then the fast one that every run takes.
 
 The model asks for them by the names of the field and knows nothing of processors. The tests hold the fast against the
-plain, forward and backward. To understand the model, reading the plain forms is enough.
+plain, forward and backward. To understand the model, reading the plain forms is enough. What differs between processors
+stands in PATHS; on CUDA's nothing waits for the host.
 
 Shapes: N tokens of all documents, H heads, E routed experts, K of them chosen for a token, R = N K rows for the
 experts, V entries of the vocabulary, M target tokens.
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from engine.documents import CHUNK, IGNORE, Documents
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products take: autocast's where it is on, else that of x."""
@@ -24,31 +27,28 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+class Path(NamedTuple):
+    """What suits a kind of processor. Whichever path is taken, results are the same but for rounding."""
+
+    flash: int  # FlashAttention's kernel takes heads up to that width, in bf16
+    longest_plain: int  # documents up to that length are attended to by plain products
+    run: int  # numbers of rows are rounded up to multiples of it, for which the host must know them
+    block: int  # rows of logits at a time
+    few: int  # rows in generation that are so few that memory sets the pace
+
+
+PATHS = {
+    "cpu": Path(flash=0, longest_plain=1024, run=64, block=16, few=32),
+    "cuda": Path(flash=256, longest_plain=0, run=1, block=CHUNK, few=0),
+}
+ELSEWHERE = PATHS["cuda"]._replace(flash=0)
+
+
+def path_of(x: Tensor) -> Path:
+    return PATHS.get(x.device.type, ELSEWHERE)
+
+
 # ---------------------------------------------------------------- attention within documents
-
-
-class Documents(NamedTuple):
-    """Where the documents (conversations or texts) lie in a batch, and where their real tokens and targets are."""
-
-    tokens: Tensor  # (N,) where in the flattened batch the real tokens lie: the stream that the layers work on
-    ids: Tensor  # (N,) number of the document that a token of the stream belongs to
-    offsets: Tensor  # (documents + 1,) int32, where in the stream each document begins; the last is N
-    targets: Tensor  # (M,) which tokens of the stream have a target
-    longest: int  # no document is longer
-
-
-def find_documents(sequence_ids: Tensor, labels: Tensor | None = None) -> Documents:
-    """Documents of a batch, in order: a new one begins where the sequence id or the row changes.
-
-    sequence_ids and labels (B, T), as datacollator.py makes them. Tensors on a GPU would make the host wait.
-    """
-    tokens = sequence_ids.flatten().nonzero().squeeze(1)
-    rows = torch.arange(len(sequence_ids), device=tokens.device)[:, None]
-    keys = (rows * (sequence_ids.shape[1] + 1) + sequence_ids).flatten()[tokens]
-    _, ids, lengths = keys.unique_consecutive(return_inverse=True, return_counts=True)
-    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    targets = tokens[:0] if labels is None else (labels.flatten()[tokens] != -100).nonzero().squeeze(1)
-    return Documents(tokens, ids, offsets, targets, sequence_ids.shape[1])
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
@@ -65,50 +65,50 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale
 def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
     """`plain_attention`, fast. No mask over all N tokens exists.
 
-    On CUDA in bf16, FlashAttention's kernel takes all documents at once by their offsets and never writes the weights
-    to memory. Elsewhere each document is one call.
+    FlashAttention's kernel, where there is one, takes all documents at once by their offsets and never writes the
+    weights to memory. Elsewhere each document is one call.
     """
-    if q.is_cuda and q.dtype == torch.bfloat16:
+    if q.dtype == torch.bfloat16 and max(q.shape[-1], v.shape[-1]) <= path_of(q).flash:
         offsets, longest = documents.offsets, documents.longest
-        output = varlen_attn(q, k, pad_like(v, q), offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
+        q, k, wide_v = equally_wide(q, k, v, multiple=8)
+        output = varlen_attn(q, k, wide_v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
         assert isinstance(output, Tensor)
         return output[..., : v.shape[-1]]
-    lengths = documents.offsets.diff().tolist()
-    queries, keys, values = (x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))
-    attend = causal_attention_on_cpu if q.is_cpu else causal_attention
+    queries, keys, values = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v))
     parts = zip(queries, keys, values, strict=True)
-    return torch.cat([attend(*part, scale) for part in parts], dim=1).transpose(0, 1)
+    return torch.cat([causal_attention(*part, scale) for part in parts], dim=1).transpose(0, 1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One document by torch's fused kernel, heads first: q, k (H, T, qk_head_dim), v (H, T, v_head_dim) -> like v."""
-    output = F.scaled_dot_product_attention(q[None], k[None], pad_like(v, q)[None], is_causal=True, scale=scale)
-    return output[0, ..., : v.shape[-1]]
+    """One document, heads first: q, k (H, T, qk_head_dim), v (H, T, v_head_dim) -> like v."""
+    if q.shape[1] <= path_of(q).longest_plain:
+        return causal_attention_in_blocks(q, k, v, scale)
+    q, k, wide_v = (x[None] for x in equally_wide(q, k, v))
+    return F.scaled_dot_product_attention(q, k, wide_v, is_causal=True, scale=scale)[0, ..., : v.shape[-1]]
 
 
-def pad_like(v: Tensor, q: Tensor) -> Tensor:
-    """The fused kernels want q, k and v equally wide: zeros are added to v, and cut from the output. On CPU they are
-    2.2 times (bf16: 2.7 times) as fast as what torch falls back to otherwise."""
-    return F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+def equally_wide(*tensors: Tensor, multiple: int = 1) -> list[Tensor]:
+    """The fused kernels want q, k and v so: zeros are added, which changes no product, and cut from the output. On CPU
+    they are 2.2 times (bf16: 2.7 times) as fast as what torch falls back to otherwise."""
+    width = max(x.shape[-1] for x in tensors)
+    width += -width % multiple
+    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors]
 
 
-# On CPU: query rows at a time, the longest document that plain products take, what numbers of rows are rounded up to.
-QUERIES, LONGEST_PLAIN, RUN = 256, 1024, 64
+QUERIES = 256  # query rows at a time
 
 
-def causal_attention_on_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One document, heads first, by plain products: QUERIES rows at a time against the keys up to them.
+def causal_attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`causal_attention` by plain products: QUERIES rows at a time against the keys up to them.
 
-    Twice as fast as the fused kernel for documents of a conversation's length, a tenth of a whole training step. They
-    keep T^2 / 2 weights for the backward pass, so that longer ones are left to the kernel. Lengths are rounded up,
+    On CPU twice as fast as the fused kernel for documents of a conversation's length, a tenth of a whole training step.
+    They keep T^2 / 2 weights for the backward pass, so that longer ones are left to the kernel. Lengths are rounded up,
     since oneDNN generates code for each new shape of matrix, which takes longer than the product itself.
     """
-    length = q.shape[1]
-    if length > LONGEST_PLAIN:
-        return causal_attention(q, k, v, scale)
+    length, run = q.shape[1], path_of(q).run
     outputs = []
-    q, k, v = (F.pad(x, (0, 0, 0, -length % RUN)) for x in (q, k, v))  # what is added lies in the others' future
-    with torch.autocast("cpu", enabled=False):  # it would hold the weights in fp32, which softmax computes in anyway
+    q, k, v = (F.pad(x, (0, 0, 0, -length % run)) for x in (q, k, v))  # what is added lies in the others' future
+    with torch.autocast(q.device.type, enabled=False):  # it would hold the weights in fp32, as softmax computes anyway
         for start in range(0, length, QUERIES):
             end = min(start + QUERIES, q.shape[1])
             future = q.new_full((end - start, end), -torch.inf).triu(start + 1)
@@ -166,8 +166,9 @@ def find_routes(experts: Tensor, num_experts: int) -> Routes:
     """
     if is_few(experts):
         return Routes(None, len(experts), row_product(experts.tolist()))
-    places, ends = sort_by_expert(experts, num_experts, RUN if experts.is_cpu else 1)
-    return Routes(places, int(ends[-1]) if experts.is_cpu else len(experts), grouped_product(ends))
+    run = path_of(experts).run
+    places, ends = sort_by_expert(experts, num_experts, run)
+    return Routes(places, len(experts) if run == 1 else int(ends[-1]), grouped_product(ends))
 
 
 def sort_by_expert(experts: Tensor, num_experts: int, run: int = 1) -> tuple[Tensor, Tensor]:
@@ -180,8 +181,8 @@ def sort_by_expert(experts: Tensor, num_experts: int, run: int = 1) -> tuple[Ten
         places           3  0  4  1  2  5      ends   3, 3, 6
         by place     0: row 1, 1: row 3, 2: row 4 | 3: row 0, 4: row 2, 5: row 5
 
-    Runs are filled up to multiples of `run`, for oneDNN's sake (see `causal_attention_on_cpu`): with a run of 4, places
-    4 0 5 1 2 6 and ends 4, 4, 8.
+    Runs are filled up to multiples of `run`, for oneDNN's sake (see `causal_attention_in_blocks`): with a run of 4,
+    places 4 0 5 1 2 6 and ends 4, 4, 8.
     """
     counts = experts.new_zeros(num_experts).index_add(0, experts, torch.ones_like(experts))
     runs = (counts + run - 1) // run * run
@@ -211,7 +212,7 @@ def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
 
 
 def sum_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`plain_cross_entropy`, fast, in fp32; products are taken in `compute_dtype`."""
+    """`plain_cross_entropy`, fast, in fp32; products are taken in `compute_dtype`. A target of -100 isn't counted."""
     if not torch.is_grad_enabled():  # an autograd function is told that a parameter needs its gradient all the same
         hidden, weight = hidden.detach(), weight.detach()
     return ChunkedCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
@@ -219,13 +220,12 @@ def sum_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The logits of 100,000 entries are by far the largest tensor of a step. So they exist for CHUNK targets at a time,
-    in one buffer, and their gradient is taken at once, in place, as long as they are there. What works on them goes in
-    BLOCK rows or ENTRIES columns at a time, whose intermediate results stay in the processor's cache. A whole training
+    in one buffer, and their gradient is taken at once, in place, as long as they are there. What works on them goes
+    `Path.block` rows or ENTRIES columns at a time, whose intermediate results stay in a CPU's cache. A whole training
     step with 58 million parameters was a sixth faster for it and took 1.8 GB instead of 3.2.
     """
 
-    CHUNK = 512
-    BLOCK = 16
+    CHUNK = CHUNK
     ENTRIES = 8192
 
     @staticmethod
@@ -235,19 +235,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         rows = min(ChunkedCrossEntropy.CHUNK, len(targets))
-        block = rows if hidden.is_cuda else min(ChunkedCrossEntropy.BLOCK, rows)
+        block = min(path_of(hidden).block, rows)
+        counted = targets != IGNORE
+        targets = targets.clamp(min=0)[:, None]
         with torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(dtype)
             all_logits = weight.new_empty(rows, len(weight))
             buffer = weight.new_empty(block, len(weight), dtype=torch.float32)
             for start in range(0, len(targets), ChunkedCrossEntropy.CHUNK):
                 chunk = slice(start, start + ChunkedCrossEntropy.CHUNK)
-                h = hidden[chunk].to(dtype)
+                h, ones = hidden[chunk].to(dtype), counted[chunk, None].to(dtype)
                 logits = torch.mm(h, weight.T, out=all_logits[: len(h)])  # (CHUNK, V)
-                for z, y in zip(logits.split(block), targets[chunk, None].split(block), strict=True):
-                    loss += cross_entropy_and_gradient_(z, y, buffer[: len(z)])
+                blocks = (x.split(block) for x in (logits, targets[chunk], counted[chunk]))
+                for z, y, own in zip(*blocks, strict=True):
+                    loss += (cross_entropy_and_gradient_(z, y, buffer[: len(z)]) * own).sum()
+                h = h * ones
                 if grad_hidden is not None:
-                    grad_hidden[chunk] = logits @ weight
+                    grad_hidden[chunk] = logits @ weight * ones
                 if grad_weight is not None:
                     for part in range(0, len(weight), ChunkedCrossEntropy.ENTRIES):
                         entries = slice(part, part + ChunkedCrossEntropy.ENTRIES)
@@ -268,7 +272,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor) -> Tensor:
-    """Sum of -log softmax(logits)[target]; logits (n, V) become the sum's gradient, softmax minus one-hot, in place.
+    """-log softmax(logits)[target] (n,); logits (n, V) become the sum's gradient, softmax minus one-hot, in place.
 
     targets (n, 1); buffer (n, V) in fp32 is overwritten: a new one for each call would cost more than the arithmetic.
     """
@@ -278,17 +282,15 @@ def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor)
     # the largest probability is 1 / sum(exp(logits - largest)): log-sum-exp without taking exponentials again
     log_sum = largest - softmax.amax(dim=-1, keepdim=True).log()
     logits.copy_(softmax.scatter_add_(1, targets, softmax.new_full(targets.shape, -1.0)))
-    return (log_sum - target_logits).sum()
+    return (log_sum - target_logits).squeeze(1)
 
 
 # ---------------------------------------------------------------- a few rows, as in generation
 
-FEW = 32
-
 
 def is_few(rows: Tensor) -> bool:
     """Whether it is generation on CPU, a few tokens at a time, where the memory sets the pace."""
-    return rows.is_cpu and len(rows) <= FEW and torch.is_inference_mode_enabled()
+    return len(rows) <= path_of(rows).few and torch.is_inference_mode_enabled()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ import parallel
 import train_sft
 import trainer
 from benchmarks.scaling import Traffic
-from datacollator import IGNORE, Batch
+from engine.documents import MicroBatch
+from engine.prefetch import Step
 from model import LossOutput
 from small_runs import cheap_process
 
@@ -51,29 +52,29 @@ class WatchedTrainer(trainer.Trainer):
         self.traffic = Traffic()
         self.sent: list[dict[str, float]] = []
 
-    def forward(self, batch: Batch) -> LossOutput:
-        targets = int((batch["labels"] != IGNORE).sum())
+    def forward(self, micro_batch: MicroBatch) -> LossOutput:
+        targets = micro_batch.documents.num_targets
         if self.model.training:
             self.seen["targets"].append(targets)
             self.sent.append({})
             self.traffic.sent = self.sent[-1]
         elif self.step == self.total_steps:
             self.seen["evaluated"] += targets
-        return super().forward(batch)
+        return super().forward(micro_batch)
 
-    def train_step(self, batches: list[Batch]) -> dict[str, float]:
+    def train_step(self, step: Step) -> dict[str, float]:
         self.sent.clear()
         with self.traffic:
-            metrics = super().train_step(batches)
+            metrics = super().train_step(step)
         self.seen["sent"] = list(self.sent)
         return metrics
 
-    def update_weights(self, loss_sum: float, grad_norm: float, rate: float) -> None:
+    def update_weights(self, finite: Tensor, rate: float) -> None:
         self.traffic.sent = {}
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.seen["parameters"] = local_bytes(self.model.parameters())
         self.seen["gradients"] = local_bytes(p.grad for p in trained)
-        super().update_weights(loss_sum, grad_norm, rate)
+        super().update_weights(finite, rate)
         self.seen["optimizer"] = local_bytes(
             x for optimizer in self.optimizers for state in optimizer.state.values() for x in state.values()
         )

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from config import ModelConfig
@@ -43,6 +44,28 @@ def small_model(seed: int = 0, **changes: Any) -> DeepSeekV2:
     return model
 
 
+def make_batch(rows: list[list[int]], seed: int = 0, vocab_size: int = 112, width: int = 0) -> dict[str, Tensor]:
+    """Rows given by the lengths of their conversations, padded to `width` or the longest; a third of the tokens are no
+    target."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(width, *(sum(row) for row in rows))
+    batch = {
+        name: torch.zeros(len(rows), width, dtype=torch.int64) for name in ("input_ids", "position_ids", "sequence_ids")
+    }
+    batch["labels"] = torch.full((len(rows), width), -100)
+    for row, lengths in enumerate(rows):
+        start = 0
+        for number, length in enumerate(lengths):
+            part = slice(start, start + length)
+            tokens = torch.randint(1, vocab_size, (length + 1,), generator=generator)
+            batch["input_ids"][row, part] = tokens[:-1]
+            batch["labels"][row, part] = torch.where(torch.rand(length, generator=generator) < 2 / 3, tokens[1:], -100)
+            batch["position_ids"][row, part] = torch.arange(length)
+            batch["sequence_ids"][row, part] = number + 1
+            start += length
+    return batch
+
+
 def transformers_model(model: DeepSeekV2) -> DeepseekV2ForCausalLM:
     """The same weights in transformers."""
     settings = asdict(model.config)
@@ -54,6 +77,6 @@ def transformers_model(model: DeepSeekV2) -> DeepseekV2ForCausalLM:
     return reference
 
 
-def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference over the largest entry."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pty
 import random
 import resource
 import signal
@@ -30,6 +31,8 @@ import train_sft
 import trainer
 from checkpoint import load_state, newest_checkpoint
 from engine import files, plots, run_directory
+from engine.cli import STOP_SIGNALS
+from engine.documents import MicroBatch
 
 WORDS = ("one", "three", "seven", "eleven", "the", "a", "is", "was", "not", "and", "or", "but", "there", "☂", "é")
 
@@ -92,7 +95,7 @@ def arguments(dataset: Path, output_dir: Path, *flags: str, **changes: Any) -> l
 @contextlib.contextmanager
 def cheap_process(directory: Path) -> Iterator[pytest.MonkeyPatch]:
     """Nothing is measured or drawn, the cache lies in `directory`, and signals are handled as before in the end."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "measure_peak", lambda *_: 1.0)
         patch.setattr(plots, "plot_runs", lambda runs, out: out.touch())
@@ -236,12 +239,49 @@ def signal_in_step(step: int, number: signal.Signals) -> None:
     """That signal comes in the middle of the step, counted from 1."""
     forward = trainer.Trainer.forward
 
-    def interrupted(self: trainer.Trainer, batch: dict[str, torch.Tensor]) -> Any:
+    def interrupted(self: trainer.Trainer, micro_batch: MicroBatch) -> Any:
         if self.step + 1 == step and self.model.training:
             os.kill(os.getpid(), number)
-        return forward(self, batch)
+        return forward(self, micro_batch)
 
     trainer.Trainer.forward = interrupted  # type: ignore[method-assign]
+
+
+def signals_in_save() -> None:
+    """The first save gets SIGTERM, SIGHUP and SIGINT, each twice."""
+    save = trainer.Trainer.save
+
+    def bombarded(self: trainer.Trainer) -> None:
+        if not self.signal.number:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) * 2:
+                os.kill(os.getpid(), number)
+        save(self)
+
+    trainer.Trainer.save = bombarded  # type: ignore[method-assign]
+
+
+def lose_terminal(step: int) -> None:
+    """Everything goes to a terminal, which closes in the middle of that step."""
+    ours, terminal = pty.openpty()
+    for descriptor in (1, 2):
+        os.dup2(terminal, descriptor)
+    forward = trainer.Trainer.forward
+
+    def interrupted(self: trainer.Trainer, micro_batch: MicroBatch) -> Any:
+        if self.step + 1 == step and self.model.training:
+            os.close(ours)
+            os.kill(os.getpid(), signal.SIGHUP)
+        return forward(self, micro_batch)
+
+    trainer.Trainer.forward = interrupted  # type: ignore[method-assign]
+    threading.Thread(target=drain, args=(ours,), daemon=True).start()
+
+
+def drain(descriptor: int) -> None:
+    """Read what is printed, as terminals do."""
+    with contextlib.suppress(OSError):
+        while os.read(descriptor, 4096):
+            pass
 
 
 # ---------------------------------------------------------------- what a run has come to

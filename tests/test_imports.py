@@ -17,17 +17,18 @@ MAY_IMPORT = {
     "engine.formats": set(),
     "engine.sources": {"config"},
     "engine.hub_config": {"config", "engine.files"},
-    "engine.kernels": set(),
+    "engine.documents": set(),
+    "engine.kernels": {"engine.documents"},
     "engine.plots": set(),
     "engine.cost": {"config", "model"},
+    "engine.prefetch": {"config", "datacollator", "parallel", "engine.documents"},
     "engine.run_directory": {"config", "engine.files", "engine.plots"},
-    "engine.prefetch": {"config", "datacollator", "parallel"},
     # Chapters
     "config": set(),
     "tokenizer": {"config", "engine.files", "engine.vocabulary"},
     "dataset": {"config", "tokenizer", "engine.vocabulary", "engine.sources", "engine.formats"},
     "datacollator": set(),
-    "model": {"config", "engine.kernels"},
+    "model": {"config", "engine.documents", "engine.kernels"},
     "lora": {"config", "model", "engine.files", "engine.kernels"},
     "generation": {"config", "model", "tokenizer", "engine.kernels"},
     "engine.gguf_file": {"config", "model", "tokenizer", "engine.vocabulary"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "model", "tokenizer", "lora", "engine.files", "engine.hub_config"},
     "trainer": {
         *("config", "tokenizer", "datacollator", "model", "lora", "generation", "checkpoint", "optimizer", "parallel"),
-        *("engine.cli", "engine.cost", "engine.files", "engine.prefetch", "engine.run_directory"),
+        *("engine.cli", "engine.cost", "engine.documents", "engine.prefetch", "engine.run_directory"),
     },
 }
 

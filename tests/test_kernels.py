@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import kernels
+from engine.documents import find_documents
 from engine.kernels import (
     ChunkedCrossEntropy,
     document_attention,
     fast_decoding,
-    find_documents,
     linear,
     plain_attention,
     plain_cross_entropy,

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from config import RopeScaling
 from model import DeepSeekV2, LossOutput, rope_frequencies
-from small_models import relative_difference, small_config, small_model, transformers_model
+from small_models import make_batch, relative_difference, small_config, small_model, transformers_model
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
@@ -35,27 +35,6 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], fl
     for name in ours:
         scale = max(theirs[name].abs().max(), floor * largest)
         assert (ours[name] - theirs[name]).abs().max() <= 1e-5 * scale, name
-
-
-def make_batch(rows: list[list[int]], seed: int = 0, vocab_size: int = 112) -> dict[str, Tensor]:
-    """Rows given by the lengths of their conversations, padded to the longest; a third of the tokens are no target."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(sum(row) for row in rows)
-    batch = {
-        name: torch.zeros(len(rows), width, dtype=torch.int64) for name in ("input_ids", "position_ids", "sequence_ids")
-    }
-    batch["labels"] = torch.full((len(rows), width), -100)
-    for row, lengths in enumerate(rows):
-        start = 0
-        for number, length in enumerate(lengths):
-            part = slice(start, start + length)
-            tokens = torch.randint(1, vocab_size, (length + 1,), generator=generator)
-            batch["input_ids"][row, part] = tokens[:-1]
-            batch["labels"][row, part] = torch.where(torch.rand(length, generator=generator) < 2 / 3, tokens[1:], -100)
-            batch["position_ids"][row, part] = torch.arange(length)
-            batch["sequence_ids"][row, part] = number + 1
-            start += length
-    return batch
 
 
 def one_at_a_time(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -45,8 +45,8 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     ),
 }
 FOUR_RANKS = ("packed", "padded", "lora")
-# Other roundings of the same sums: in bf16 they grow with the steps. Muon's iteration makes them larger.
-TOLERANCES = {"bf16": 1e-3, "muon": 1e-4}
+# Other roundings of the same sums: in bf16, half of its precision of 2^-8. Muon's iteration makes them larger.
+TOLERANCES = {"bf16": 2**-9, "muon": 1e-4}
 ENGINES = ("ddp-2", "fsdp-2", "fsdp-4")
 RUNS = [(variant, engine) for engine in ENGINES for variant in VARIANTS if engine != "fsdp-4" or variant in FOUR_RANKS]
 # A run, and the one whose checkpoint of step 2 it goes on from.
@@ -137,17 +137,16 @@ def whole_bytes(run: Path) -> int:
 
 
 def assert_same_run(run: Path, reference: Path, tolerance: float = 1e-5) -> None:
-    """Metrics line by line, and weights and optimizer state tensor by tensor. Means of squared gradients are compared by
-    their roots: squaring doubles what a gradient is off by."""
+    """Metrics line by line, and weights and optimizer state tensor by tensor."""
     ours, theirs = numbers(run), numbers(reference)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for line, expected in zip(ours, theirs, strict=True):
         assert line == pytest.approx(expected, rel=tolerance)
     tensors, expected_tensors = final_tensors(run), final_tensors(reference)
     assert tensors.keys() == expected_tensors.keys()
-    for name, expected in expected_tensors.items():
-        a, b = (x.double().sqrt() if name.endswith("exp_avg_sq") else x.double() for x in (tensors[name], expected))
-        assert (a - b).norm() <= tolerance * b.norm(), name
+    for name, tensor in expected_tensors.items():
+        difference = (tensors[name].double() - tensor.double()).norm()
+        assert difference <= tolerance * tensor.double().norm(), name
 
 
 # ---------------------------------------------------------------- the same result

@@ -128,7 +128,7 @@ def test_resuming_a_finished_run_changes_nothing(run: Path, data: Path, alone: P
 # ---------------------------------------------------------------- interrupted
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(
     number: signal.Signals, code: int, data: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -143,8 +143,29 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(
     assert_same_run(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_leaves_at_once(number: signal.Signals, code: int, data: Path, tmp_path: Path) -> None:
+def test_the_signals_of_a_scheduler_save_once_however_many_come(data: Path, alone: Path, tmp_path: Path) -> None:
+    """A process gets them from the scheduler, again with its group, and from torchrun; so it does with one Ctrl-C."""
+    log = tmp_path / "log"
+    child = start(arguments(data, tmp_path / "run"), log, small_runs.signals_in_save)
+    child.join(60)
+    assert child.exitcode == 143
+    assert "Traceback" not in log.read_text()
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-000003", "step-000004"]  # the one that was being saved, and that of the step after
+    assert train_here(arguments(data, tmp_path / "run", RESUME), tmp_path) == 0
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_run_outlives_its_terminal_until_it_has_saved(data: Path, alone: Path, tmp_path: Path) -> None:
+    """The terminal that it prints to is gone when the signal comes."""
+    fault = functools.partial(small_runs.lose_terminal, 4)
+    assert train_in_child(arguments(data, tmp_path / "run"), tmp_path / "log", fault) == 129
+    assert train_here(arguments(data, tmp_path / "run", RESUME), tmp_path) == 0
+    assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_second_interrupt_leaves_at_once(data: Path, tmp_path: Path) -> None:
+    number, code = signal.SIGINT, 130
     log = tmp_path / "log"
     child = start(arguments(data, tmp_path / "run", eval_steps=0, save_steps=1), log, small_runs.save_slowly)
     wait_for("saving", log, child)  # which would take a minute

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import lora
@@ -22,7 +23,8 @@ import trainer as trainer_module
 from checkpoint import load_pretrained
 from config import OptimizerConfig, TrainConfig, UserError
 from datacollator import DataCollator, RowStream
-from engine import plots, run_directory
+from engine import kernels, plots, run_directory
+from engine.documents import Documents, MicroBatch
 from engine.run_directory import read_metrics
 from optimizer import Muon, learning_rate
 from parallel import World
@@ -235,6 +237,43 @@ def test_any_seed_will_do(tmp_path: Path) -> None:
     run_steps(make_trainer(tmp_path, seed=2**63 - 1), 1)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_waits_for_its_numbers_once_after_the_optimizer(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA's path and on tensors without numbers, where whatever else asks for one raises."""
+    monkeypatch.setitem(kernels.PATHS, "cpu", kernels.PATHS["cuda"])
+    train, done = rows(TEXTS, packing=True), []
+    changes = {"gradient_accumulation_steps": 2, "batch_size": 1, "compile": True, "dtype": "bfloat16"}
+    with FakeTensorMode() as fake:
+        trainer = make_trainer(tmp_path, train, optimizer=optimizer, **changes)
+    step = trainer.batches.load(0)
+    assert {x.documents.tokens.shape for x in step.micro_batches} == {(WIDTH,)}
+    update_weights = trainer.update_weights
+    monkeypatch.setattr(trainer, "update_weights", lambda *x: done.append("optimizer") or update_weights(*x))
+    monkeypatch.setattr(FakeTensor, "tolist", lambda x: done.append("numbers") or [1.0] * x.numel())
+    forward = trainer.forward
+    monkeypatch.setattr(trainer, "forward", lambda x: forward(fake_micro_batch(x, fake)))
+    with fake:
+        trainer.train_step(step)
+    assert done == ["optimizer", "numbers"]
+
+
+def fake_micro_batch(micro_batch: MicroBatch, fake: FakeTensorMode) -> MicroBatch:
+    moved = {n: fake.from_tensor(x) if isinstance(x, Tensor) else x for n, x in micro_batch.fields().items()}
+    return MicroBatch(moved.pop("input_ids"), moved.pop("position_ids"), Documents(**moved), None)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_packed_step_of_fixed_shapes_is_the_same_step(optimizer: str, tmp_path: Path) -> None:
+    """As compiled code and GPUs get it, against the CPU's, which leaves padding out."""
+    train, changes = rows(TEXTS, packing=True, shuffle=True), {"optimizer": optimizer, "batch_size": 2}
+    plain, fixed = (make_trainer(tmp_path, train, compile=wanted, **changes) for wanted in (False, True))
+    assert plain.batches.slots is None and fixed.batches.slots
+    torch.testing.assert_close(losses(run_steps(fixed, 4)), losses(run_steps(plain, 4)), atol=0, rtol=1e-5)
+    assert_same_weights(fixed.model, plain.model, ROUNDING)
+
+
 # ---------------------------------------------------------------- the schedule
 
 
@@ -254,6 +293,30 @@ def test_the_rate_warms_up_and_follows_transformers_cosine(warmup: int, total: i
     assert max(ours) <= 0.5
     if warmup < total:
         assert ours[-1] == pytest.approx(0.05)
+
+
+def test_other_batches_go_on_at_the_same_place_of_data_and_schedule(tmp_path: Path) -> None:
+    """12 rows in steps of 2, from the middle on in steps of 3: every row once, rates on one cosine over rows."""
+    train = rows(TEXTS, shuffle=True)
+    one = make_trainer(tmp_path, train, batch_size=2, max_steps=0, warmup_steps=0)
+    lines = run_steps(one, 3)
+    one.save()
+    other = make_trainer(tmp_path, train, batch_size=3, max_steps=0, warmup_steps=0)
+    assert other.total_steps == 4
+    other.resume(tmp_path / "checkpoints/step-000003")
+    assert (other.total_steps, other.rows_seen) == (5, 6)
+    lines += run_steps(other, 2)
+    assert (other.step, other.rows_seen, lines[-1]["num_tokens"]) == (5, 12, train.lengths.sum())
+    config = one.config.optimizer
+    assert [line["learning_rate"] for line in lines] == [learning_rate(row, config, 12) for row in (0, 2, 4, 6, 9)]
+
+
+def test_a_given_number_of_steps_stays_it_with_other_batches(tmp_path: Path) -> None:
+    one, other = (make_trainer(tmp_path, batch_size=size, max_steps=6) for size in (2, 4))
+    run_steps(one, 3)
+    one.save()
+    other.resume(tmp_path / "checkpoints/step-000003")
+    assert (other.place, other.total_steps) == ((3, 6), 6)
 
 
 def test_steps_are_counted_in_epochs_or_given(tmp_path: Path) -> None:
@@ -410,6 +473,18 @@ def poison_loss(trainer: Trainer, steps: tuple[int, ...], value: float) -> None:
         return output._replace(loss_sum=output.loss_sum * (value if trainer.step + 1 in steps else 1.0))
 
     trainer.forward = poisoned  # type: ignore[method-assign]
+
+
+def test_muon_skips_a_bad_step_too(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, optimizer="muon")
+    poison_gradient(trainer, (2,), math.nan)
+    run_steps(trainer, 1)
+    weights, states = copy.deepcopy((trainer.model.state_dict(), [o.state_dict()["state"] for o in trainer.optimizers]))
+    run_steps(trainer, 1)
+    assert all(weights[name].equal(tensor) for name, tensor in trainer.model.state_dict().items())
+    for optimizer, state in zip(trainer.optimizers, states, strict=True):
+        for number, entry in optimizer.state_dict()["state"].items():
+            assert all(state[number][name].equal(tensor) for name, tensor in entry.items())
 
 
 @pytest.mark.parametrize("poison", [poison_gradient, poison_loss])

@@ -1,0 +1,226 @@
+"""What CUDA does, as far as a CPU can tell: its path through the model, on CPU, on fake tensors and compiled.
+
+The path is the one that kernels.PATHS names; FlashAttention's kernel is stood in for by the plain form.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import varlen
+
+from engine import kernels
+from engine.documents import CHUNK, Documents, find_documents, in_one_piece, taken_apart
+from engine.kernels import document_attention, plain_attention, sum_cross_entropy
+from model import DeepSeekV2, LossOutput
+from small_models import make_batch, relative_difference, small_config, small_model
+
+ROWS, WIDTH, SLOTS = 2, 64, 12
+
+
+def packed_batch(seed: int) -> dict[str, Tensor]:
+    """Two rows with one to six conversations each, in all of them some padding."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    rows = [[some(1, (WIDTH - 1) // 6) for _ in range(some(1, 6))] for _ in range(ROWS)]
+    return make_batch(rows, seed, width=WIDTH)
+
+
+def on_path(model: DeepSeekV2, batch: dict[str, Tensor], documents: Documents | None = None) -> LossOutput:
+    """The model in bf16, forward and backward; with documents: as a trainer calls it."""
+    names = ("input_ids", "position_ids") if documents else tuple(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**{name: batch[name] for name in names}, documents=documents)
+    (output.loss_sum + output.balance_loss).backward()
+    return output
+
+
+@pytest.fixture
+def cudas_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.PATHS, "cpu", kernels.PATHS["cuda"])
+
+
+def plain_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One document's, by the formulas of the FlashAttention paper (section 3): autograd is off within an operation."""
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    p = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).softmax(dim=-1)
+    dp = torch.einsum("qhd,khd->hqk", grad, v)
+    ds = p * (dp - (dp * p).sum(dim=-1, keepdim=True)) * scale
+    return (
+        torch.einsum("hqk,khd->qhd", ds, k),
+        torch.einsum("hqk,qhd->khd", ds, q),
+        torch.einsum("hqk,qhd->khd", p, grad),
+    )
+
+
+@pytest.fixture
+def flash_attention() -> Iterator[None]:
+    """CPU kernels for the two operations that torch has for CUDA only. They insist on what CUDA's insist on."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _, longest, _, causal, scale = rest[:5]
+        assert causal and offsets.diff().max() <= longest
+        assert offsets[-1] == len(q)  # what no document covers is left as the memory was
+        assert q.dtype == torch.bfloat16 and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+        output = plain_attention(q, k, v, cast(Documents, SimpleNamespace(offsets=offsets.unique())), scale)
+        return output, torch.empty(q.shape[1], len(q)), torch.empty(2, dtype=torch.uint64)
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        lengths, scale = rest[2].diff().tolist(), rest[8]
+        documents = zip(*(x.split(lengths) for x in (grad, q, k, v)), strict=True)
+        parts = [plain_gradients(*document, scale) for document in documents]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    operations = (varlen._varlen_attn, forward), (varlen._varlen_attn_backward, backward)
+    for operation, function in operations:
+        operation.register_kernel("cpu", function)
+    yield
+    for operation, _ in operations:
+        del operation._backend_fns["cpu"]
+
+
+# ---------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.usefixtures("cudas_path", "flash_attention")
+def test_fixed_shapes_change_no_number() -> None:
+    """Empty documents, targets that aren't any and padding that goes through all layers, against real tokens only."""
+    for seed in range(3):
+        model = small_model(aux_loss_alpha=0.1, device_aux_loss_alpha=0.1, n_group=4, topk_group=2)
+        batch = packed_batch(seed)
+        plain = on_path(model, batch)
+        expected = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS)
+        assert len(documents.tokens) == ROWS * WIDTH
+        output = on_path(model, batch, documents)
+        assert output.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=1e-5)
+        assert output.balance_loss.item() == pytest.approx(plain.balance_loss.item(), rel=1e-5)
+        assert torch.equal(output.expert_counts, plain.expert_counts)
+        assert (output.num_targets, output.num_documents) == (plain.num_targets, plain.num_documents)
+        for name, p in model.named_parameters():
+            assert relative_difference(p.grad, expected[name]) < 0.01, name
+
+
+@pytest.mark.usefixtures("cudas_path", "flash_attention")
+def test_what_padding_holds_reaches_no_gradient() -> None:
+    model, batch = small_model(), packed_batch(0)
+    documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS)
+    first = on_path(model, batch, documents)
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    batch["input_ids"][batch["sequence_ids"] == 0] = 7
+    assert torch.equal(on_path(model, batch, documents).loss_sum, first.loss_sum)
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.usefixtures("cudas_path", "flash_attention")
+@pytest.mark.parametrize(("qk", "v", "flash"), [(24, 16, True), (22, 10, True), (10, 22, True), (260, 128, False)])
+def test_heads_of_any_width(qk: int, v: int, flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention takes multiples of 8 up to 256: others are padded, wider ones go another way."""
+    batch = packed_batch(1)
+    documents = find_documents(batch["sequence_ids"])
+    taken = []
+    monkeypatch.setattr(kernels, "varlen_attn", lambda *x, **y: taken.append(x) or varlen.varlen_attn(*x, **y))
+    inputs = [torch.randn(len(documents.ids), 3, width, requires_grad=True) for width in (qk, qk, v)]
+    ours = document_attention(*(x.bfloat16() for x in inputs), documents, 0.3)
+    theirs = plain_attention(*inputs, documents, 0.3)
+    assert bool(taken) == flash
+    assert relative_difference(ours, theirs) < 0.02
+    direction = torch.randn_like(theirs)
+    gradients = (torch.autograd.grad(x, inputs, direction.to(x.dtype)) for x in (ours, theirs))
+    for a, b in zip(*gradients, strict=True):
+        assert relative_difference(a, b) < 0.05
+
+
+def test_targets_that_are_none_are_not_counted() -> None:
+    hidden, weight = (torch.randn(n, 24, requires_grad=True) for n in (10, 301))
+    targets = torch.randint(0, 301, (10,))
+    targets[[0, 4, 9]] = -100
+    ours = sum_cross_entropy(hidden, weight, targets)
+    theirs = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    gradients = (torch.autograd.grad(x, (hidden, weight)) for x in (ours, theirs))
+    for a, b in zip(*gradients, strict=True):
+        assert relative_difference(a, b) < 1e-5
+
+
+# ---------------------------------------------------------------- nothing waits
+
+
+def fake_step(packed: bool, **changes: Any) -> None:
+    """A whole micro-batch on tensors without numbers: what asks for one raises."""
+    batch = packed_batch(0)
+    documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS if packed else None)
+    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+
+        def moved(x: Any) -> Any:
+            return fake.from_tensor(x) if isinstance(x, Tensor) else x
+
+        model = DeepSeekV2(small_config(**changes)).train()
+        model.model.gradient_checkpointing = True
+        moved_batch = {name: moved(x) for name, x in batch.items()}
+        on_path(model, moved_batch, Documents(*map(moved, documents)))
+        assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.usefixtures("cudas_path")
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_micro_batch_never_waits_for_the_device(packed: bool) -> None:
+    fake_step(packed, n_group=4, topk_group=2, topk_method="group_limited_greedy", device_aux_loss_alpha=0.1)
+
+
+def test_the_test_sees_who_waits() -> None:
+    with pytest.raises(DataDependentOutputException):
+        fake_step(True)  # on a CPU's path, which reads how many rows each expert gets
+
+
+# ---------------------------------------------------------------- one copy
+
+
+def test_one_piece_of_memory_holds_a_whole_batch() -> None:
+    batch = packed_batch(2)
+    documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS)
+    tensors = [x for x in (*batch.values(), *documents) if isinstance(x, Tensor)]
+    tensors.append(torch.empty(0, 3))
+    piece = in_one_piece(tensors)
+    again = taken_apart(piece, tensors)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(again, tensors, strict=True))
+    assert all(x.untyped_storage().data_ptr() == piece.untyped_storage().data_ptr() for x in again if x.numel())
+
+
+# ---------------------------------------------------------------- nothing is compiled twice
+
+
+@pytest.mark.usefixtures("cudas_path", "flash_attention")
+def test_packed_batches_are_compiled_once() -> None:
+    """A graph for blocks with a dense network and one for blocks with experts, whatever the batch holds."""
+    model = small_model().train()
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model.model.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    shapes = set()
+    for seed in range(50):
+        batch = packed_batch(seed)
+        documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS)
+        shapes.add((documents.lengths, documents.num_targets))
+        on_path(model, batch, documents)
+    assert len(shapes) > 40
+    assert documents.targets is not None and len(documents.targets) % CHUNK == 0
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
+
+
+def test_more_documents_than_there_is_room_for_are_refused() -> None:
+    batch = make_batch([[1, 1, 1]])
+    with pytest.raises(ValueError, match="3 documents in a batch that has room for 2"):
+        find_documents(batch["sequence_ids"], batch["labels"], slots=2)
