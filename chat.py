@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from config import UserError, check
+from config import Quantization, UserError, check
 from engine.cli import one_line_errors, parse_flags
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class ChatConfig:
     top_k: int = 0
     # Seed of the draw; the same seed gives the same reply.
     seed: int = 0
+    # nf4: load the blocks' matrices in 4 bits, an eighth to a quarter of the memory.
+    quantize: Quantization | None = None
     # cuda, cpu, ...; "auto": CUDA where there is one.
     device: str = "auto"
     # Show Python's traceback with an error.
@@ -101,7 +103,7 @@ def chat(config: ChatConfig) -> None:
 
     config.validate()
     device = choose_device(config.device)
-    model, tokenizer = load_model_and_tokenizer(config.checkpoint, device=device)
+    model, tokenizer = load_model_and_tokenizer(config.checkpoint, device=device, quantize=config.quantize)
     model.eval()
     generator = torch.Generator(device).manual_seed(config.seed)
     messages = [{"role": "system", "content": config.system}] if config.system else []

@@ -8,7 +8,7 @@ scale again (double quantisation).
 A layer with such a weight turns it back for each product, and once more in the backward pass: nothing is kept.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def chunk_size(device: torch.device) -> int:
 
 
 def quantize(x: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
-    """x (..., a multiple of 64) -> codes (numbers / 2,) uint8, the first of two in the high half, absmax (blocks,) fp32.
+    """x (..., a multiple of 64) -> codes (n / 2,) uint8, the first of two in the high half, and absmax (n / 64,) fp32.
     Raises UserError, naming x, where it isn't finite.
 
     A number's code is how many of the 15 midpoints between levels lie below it. Looked up, not searched: [-1, 1] is cut
