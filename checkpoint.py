@@ -13,13 +13,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.types import Device
 
 import lora
 from config import ModelConfig, UserError, check
-from engine.files import damaged_files, disk_errors, inside, read_json, write_directory, write_json
+from engine.files import (
+    damaged_files,
+    disk_errors,
+    inside,
+    read_json,
+    recover,
+    write_directory,
+    write_json,
+    write_tensors,
+)
 from engine.hub_config import hub_config, load_config
 from model import DeepSeekV2
 from tokenizer import Tokenizer
@@ -98,7 +106,7 @@ def write_weights(directory: Path, weights: dict[str, Tensor], max_shard_bytes: 
             directory / WEIGHTS_INDEX, {"metadata": {"total_size": num_bytes(weights)}, "weight_map": weight_map}
         )
     for file, shard in zip(files, shards, strict=True):
-        save_file(shard, directory / file, {"format": "pt"})
+        write_tensors(directory / file, shard)
 
 
 def num_bytes(weights: dict[str, Tensor]) -> int:
@@ -199,6 +207,14 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return path
 
 
+def resolve_model(path: str | Path) -> Path:
+    """As resolve_checkpoint, of a whole model to train on. Raises UserError for an adapter."""
+    directory = resolve_checkpoint(path)
+    merge = f"python export.py merge {path} OUT, then start from OUT (to go on with its run: --resume --output-dir RUN)"
+    check(not (directory / ADAPTER_CONFIG).is_file(), f"{directory} is a LoRA adapter, not a model: {merge}")
+    return directory
+
+
 def merge_adapter(adapter: str | Path, out: str | Path) -> None:
     """Write the adapter's base model, with the adapter merged into its weights, as a plain model directory. Raises
     UserError, before anything is written, where `adapter` is none or `out` is there."""
@@ -223,6 +239,8 @@ def save_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], N
     """
     place = Path(output_dir, "checkpoints", f"step-{step:06d}")
     with disk_errors(place):
+        for left in place.parent.glob(".step-*.*"):  # by a save of another step that was killed
+            recover(place.with_name(left.stem[1:]))
         write_directory(place, write)
         present = checkpoints(output_dir)
         now = present.index(place)

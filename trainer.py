@@ -59,6 +59,7 @@ class Trainer:
         check(rows >= self.rows_per_step, f"{too_few}; lower batch_size or gradient_accumulation_steps")
         steps = math.ceil(config.batch.num_train_epochs * rows / self.rows_per_step)
         self.total_steps = config.batch.max_steps or steps
+        self.epochs = self.total_steps * self.rows_per_step / rows
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
@@ -196,9 +197,12 @@ class Trainer:
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
     def print_samples(self, show: Callable[[str], None]) -> None:
-        """What the model answers by now. Under FSDP no rank has the whole model, so there are none."""
+        """What the model answers by now."""
         questions = self.config.watch.sample_prompts
-        if not questions or not self.world.is_main or parallel.is_sharded(self.model):
+        if not questions or not self.world.is_main:
+            return
+        if parallel.is_sharded(self.model):
+            show("  no samples: under fsdp no rank has the whole model")
             return
         rng = torch.Generator(self.world.device).manual_seed(self.config.compute.seed)
         self.model.eval()

@@ -23,6 +23,7 @@ import train_sft
 import trainer
 from benchmarks.scaling import Traffic
 from datacollator import IGNORE, Batch
+from engine.cli import given_fields
 from model import LossOutput
 from small_runs import cheap_process
 
@@ -127,7 +128,7 @@ def main() -> None:
             if run["continues"] and world.is_main:
                 take_over(Path(run["continues"]), Path(config.checkpoint.output_dir))
             dist.barrier()
-            train_sft.train(config, world)
+            train_sft.train(config, given_fields(run["arguments"]), world)
     gc.unfreeze()  # or leave_world could not collect what the runs have left
     parallel.leave_world()
 

@@ -12,7 +12,7 @@ COMMANDS = {"train_sft", "chat", "show", "export"}
 MAY_IMPORT = {
     # The machine room
     "engine.files": {"config"},
-    "engine.cli": {"config"},
+    "engine.cli": {"config", "engine.run_directory"},
     "engine.vocabulary": {"config", "engine.files"},
     "engine.formats": set(),
     "engine.sources": {"config"},
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "engine.kernels": set(),
     "engine.plots": set(),
     "engine.cost": {"config", "model"},
+    "engine.prefetch": {"config", "datacollator", "parallel"},
     "engine.run_directory": {"config", "engine.files", "engine.plots"},
     # Chapters
     "config": set(),
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "model", "tokenizer", "lora", "engine.files", "engine.hub_config"},
     "trainer": {
         *("config", "tokenizer", "datacollator", "model", "lora", "generation", "checkpoint", "optimizer", "parallel"),
-        *("engine.cost", "engine.files", "engine.run_directory"),
+        *("engine.cli", "engine.cost", "engine.files", "engine.prefetch", "engine.run_directory"),
     },
 }
 

@@ -65,7 +65,7 @@ def make_trainer(directory: Path, train: RowStream | None = None, held_out: RowS
             "max_steps": 4,
             "warmup_steps": 2,
             "learning_rate": 1e-3,
-            "min_learning_rate": 1e-4,
+            "min_learning_rate_ratio": 0.1,
             "max_grad_norm": 1.0,
             "dtype": "float32",
             "eval_steps": 0,
@@ -240,7 +240,7 @@ def test_any_seed_will_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (1, 1), (10, 10), (20, 10), (0, 1)])
 def test_the_rate_warms_up_and_follows_transformers_cosine(warmup: int, total: int) -> None:
-    config = OptimizerConfig(learning_rate=0.5, min_learning_rate=0.05, warmup_steps=warmup)
+    config = OptimizerConfig(learning_rate=0.5, min_learning_rate_ratio=0.1, warmup_steps=warmup)
     ours = [learning_rate(step, config, total) for step in range(total + 1)]
     expected = [0.5 * (step + 1) / warmup for step in range(min(warmup, total + 1))]  # no step is wasted at rate 0
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.5)
@@ -374,7 +374,8 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path: Path, monkeypatch: 
 
 def test_a_tracker_gets_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[tuple[int, dict]] = []
-    tracker = SimpleNamespace(init=lambda **_: None, log=lambda line, step: got.append((step, line)))
+    init, finish = lambda **_: None, lambda: None
+    tracker = SimpleNamespace(init=init, log=lambda line, step: got.append((step, line)), finish=finish)
     monkeypatch.setattr(run_directory.importlib, "import_module", lambda name: {"trackio": tracker}[name])
     make_trainer(tmp_path, report_to="trackio").train()
     assert got == [(line["step"], line) for line in read_metrics(tmp_path)]
