@@ -18,6 +18,7 @@ from torch.types import Device
 
 import lora
 from config import ModelConfig, UserError, check
+from engine.adapter_base import ADAPTER_CONFIG, find_base
 from engine.files import (
     damaged_files,
     disk_errors,
@@ -33,7 +34,6 @@ from model import DeepSeekV2
 from tokenizer import Tokenizer
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
 
 # ---------------------------------------------------------------- names: ours and the Hub's
 
@@ -167,9 +167,15 @@ def weight_files(directory: Path) -> list[Path]:
     return [inside(directory, name) for name in sorted({str(name) for name in weight_map.values()})]
 
 
-def load_pretrained(directory: str | Path, dtype: torch.dtype | None = None, device: Device = None) -> DeepSeekV2:
-    """The model of a directory in Hugging Face layout, tensor by tensor; dtype None: as stored. Raises UserError."""
-    config = load_config(directory)
+def load_pretrained(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    config: ModelConfig | None = None,
+) -> DeepSeekV2:
+    """The model of a directory in Hugging Face layout, tensor by tensor; dtype None: as stored; config None: the
+    directory's. Raises UserError."""
+    config = config or load_config(directory)
     with torch.device("meta"):
         model = DeepSeekV2(config)
     for name, tensor in iterate_weights(directory, config):
@@ -183,11 +189,12 @@ def load_model_and_tokenizer(
 ) -> tuple[DeepSeekV2, Tokenizer]:
     """From a model directory, a run directory (its newest checkpoint), or an adapter's, whose base is then loaded too.
     An adapter's model comes with the adapter in place, not merged. Raises UserError."""
-    directory = resolve_checkpoint(path)
-    base = directory
+    base = directory = resolve_checkpoint(path)
+    config = None
     if (directory / ADAPTER_CONFIG).is_file():
-        base = resolve_checkpoint(str(read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")))
-    model = load_pretrained(base, dtype, device)
+        base, config = find_base(directory)
+        base = resolve_checkpoint(base)
+    model = load_pretrained(base, dtype, device, config)
     if base != directory:
         lora.load_adapter(model, directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()

@@ -158,6 +158,7 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
 
     import lora
     from checkpoint import iterate_weights
+    from engine.adapter_base import find_base
     from model import DeepSeekV2
     from parallel import load_weights, parallelize
 
@@ -174,6 +175,8 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
     parallelize(model, model.model.layers, compute.parallel, world)
     generator = torch.Generator().manual_seed(compute.seed)
     base = config.checkpoint.init_from
+    if adapters.lora_rank and checkpoint:
+        base = str(find_base(checkpoint)[0])
     source = base if adapters.lora_rank else checkpoint or base
     load_weights(model, iterate_weights(source, config.model) if source else model.initial_weights(generator))
     if adapters.lora_rank:

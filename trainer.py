@@ -14,6 +14,7 @@ import parallel
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError, check
 from datacollator import IGNORE, Batch, RowStream
+from engine.adapter_base import describe_base, record_base
 from engine.cli import StopSignal
 from engine.cost import measure_peak, multiplied_parameters
 from engine.prefetch import StepLoader
@@ -63,6 +64,9 @@ class Trainer:
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
+        self.base = None
+        if config.lora.lora_rank and config.checkpoint.init_from and world.is_main:
+            self.base = describe_base(config.checkpoint.init_from, config.model)
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
         self.multiplied = multiplied_parameters(self.plain_model.config)
         self.peak = measure_peak(world.device, self.dtype) * world.size
@@ -220,8 +224,9 @@ class Trainer:
         state |= {"config": self.config.flat(), "optimizer": optimizer_state}
 
         def write(directory: Path) -> None:
-            if self.config.lora.lora_rank:
-                save_adapter(directory, self.plain_model, self.config.checkpoint.init_from, weights)
+            if self.base:
+                save_adapter(directory, self.plain_model, str(self.base.directory), weights)
+                record_base(directory, self.base)
                 self.tokenizer.save_pretrained(directory)
             else:
                 save_pretrained(directory, self.plain_model, self.tokenizer, weights)

@@ -25,7 +25,7 @@ REQUIRED = SIZES - {"first_k_dense_replace", "n_group", "topk_group"}
 CHANGEABLE = {
     *("num_experts_per_tok", "topk_method", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob"),
     *("aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha"),
-    *("max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps"),
+    *("max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps", "initializer_range"),
 }
 
 
@@ -46,7 +46,11 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
 def load_config(directory: str | Path) -> ModelConfig:
     """Read config.json as DeepSeek or as transformers 5 writes it. Raises UserError, naming the file and the field."""
     path = inside(Path(directory), "config.json")
-    raw = read_json(path)
+    return parse_config(path, read_json(path))
+
+
+def parse_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
+    """From the content of a config.json that stands in the file `path`. Raises UserError, naming file and field."""
     for name, supported in SUPPORTED.items():
         value = raw.get(name, supported)
         check(value == supported, f"{path}: {name} is {value!r}; only {supported!r} is supported")

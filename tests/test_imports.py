@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "engine.formats": set(),
     "engine.sources": {"config"},
     "engine.hub_config": {"config", "engine.files"},
+    "engine.adapter_base": {"config", "engine.files", "engine.hub_config"},
     "engine.kernels": set(),
     "engine.plots": set(),
     "engine.cost": {"config", "model"},
@@ -32,10 +33,17 @@ MAY_IMPORT = {
     "generation": {"config", "model", "tokenizer", "engine.kernels"},
     "optimizer": {"config"},
     "parallel": {"config"},
-    "checkpoint": {"config", "model", "tokenizer", "lora", "engine.files", "engine.hub_config"},
+    "checkpoint": {"config", "model", "tokenizer", "lora", "engine.adapter_base", "engine.files", "engine.hub_config"},
     "trainer": {
         *("config", "tokenizer", "datacollator", "model", "lora", "generation", "checkpoint", "optimizer", "parallel"),
-        *("engine.cli", "engine.cost", "engine.files", "engine.prefetch", "engine.run_directory"),
+        *(
+            "engine.adapter_base",
+            "engine.cli",
+            "engine.cost",
+            "engine.files",
+            "engine.prefetch",
+            "engine.run_directory",
+        ),
     },
 }
 

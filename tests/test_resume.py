@@ -253,7 +253,8 @@ def test_what_cannot_change_is_refused_with_the_difference(
 
 
 def test_what_may_change_is_taken_and_logged(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = {"max_steps": 14, "logging_steps": 2, "learning_rate": 0.001}
+    """The optimizer's settings, too, which lie in its state as well."""
+    changes = {"max_steps": 14, "logging_steps": 2, "learning_rate": 0.001, "weight_decay": 0.5, "adam_beta2": 0.9}
     assert train_here(arguments(data, run, RESUME, **changes), run.parent) == 0
     printed = capsys.readouterr().out
     for difference in ("max_steps 12 -> 14", "logging_steps 1 -> 2", "learning_rate 0.003 -> 0.001"):
@@ -261,6 +262,11 @@ def test_what_may_change_is_taken_and_logged(run: Path, data: Path, capsys: pyte
     assert [line["step"] for line in read_metrics(run) if "loss" in line] == [*range(1, 10), 10, 12, 14]
     config = json.loads((run / "config.json").read_text())
     assert {name: config[name] for name in changes} == changes
+    groups = load_state(run / "checkpoints/step-000014/trainer_state.pt")["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], tuple(group["betas"])) for group in groups] == [
+        (0.5, (0.9, 0.9)),
+        (0.0, (0.9, 0.9)),
+    ]
 
 
 def test_settings_that_come_or_go_are_described(tmp_path: Path) -> None:
