@@ -13,20 +13,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.types import Device
 
 import lora
 from config import ModelConfig, Quantization, UserError, check
-from engine.files import damaged_files, disk_errors, inside, make_readable, read_json, write_directory, write_json
+from engine.adapter_base import ADAPTER_CONFIG, find_base
+from engine.files import (
+    damaged_files,
+    disk_errors,
+    inside,
+    read_json,
+    recover,
+    write_directory,
+    write_json,
+    write_tensors,
+)
 from engine.hub_config import hub_config, load_config
 from model import DeepSeekV2
 from quantization import NF4, plan, quantized_weights
 from tokenizer import Tokenizer
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
 
 # ---------------------------------------------------------------- names: ours and the Hub's
 
@@ -99,8 +107,7 @@ def write_weights(directory: Path, weights: dict[str, Tensor], max_shard_bytes: 
             directory / WEIGHTS_INDEX, {"metadata": {"total_size": num_bytes(weights)}, "weight_map": weight_map}
         )
     for file, shard in zip(files, shards, strict=True):
-        save_file(shard, directory / file, {"format": "pt"})
-        make_readable(directory / file)
+        write_tensors(directory / file, shard)
 
 
 def num_bytes(weights: dict[str, Tensor]) -> int:
@@ -172,10 +179,12 @@ def load_pretrained(
     directory: str | Path,
     dtype: torch.dtype | None = None,
     device: Device = None,
+    config: ModelConfig | None = None,
     quantize: Quantization | None = None,
 ) -> DeepSeekV2:
-    """The model of a directory in Hugging Face layout, tensor by tensor; dtype None: as stored. Raises UserError."""
-    config = load_config(directory)
+    """The model of a directory in Hugging Face layout, tensor by tensor; dtype None: as stored; config None: the
+    directory's. Raises UserError."""
+    config = config or load_config(directory)
     with torch.device("meta"):
         model = DeepSeekV2(config)
     if quantize:
@@ -196,11 +205,12 @@ def load_model_and_tokenizer(
 ) -> tuple[DeepSeekV2, Tokenizer]:
     """From a model directory, a run directory (its newest checkpoint), or an adapter's, whose base is then loaded too.
     An adapter's model comes with the adapter in place, not merged. Raises UserError."""
-    directory = resolve_checkpoint(path)
-    base = directory
+    base = directory = resolve_checkpoint(path)
+    config = None
     if (directory / ADAPTER_CONFIG).is_file():
-        base = resolve_checkpoint(str(read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")))
-    model = load_pretrained(base, dtype, device, quantize)
+        base, config = find_base(directory)
+        base = resolve_checkpoint(base)
+    model = load_pretrained(base, dtype, device, config, quantize)
     if base != directory:
         lora.load_adapter(model, directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
@@ -218,6 +228,14 @@ def resolve_checkpoint(path: str | Path) -> Path:
     known = (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
     check(known, f"{path} is no checkpoint: a directory with config.json or {ADAPTER_CONFIG}, or that of a run")
     return path
+
+
+def resolve_model(path: str | Path) -> Path:
+    """As resolve_checkpoint, of a whole model to train on. Raises UserError for an adapter."""
+    directory = resolve_checkpoint(path)
+    merge = f"python export.py merge {path} OUT, then start from OUT (to go on with its run: --resume --output-dir RUN)"
+    check(not (directory / ADAPTER_CONFIG).is_file(), f"{directory} is a LoRA adapter, not a model: {merge}")
+    return directory
 
 
 def merge_adapter(adapter: str | Path, out: str | Path) -> None:
@@ -244,6 +262,8 @@ def save_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], N
     """
     place = Path(output_dir, "checkpoints", f"step-{step:06d}")
     with disk_errors(place):
+        for left in place.parent.glob(".step-*.*"):  # by a save of another step that was killed
+            recover(place.with_name(left.stem[1:]))
         write_directory(place, write)
         present = checkpoints(output_dir)
         now = present.index(place)

@@ -129,7 +129,7 @@ class BatchConfig:
 
     batch_size: int = 4  # rows a micro-batch and process: as many as memory holds
     gradient_accumulation_steps: int = 4  # micro-batches a step: global batch = this * batch_size * processes
-    num_train_epochs: float = 1.0  # passes over the data; max_steps wins if it is set
+    num_train_epochs: float = 1.0  # passes over the data; on the command line it takes the place of max_steps
     max_steps: int = 0  # optimizer steps; 0: as many as num_train_epochs takes
 
     def validate(self) -> None:
@@ -143,7 +143,7 @@ class OptimizerConfig:
     # adamw, or muon for the blocks' matrices, adapters' too (adamw stays for the rest): it learns faster from scratch.
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-5  # peak learning rate, the same for AdamW and Muon
-    min_learning_rate: float = 2e-6  # the rate that the cosine ends at
+    min_learning_rate_ratio: float = 0.1  # the cosine ends at this share of the peak
     warmup_steps: int = 50  # steps of linear warm-up, while Adam's second moments are still rough
     weight_decay: float = 0.1  # decoupled decay; on matrices only, since norms have nothing to be pulled to
     adam_beta1: float = 0.9  # decay of the mean of gradients
@@ -151,7 +151,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
 
     def validate(self) -> None:
-        check_numbers(self, ("min_learning_rate", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"))
+        check_numbers(self, ("min_learning_rate_ratio", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"))
+        ratio = self.min_learning_rate_ratio
+        check(ratio <= 1, f"min_learning_rate_ratio is {ratio}; it must be at most 1: the rate falls from its peak")
         for name in ("adam_beta1", "adam_beta2"):
             check(getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be below 1")
 
@@ -180,7 +182,7 @@ class CheckpointConfig:
 
     init_from: str | None = None  # start from a directory in Hugging Face layout, or from a run's newest checkpoint
     output_dir: str = ""  # where the run is written; "": runs/<preset>
-    resume: bool = False  # continue the newest checkpoint in output_dir, exactly
+    resume: bool = False  # continue the newest checkpoint in output_dir, with its configuration but for what is given
     save_steps: int = 500  # steps between checkpoints; 0: only at the end
     save_total_limit: int = 2  # checkpoints kept; older ones go once a new one stands
 
@@ -278,7 +280,9 @@ TINY = TrainConfig(
     data=DataConfig(dataset=("chitchat",), train_split="train", eval_split="test", max_seq_len=512),
     batch=BatchConfig(batch_size=4, gradient_accumulation_steps=1, max_steps=1000),
     # Gradients of small batches are noisy: with adam_beta2 0.99 a tenth fewer steps to the same loss than with 0.95.
-    optimizer=OptimizerConfig("muon", learning_rate=4e-3, min_learning_rate=3e-5, warmup_steps=15, adam_beta2=0.99),
+    optimizer=OptimizerConfig(
+        "muon", learning_rate=4e-3, min_learning_rate_ratio=0.0075, warmup_steps=15, adam_beta2=0.99
+    ),
     checkpoint=CheckpointConfig(save_steps=200),
     watch=WatchConfig(eval_steps=200),
     model=ModelConfig(

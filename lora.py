@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import LoraConfig, UserError, check
-from engine.files import make_readable, read_json, write_json
+from engine.files import read_json, write_json, write_tensors
 from engine.kernels import Product
 from model import Experts
 from quantization import NF4
@@ -219,8 +219,7 @@ def save_adapter(
     write_json(directory / ADAPTER_CONFIG, config)
     values = model.state_dict() if state_dict is None else state_dict
     tensors = {peft: to_peft(values[name], name).contiguous() for name, peft in peft_names(model).items()}
-    save_file(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
-    make_readable(directory / ADAPTER_WEIGHTS)
+    write_tensors(directory / ADAPTER_WEIGHTS, tensors)
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> None:

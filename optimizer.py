@@ -11,12 +11,13 @@ from config import OptimizerConfig
 
 def learning_rate(step: float, config: OptimizerConfig, total_steps: float) -> float:
     """Rate of a step counted from 0, or of a place between two: linear warm-up, then half a cosine down to
-    min_learning_rate."""
+    a share of the peak."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
+    floor = config.min_learning_rate_ratio
+    return config.learning_rate * (floor + (1 - floor) * cosine)
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:

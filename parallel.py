@@ -215,8 +215,13 @@ def gather_state(model: nn.Module, optimizers: Optimizers) -> tuple[dict[str, An
 
 
 def scatter_optimizer_state(model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
-    """The inverse of gather_state for the optimizers; only the first rank's `state` is used."""
+    """The inverse of gather_state for the optimizers; only the first rank's `state` is used. Of it they take what they
+    have learned (moments, steps). What they are told (decay, betas) stays as it is."""
+    told = [[group.copy() for group in optimizer.param_groups] for optimizer in optimizers]
     options = StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), ignore_frozen_params=True
     )
     set_optimizer_state_dict(model, optimizers, state, options=options)
+    for optimizer, groups in zip(optimizers, told, strict=True):
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update({name: value for name, value in before.items() if name != "params"})

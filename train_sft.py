@@ -8,17 +8,19 @@ Without a preset: mini where there is CUDA, else tiny. All fields, their default
 
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import TrainConfig, check
-from engine.cli import one_line_errors, parse_arguments
+from engine.cli import given_fields, one_line_errors, parse_arguments, useless_flags
 
 if TYPE_CHECKING:
     from datacollator import RowStream
     from model import DeepSeekV2
     from parallel import World
     from tokenizer import Tokenizer
+    from trainer import Trainer
 
 # torch takes a while to import, and --help should not wait for it: what needs torch is imported where it is used.
 # On CPU, torch takes large tensors from huge pages if told so before it starts: a tenth of a step otherwise goes
@@ -29,19 +31,23 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
-def train(config: TrainConfig, world: "World") -> None:
-    """Config -> tokenizer -> data -> model -> trainer; each of the functions below makes one of them."""
+def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
+    """Config -> tokenizer -> data -> model -> trainer; each of the functions below makes one of them.
+
+    given: the fields that the command line names (engine/cli.py), which have to have an effect.
+    """
     import torch
 
-    from checkpoint import resolve_checkpoint
-    from engine.run_directory import check_changes, open_run
+    from checkpoint import resolve_model
+    from engine.run_directory import check_changes, check_start, open_run
     from parallel import replicate
     from quantization import quantized_weights
     from trainer import Trainer
 
-    source = resolve_checkpoint(config.checkpoint.init_from) if config.checkpoint.init_from else None
+    source = resolve_model(config.checkpoint.init_from) if config.checkpoint.init_from else None
     tokenizer = load_tokenizer(config, source)
-    config = resolve(config, source, tokenizer, world)
+    config = resolve(config, given, source, tokenizer, world)
+    check_start(config)
     if world.is_main and config.checkpoint.resume:
         check_changes(config)
     train_rows = load_rows(config, config.data.train_split, tokenizer, world, config.data.shuffle)
@@ -53,16 +59,19 @@ def train(config: TrainConfig, world: "World") -> None:
     trainer = Trainer(config, replicate(model, config.compute.parallel, world), tokenizer, train_rows, held_out, world)
     if checkpoint:
         trainer.resume(checkpoint)
+    check_length(config, given, trainer)
     if world.is_main:
         open_run(config)
         in_4_bits = sum(weight.numel() for weight in quantized_weights(model).values())
         parameters = sum(p.numel() for p in model.parameters()) + in_4_bits
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        to_come = (trainer.total_steps - trainer.step) * trainer.rows_per_step
+        epochs = (trainer.rows_seen + to_come) / train_rows.rows_per_epoch
         print(
             f"{parameters / 1e6:,.1f} M parameters, {f'{in_4_bits / 1e6:,.1f} M of them in 4 bits, ' * bool(in_4_bits)}"
             f"{trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
-            f"{trainer.total_steps} of {trainer.rows_per_step} rows on {world.size} x {world.device} in "
-            f"{config.compute.dtype} into {config.checkpoint.output_dir}"
+            f"{trainer.total_steps} of {trainer.rows_per_step} rows ({epochs:.3g} epochs) on {world.size} x "
+            f"{world.device} in {config.compute.dtype} into {config.checkpoint.output_dir}"
         )
     trainer.train()
 
@@ -76,20 +85,38 @@ def load_tokenizer(config: TrainConfig, source: Path | None) -> "Tokenizer":
     return Tokenizer(name, vocab_size, config.data.chat_template)
 
 
-def resolve(config: TrainConfig, source: Path | None, tokenizer: "Tokenizer", world: "World") -> TrainConfig:
+def resolve(
+    config: TrainConfig, given: Collection[str], source: Path | None, tokenizer: "Tokenizer", world: "World"
+) -> TrainConfig:
     """The complete configuration, as the run has it and keeps it: with what the checkpoint that it starts from, the
-    tokenizer and the device decide. Raises UserError for one that no run can have."""
-    from checkpoint import load_config
+    tokenizer and the device decide. Raises UserError for one that no run can have, or that leaves a flag no effect."""
+    from engine.hub_config import changed_config, load_config
     from parallel import choose_dtype
 
     dtype = choose_dtype(config.compute.dtype, world.device)
     config = config.changed(dtype=dtype, chat_template=tokenizer.chat_template)
     if source:
-        config = config.changed(init_from=str(source), tokenizer=str(source), model=load_config(source))
+        kept = {f"model.{name}" for name in vars(config.model)} if "resume" in given else set()
+        model = changed_config(load_config(source), config.model, kept | set(given), source)
+        config = config.changed(init_from=str(source), tokenizer=str(source), model=model)
     else:
         config = config.changed(vocab_size=tokenizer.vocab_size)
     config.validate()
+    useless = useless_flags(config, given, world.size)
+    check(not useless, "; ".join(useless))
     return config
+
+
+def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer") -> None:
+    """Refuse a run whose end lies behind it. One that is over before its warm-up is said, or refused if that was told.
+    Raises UserError."""
+    step, steps, warmup = trainer.step, trainer.total_steps, config.optimizer.warmup_steps
+    check(step <= steps, f"{config.checkpoint.output_dir} is at step {step}, beyond the {steps} that were asked for")
+    if warmup > steps:
+        never = f"warmup_steps is {warmup}, but there are {steps} steps: the learning rate never reaches its peak"
+        check("warmup_steps" not in given, never)
+        if trainer.world.is_main:
+            print(f"note: {never}")
 
 
 def load_rows(config: TrainConfig, split: str, tokenizer: "Tokenizer", world: "World", shuffle: bool) -> "RowStream":
@@ -137,6 +164,7 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
     import lora
     import quantization
     from checkpoint import iterate_weights
+    from engine.adapter_base import find_base
     from model import DeepSeekV2
     from parallel import load_weights, parallelize
 
@@ -156,6 +184,8 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
     parallelize(model, model.model.layers, compute.parallel, world)
     generator = torch.Generator().manual_seed(compute.seed)
     base = config.checkpoint.init_from
+    if adapters.lora_rank and checkpoint:
+        base = str(find_base(checkpoint)[0])
     source = base if adapters.lora_rank else checkpoint or base
     stored = iterate_weights(source, config.model, quantized) if source else None
     load_weights(model, stored or model.initial_weights(generator))
@@ -171,13 +201,13 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
 
 def main() -> None:
     with one_line_errors("--debug" in sys.argv):
-        config = parse_arguments(sys.argv[1:], __doc__)
+        config, given = parse_arguments(sys.argv[1:], __doc__), given_fields(sys.argv[1:])
 
         from parallel import join_world, leave_world, recorded, was_restarted
 
         world = join_world(config.compute.device)
         config = config.changed(resume=was_restarted(world) or config.checkpoint.resume)
-        recorded(train)(config, world)
+        recorded(train)(config, given, world)
         leave_world()
 
 

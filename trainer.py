@@ -14,6 +14,7 @@ import parallel
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError, check
 from datacollator import RowStream
+from engine.adapter_base import describe_base, record_base
 from engine.cli import STOP_SIGNALS, StopSignal
 from engine.cost import measure_peak, multiplied_parameters
 from engine.documents import MicroBatch
@@ -63,6 +64,9 @@ class Trainer:
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
+        self.base = None
+        if config.lora.lora_rank and config.checkpoint.init_from and world.is_main:
+            self.base = describe_base(config.checkpoint.init_from, config.model)
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
         self.multiplied = multiplied_parameters(self.plain_model.config)
         self.peak = measure_peak(world.device, self.dtype) * world.size
@@ -221,9 +225,12 @@ class Trainer:
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
     def print_samples(self, show: Callable[[str], None]) -> None:
-        """What the model answers by now. Under FSDP no rank has the whole model, so there are none."""
+        """What the model answers by now."""
         questions = self.config.watch.sample_prompts
-        if not questions or not self.world.is_main or parallel.is_sharded(self.model):
+        if not questions or not self.world.is_main:
+            return
+        if parallel.is_sharded(self.model):
+            show("  no samples: under fsdp no rank has the whole model")
             return
         rng = torch.Generator(self.world.device).manual_seed(self.config.compute.seed)
         self.model.eval()
@@ -241,8 +248,9 @@ class Trainer:
         state |= {"config": self.config.flat(), "optimizer": optimizer_state}
 
         def write(directory: Path) -> None:
-            if self.config.lora.lora_rank:
-                save_adapter(directory, self.plain_model, self.config.checkpoint.init_from, weights)
+            if self.base:
+                save_adapter(directory, self.plain_model, str(self.base.directory), weights)
+                record_base(directory, self.base)
                 self.tokenizer.save_pretrained(directory, self.config.model.max_position_embeddings)
             else:
                 save_pretrained(directory, self.plain_model, self.tokenizer, weights)

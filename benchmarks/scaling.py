@@ -97,7 +97,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     config = train_sft.parse_arguments(flags)
     tokenizer = Tokenizer(vocab_size=config.model.vocab_size)
     world = join_world(config.compute.device)
-    config = train_sft.resolve(config, None, tokenizer, world)
+    config = train_sft.resolve(config, (), None, tokenizer, world)
     width = config.data.max_seq_len
     data, _ = load_dataset_split("chitchat", "train", tokenizer, width)
     rows = RowStream(data, DataCollator(width, tokenizer.pad_token_id), config.compute.seed)

@@ -1,4 +1,4 @@
-"""The command line: config.py's dataclasses as flags, and errors as one line, and signals."""
+"""The command line: config.py's dataclasses as flags, flags that could do nothing, errors as one line, signals."""
 
 import contextlib
 import io
@@ -9,13 +9,15 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import tyro
 
 from config import PRESETS, RopeScaling, TrainConfig, UserError, check
+from engine.run_directory import saved_configuration
 
 Config = TypeVar("Config")
 
@@ -92,25 +94,99 @@ def leave_terminal() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
+# ---------------------------------------------------------------- train_sft.py's flags
+
+# What other trainers, or people in a hurry, call our fields.
+CALLED_ELSEWHERE = {
+    "lr": "learning-rate",
+    "bs": "batch-size",
+    "per-device-train-batch-size": "batch-size",
+    "per-device-eval-batch-size": "batch-size",
+    "grad-accum": "gradient-accumulation-steps",
+    "max-length": "max-seq-len",
+    "model-name-or-path": "init-from",
+    "dataset-name": "dataset",
+    "lora-r": "lora-rank",
+    "lr-min": "min-learning-rate-ratio",
+    "bf16": "dtype bfloat16",
+    "fp32": "dtype float32",
+}
+
+
 def parse_arguments(arguments: list[str], description: str | None = None) -> TrainConfig:
-    """train_sft.py's: the preset, with the fields that the command line overrides. Raises UserError."""
+    """train_sft.py's: the preset, or with --resume the configuration that the run has kept, with the fields that the
+    command line overrides. Raises UserError."""
     preset, flags = "", list(arguments)
     if flags and not flags[0].startswith("-"):
         preset = flags.pop(0)
         check(preset in PRESETS, f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     elif "-h" in flags or "--help" in flags:
         preset = "tiny"
-    else:
+    given = given_fields(flags)
+    if not preset and not given >= {"resume", "output_dir"}:
         import torch
 
         preset = "mini" if torch.cuda.is_available() else "tiny"
         print(f"preset {preset}: there is {'a' if preset == 'mini' else 'no'} CUDA device")
-    default = PRESETS[preset]
-    if any(flag.replace("_", "-").startswith("--model.rope-scaling.") for flag in flags):  # any of them turns it on
+    config = parse_fields(PRESETS[preset or "tiny"], flags, preset, description)
+    directory = config.checkpoint.output_dir or f"runs/{preset}"
+    if config.checkpoint.resume:
+        config = parse_fields(saved_configuration(directory), flags, preset, description)
+    if "num_train_epochs" in given and "max_steps" not in given:
+        config = config.changed(max_steps=0)
+    return config.changed(output_dir=directory)
+
+
+def parse_fields(default: TrainConfig, flags: list[str], preset: str, description: str | None) -> TrainConfig:
+    """`default` with the fields that the flags name. Raises UserError, with a hint at what may have been meant."""
+    if any(name.startswith("model.rope_scaling.") for name in given_fields(flags)):  # any of them turns it on
         yarn = default.model.rope_scaling or RopeScaling()
         default = replace(default, model=replace(default.model, rope_scaling=yarn))
-    config = parse_flags(TrainConfig, flags, f"train_sft.py {preset}", description, default=default)
-    return config.changed(output_dir=config.checkpoint.output_dir or f"runs/{preset}")
+    try:
+        return parse_flags(TrainConfig, flags, f"train_sft.py {preset}".strip(), description, default=default)
+    except UserError as error:
+        raise UserError("; ".join([str(error), *hints(flags)])) from None
+
+
+def given_fields(flags: list[str]) -> frozenset[str]:
+    """The fields that a command line names, whatever their values: {"packing", "model.hidden_size"}."""
+    names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+    return frozenset(name.removeprefix("no_") for name in names)
+
+
+def hints(flags: list[str]) -> Iterator[str]:
+    """What may have been meant by flags that were not understood."""
+    words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    for word, value in pairwise([*words, ""]):
+        name = word.removeprefix("--").replace("_", "-")
+        if word.startswith("--") and name in CALLED_ELSEWHERE:
+            yield f"{word} is --{CALLED_ELSEWHERE[name]} here"
+        if word.startswith("--") and value.lower() in ("true", "false"):
+            yield f"a switch has no value: say --{name} or --no-{name}"
+        if word in PRESETS:
+            yield f"a preset comes before the flags: train_sft.py {word} ..."
+
+
+def useless_flags(config: TrainConfig, given: Collection[str], world_size: int) -> list[str]:
+    """Why fields that the command line names can have no effect in this run: a sentence for each of them.
+
+    config: the complete one. given: see given_fields.
+    """
+    start, lora, steps = config.checkpoint.init_from, config.lora, config.batch.max_steps
+    without_lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
+    quiet, prompts = not config.watch.eval_steps, config.watch.sample_prompts
+    alone = world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    reasons = [
+        (("tokenizer",), start, f"init_from brings its own tokenizer, that of {start}"),
+        (("model.initializer_range",), start, f"init_from brings its own weights, those of {start}"),
+        (("parallel",), alone, "this is one process; start several: torchrun --nproc_per_node N train_sft.py ..."),
+        (without_lora, not lora.lora_rank, "lora_rank is 0: there are no adapters"),
+        (("eval_split", "eval_max_rows"), quiet, "eval_steps is 0: nothing is evaluated"),
+        (("sample_prompts",), quiet and prompts, "eval_steps is 0, and samples are shown at evaluations"),
+        (("num_train_epochs",), steps, f"max_steps is {steps}, and counts; leave one of them out"),
+        (("model.topk_group",), config.model.n_group == 1, "model.n_group is 1: there are no groups to choose from"),
+    ]
+    return [f"{name} has no effect: {why}" for names, true, why in reasons if true for name in names if name in given]
 
 
 def parse_flags(kind: type[Config], flags: list[str], prog: str, description: str | None, **options: Any) -> Config:

@@ -7,11 +7,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from config import UserError, check
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKSUMS = "checksums.json"
 
@@ -45,11 +48,6 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def make_readable(path: Path) -> None:
-    """For whoever may read its neighbours: safetensors makes files that nobody else may read."""
-    path.chmod(0o644)
-
-
 def replace_file(path: Path, text: str) -> None:
     """Killed at any moment, there is the old file or the new one. Raises UserError where the disk refuses."""
     temporary = path.with_suffix(".tmp")
@@ -57,6 +55,17 @@ def replace_file(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
+    """A .safetensors file that may be read by whoever may read other files made here: safetensors makes it private.
+    Raises OSError or SafetensorError where the disk refuses."""
+    from safetensors.torch import save_file  # the command line needs no torch
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -89,12 +98,13 @@ def checksum(path: Path) -> str:
 def write_directory(place: Path, write: Callable[[Path], None], checksums: bool = True) -> None:
     """Let `write` fill a new directory, add its files' checksums, and put it at `place` once all of it is on the disk.
 
-    Killed at any moment, `place` has all of it or what was there before. Raises OSError or SafetensorError where the
-    disk refuses, and leaves everything as it was.
+    Killed at any moment, `place` has all of it or what was there before; between the two, for as long as two renames
+    take, that lies beside it, and `recover` brings it back. Raises OSError or SafetensorError where the disk refuses,
+    and leaves everything as it was.
     """
     temporary, old = (place.with_name(f".{place.name}.{kind}") for kind in ("tmp", "old"))
     place.parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(place.parent)
+    recover(place)
     try:
         temporary.mkdir()
         write(temporary)
@@ -104,21 +114,20 @@ def write_directory(place: Path, write: Callable[[Path], None], checksums: bool 
             flush_to_disk(written)
         if place.exists():
             place.rename(old)
-        try:
-            temporary.rename(place)
-        except OSError:
-            if old.exists():
-                old.rename(place)
-            raise
+        temporary.rename(place)
         flush_to_disk(place.parent)
     finally:
-        remove_unfinished(place.parent)
+        recover(place)
 
 
-def remove_unfinished(parent: Path) -> None:
-    """What a kill in the middle of `write_directory` has left."""
-    for directory in (*parent.glob(".*.tmp"), *parent.glob(".*.old")):
-        shutil.rmtree(directory)
+def recover(place: Path) -> None:
+    """Clear away what `write_directory` has left where it failed or was killed. What was there before comes back."""
+    temporary, old = (place.with_name(f".{place.name}.{kind}") for kind in ("tmp", "old"))
+    if old.exists() and not place.exists():
+        old.rename(place)
+    for left in (temporary, old):
+        if left.exists():
+            shutil.rmtree(left)
 
 
 def damaged_files(directory: Path) -> list[str]:

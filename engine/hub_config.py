@@ -1,6 +1,7 @@
 """A model's config.json, as DeepSeek or transformers 5 writes it, to and from our `ModelConfig`."""
 
-from dataclasses import asdict, fields
+from collections.abc import Collection
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ SUPPORTED = {
 SIZES = {field.name for field in fields(ModelConfig) if type(field.default) is int}
 REQUIRED = SIZES - {"first_k_dense_replace", "n_group", "topk_group"}
 
+# What weights of one shape can be used with. Everything else is what they were made for.
+CHANGEABLE = {
+    *("num_experts_per_tok", "topk_method", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob"),
+    *("aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha"),
+    *("max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps", "initializer_range"),
+}
+
 
 def hub_config(config: ModelConfig) -> dict[str, Any]:
     """config.json for readers of both kinds: rope_theta and rope_scaling as in DeepSeek's files, rope_parameters as
@@ -38,7 +46,11 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
 def load_config(directory: str | Path) -> ModelConfig:
     """Read config.json as DeepSeek or as transformers 5 writes it. Raises UserError, naming the file and the field."""
     path = inside(Path(directory), "config.json")
-    raw = read_json(path)
+    return parse_config(path, read_json(path))
+
+
+def parse_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
+    """From the content of a config.json that stands in the file `path`. Raises UserError, naming file and field."""
     for name, supported in SUPPORTED.items():
         value = raw.get(name, supported)
         check(value == supported, f"{path}: {name} is {value!r}; only {supported!r} is supported")
@@ -74,6 +86,27 @@ def read_rope(path: Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]
     check(not unknown, f"{path}: rope_scaling's {', '.join(sorted(unknown))} is not supported")
     check_types(path, rope, RopeScaling())
     return theta, RopeScaling(**rope)
+
+
+def changed_config(loaded: ModelConfig, wanted: ModelConfig, given: Collection[str], source: Path) -> ModelConfig:
+    """A checkpoint's configuration with what the command line changes: the fields of `wanted` that are in `given`, as
+    "model.aux_loss_alpha" or "model.rope_scaling.factor". Raises UserError for another shape than the weights have.
+
+    YaRN stretches the context that the checkpoint had, by its factor, unless told otherwise.
+    """
+    named = {name for name in vars(loaded) if f"model.{name}" in given}
+    changes = {name: getattr(wanted, name) for name in named if getattr(wanted, name) != getattr(loaded, name)}
+    fixed = [f"model.{name} is {getattr(loaded, name)}, not {changes[name]}" for name in changes.keys() - CHANGEABLE]
+    check(not fixed, f"the weights in {source} have a shape that cannot change: {', '.join(sorted(fixed))}")
+    config = replace(loaded, **changes)
+    yarn = {name for name in vars(RopeScaling()) if f"model.rope_scaling.{name}" in given}
+    if yarn:
+        old = config.rope_scaling or RopeScaling(original_max_position_embeddings=loaded.max_position_embeddings)
+        config.rope_scaling = replace(old, **{name: getattr(wanted.rope_scaling, name) for name in yarn})
+        if "max_position_embeddings" not in named:
+            stretched = config.rope_scaling.factor * config.rope_scaling.original_max_position_embeddings
+            config.max_position_embeddings = round(stretched)
+    return config
 
 
 def check_types(path: Path, values: dict[str, Any], example: object) -> None:

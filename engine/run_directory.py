@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import TrainConfig, UserError, check
+from config import ModelConfig, RopeScaling, TrainConfig, UserError, check
 from engine.files import disk_errors, read_json, replace_file
 
-CONFIG, METRICS = "config.json", "metrics.jsonl"
+CONFIG, METRICS, TRACKER_ID = "config.json", "metrics.jsonl", "tracker_id"
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.
 FIXED_FIELDS = (
     *("model", "tokenizer", "chat_template", "dataset", "train_split", "max_seq_len", "packing", "shuffle"),
@@ -21,30 +22,53 @@ FIXED_FIELDS = (
 )
 
 
+# ---------------------------------------------------------------- its configuration
+
+
+def saved_configuration(run: str | Path) -> TrainConfig:
+    """The configuration that a run has kept. Raises UserError where there is no run, or another program's."""
+    path = Path(run, CONFIG)
+    there = f"{run} holds no run to resume: there is no {path}. Without --resume a new run begins"
+    check(path.is_file(), there)
+    saved = read_configuration(path)
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    unknown = [name for name in flatten(values) if name.split(".")[0] not in TrainConfig().flat()]
+    check(not unknown, f"{path} is no run's configuration: {', '.join(unknown[:5])} is unknown here")
+    try:
+        model = values.pop("model", {})
+        scaling = model.get("rope_scaling")
+        model |= {"rope_scaling": RopeScaling(**scaling) if scaling else None}
+        return TrainConfig().changed(**values, model=ModelConfig(**model))
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no run's configuration: {error}") from error
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """A run's config.json, an earlier version's in today's terms. Raises UserError for what is no JSON."""
+    values = read_json(path)
+    if isinstance(values.get("dataset"), str):  # a run had one source
+        values["dataset"] = [values["dataset"]]
+    if "min_learning_rate" in values:
+        values["min_learning_rate_ratio"] = values.pop("min_learning_rate") / values["learning_rate"]
+    return values
+
+
 def check_changes(config: TrainConfig) -> None:
     """Say what is new in the configuration of a run that is to be resumed. Raises UserError where it had another shape
     or other data."""
     path = Path(config.checkpoint.output_dir, CONFIG)
-    if not path.exists():
+    if not path.exists():  # torchrun has restarted a job that died before it made the directory
         return
     old, new = flatten(read_configuration(path)), flatten(json.loads(json.dumps(config.flat())))
     changes = {
         name: f"{name} {old.get(name)!r} -> {new.get(name)!r}"
         for name in old | new
-        if old.get(name) != new.get(name) and name != "resume"
+        if old.get(name) != new.get(name) and name not in ("resume", "debug")
     }
     fixed = [change for name, change in changes.items() if name.partition(".")[0] in FIXED_FIELDS]
     check(not fixed, f"{path.parent} cannot be resumed with another configuration: {', '.join(fixed)}")
-    if changes:
-        print(f"resuming with changes: {', '.join(changes.values())}")
-
-
-def read_configuration(path: Path) -> dict[str, Any]:
-    """A run's config.json. Raises UserError for what is no JSON."""
-    values = read_json(path)
-    if isinstance(values.get("dataset"), str):  # as it was written when a run had one source
-        values["dataset"] = [values["dataset"]]
-    return values
+    news = f"changes: {', '.join(changes.values())}" if changes else "its own configuration"
+    print(f"resuming {path.parent} with {news}")
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,6 +77,22 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+# ---------------------------------------------------------------- its directory
+
+
+def check_start(config: TrainConfig) -> None:
+    """What has to be right before anything changes on disk. Raises UserError where a tracker is missing, or where the
+    earlier run that `open_run` would move aside holds what this one starts from."""
+    if config.watch.report_to != "none":
+        import_tracker(config.watch.report_to)
+    directory = Path(config.checkpoint.output_dir)
+    if config.checkpoint.resume or not (directory / CONFIG).exists():
+        return
+    needed = (config.checkpoint.init_from, config.data.tokenizer, *config.data.dataset)
+    inside = [place for place in needed if place and Path(place).resolve().is_relative_to(directory.resolve())]
+    check(not inside, f"output_dir {directory} holds {', '.join(inside)}, which this run starts from: choose another")
 
 
 def open_run(config: TrainConfig) -> None:
@@ -64,6 +104,9 @@ def open_run(config: TrainConfig) -> None:
         directory.rename(f"{directory}.{number}")
         print(f"{directory} held an earlier run, which is now {directory}.{number} (--resume would have continued it)")
     replace_file(directory / CONFIG, json.dumps(config.flat(), indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- its progress
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -86,7 +129,7 @@ class RunLog:
         if shown:
             kept = [line for line in read_metrics(self.run) if line["step"] <= step] if self.path.exists() else []
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self.tracker = open_tracker(config)
+            self.track, self.close_tracker = open_tracker(config, step)
         self.bar = tqdm(total=total_steps, initial=step, disable=not shown, dynamic_ncols=True, unit="step")
 
     def __enter__(self) -> "RunLog":
@@ -95,6 +138,8 @@ class RunLog:
     def __exit__(self, error: object, *_: object) -> None:
         """Draw loss.png, unless the run ended before its last step."""
         self.bar.close()
+        if self.shown:
+            self.close_tracker()
         if self.shown and error is None:
             from engine.plots import plot_runs  # matplotlib takes a while to import
 
@@ -119,20 +164,39 @@ class RunLog:
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
             with disk_errors(self.path), self.path.open("a") as file:
                 file.write(json.dumps(finite) + "\n")
-            self.tracker(metrics)
+            self.track(metrics)
 
 
-def open_tracker(config: TrainConfig) -> Callable[[dict[str, float]], Any]:
-    """A function that hands metrics to the tracker that `report_to` names. Raises UserError where it's missing."""
-    name, directory = config.watch.report_to, config.checkpoint.output_dir
-    if name == "none":
-        return lambda metrics: None
+# ---------------------------------------------------------------- a tracker
+
+
+def import_tracker(name: str) -> Any:
+    """The module of a tracker. Raises UserError where it's missing."""
     try:
-        tracker = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     except ImportError as error:
         raise UserError(f"report_to {name} is not installed: pip install {name}") from error
+
+
+def open_tracker(config: TrainConfig, step: int) -> tuple[Callable[[dict[str, float]], Any], Callable[[], Any]]:
+    """A function that hands metrics to the tracker that `report_to` names, and one that closes it. A run that goes on
+    after `step` goes on there, too. Raises UserError where the tracker is missing."""
+    name, run = config.watch.report_to, Path(config.checkpoint.output_dir)
+    if name == "none":
+        return lambda metrics: None, lambda: None
+    tracker = import_tracker(name)
     if name == "tensorboard":
-        writer = tracker.SummaryWriter(directory)
-        return lambda metrics: [writer.add_scalar(key, value, metrics["step"]) for key, value in metrics.items()]
-    tracker.init(project="sft-from-scratch", name=Path(directory).name, config=config.flat())
-    return lambda metrics: tracker.log(metrics, step=metrics["step"])
+        writer = tracker.SummaryWriter(run, purge_step=step + 1)  # no longer shows what was written after it
+
+        def write(metrics: dict[str, float]) -> None:
+            for key in metrics.keys() - {"step"}:
+                writer.add_scalar(key, metrics[key], metrics["step"])
+
+        return write, writer.close
+    number = run / TRACKER_ID
+    if not (config.checkpoint.resume and number.exists()):
+        replace_file(number, secrets.token_hex(4))
+    known = number.read_text()
+    names = {"id": known, "name": run.name} if name == "wandb" else {"name": f"{run.name}-{known}"}
+    tracker.init(project="sft-from-scratch", config=config.flat(), resume="allow", **names)
+    return lambda metrics: tracker.log(metrics, step=metrics["step"]), tracker.finish

@@ -22,6 +22,7 @@ import parallel
 import train_sft
 import trainer
 from benchmarks.scaling import Traffic
+from engine.cli import given_fields
 from engine.documents import MicroBatch
 from engine.prefetch import Step
 from model import LossOutput
@@ -128,7 +129,7 @@ def main() -> None:
             if run["continues"] and world.is_main:
                 take_over(Path(run["continues"]), Path(config.checkpoint.output_dir))
             dist.barrier()
-            train_sft.train(config, world)
+            train_sft.train(config, given_fields(run["arguments"]), world)
     gc.unfreeze()  # or leave_world could not collect what the runs have left
     parallel.leave_world()
 

@@ -85,6 +85,12 @@ def arguments(dataset: Path, output_dir: Path, *flags: str, **changes: Any) -> l
     """The command line of a run of 24 thousand parameters; changes in Python's spelling, model_x for model.x."""
     named = {name.replace("model_", "model.").replace("_", "-"): value for name, value in changes.items()}
     settings = SETTINGS | {"dataset": dataset, "output-dir": output_dir} | named
+    if "init-from" in named:  # which has a shape
+        settings = {name: value for name, value in settings.items() if name in named or not name.startswith("model.")}
+    if settings["eval-steps"] == 0:
+        settings.pop("eval-split")
+    if "warmup-steps" not in named and settings["max-steps"] == 1:
+        settings["warmup-steps"] = 1
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     return ["tiny", *words, "--sample-prompts", *flags]
 

@@ -1,5 +1,6 @@
 """Model directories against transformers; run state against kills, full disks, damage and hostile files."""
 
+import itertools
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lora
 from checkpoint import (
     iterate_weights,
     load_config,
@@ -517,6 +519,45 @@ def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 2, write, limit=1)
     assert steps(tmp_path) == ["step-000001"]
+
+
+@pytest.mark.parametrize("failing", [(2,), (2, 3)])
+def test_a_failing_rename_costs_no_checkpoint(
+    failing: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving a step again renames twice: the old directory away, the new one to its place; then the old one back. Where
+    that fails, too, it is found again by the next save."""
+    place = save_checkpoint(tmp_path, 1, writer(1), limit=1)
+    rename, calls = Path.rename, itertools.count(1)
+
+    def fail(self: Path, target: Path) -> Path:
+        if next(calls) in failing:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(UserError, match="step-000001 cannot be written"):
+            save_checkpoint(tmp_path, 1, writer(11), limit=1)
+    if 3 not in failing:
+        assert stored_value(place) == 1
+    save_checkpoint(tmp_path, 2, writer(2), limit=2)
+    assert steps(tmp_path) == ["step-000001", "step-000002"]
+    assert stored_value(place) == 1
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    before = os.umask(0o027)
+    try:
+        model = small_model(vocab_size=512)
+        save_pretrained(tmp_path / "merged", model, tokenizer)
+        save_checkpoint(tmp_path, 1, lambda directory: save_pretrained(directory, model, tokenizer), limit=1)
+        lora.add_lora(model, 2, 4.0, 0.0, ("o_proj",))
+        lora.save_adapter(tmp_path / "adapter", model, None)
+    finally:
+        os.umask(before)
+    modes = {oct(file.stat().st_mode & 0o777) for file in tmp_path.rglob("*") if file.is_file()}
+    assert modes == {"0o640"}
 
 
 @contextmanager

@@ -71,7 +71,8 @@ def test_wrong_flags(flags: list[str], message: str, refused: Callable[..., str]
 
 
 def test_hyphens_and_underscores_both_work(data: Path, tmp_path: Path) -> None:
-    command = arguments(data, tmp_path / "run", "--max_steps", "1", "--eval_steps=0", "--model.hidden_size", "16")
+    flags = ["--max_seq_len", "90", "--logging_steps=1", "--model.hidden_size", "16"]
+    command = arguments(data, tmp_path / "run", *flags, eval_steps=0, max_steps=1)
     assert train_here(command, tmp_path) == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["model"]["hidden_size"] == 16
 

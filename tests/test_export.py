@@ -52,7 +52,7 @@ def test_an_adapter_is_loaded_with_its_base(adapted: DeepSeekV2, tmp_path: Path)
 
 def test_an_adapter_without_its_base_is_refused(adapted: DeepSeekV2, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(UserError, match=r"base is no checkpoint"):
+    with pytest.raises(UserError, match=r"its base model is missing: there is no directory .*base"):
         load_model_and_tokenizer(tmp_path / "run")
 
 

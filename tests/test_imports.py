@@ -12,11 +12,12 @@ COMMANDS = {"train_sft", "chat", "show", "export"}
 MAY_IMPORT = {
     # The machine room
     "engine.files": {"config"},
-    "engine.cli": {"config"},
+    "engine.cli": {"config", "engine.run_directory"},
     "engine.vocabulary": {"config", "engine.files"},
     "engine.formats": set(),
     "engine.sources": {"config"},
     "engine.hub_config": {"config", "engine.files"},
+    "engine.adapter_base": {"config", "engine.files", "engine.hub_config"},
     "engine.documents": set(),
     "engine.kernels": {"engine.documents"},
     "engine.plots": set(),
@@ -38,10 +39,14 @@ MAY_IMPORT = {
     "engine.web": {"config", "model", "tokenizer", "engine.cost", "engine.kernels", "engine.trace"},
     "optimizer": {"config"},
     "parallel": {"config"},
-    "checkpoint": {"config", "model", "quantization", "tokenizer", "lora", "engine.files", "engine.hub_config"},
+    "checkpoint": {
+        *("config", "model", "quantization", "tokenizer", "lora"),
+        *("engine.adapter_base", "engine.files", "engine.hub_config"),
+    },
     "trainer": {
         *("config", "tokenizer", "datacollator", "model", "lora", "generation", "checkpoint", "optimizer", "parallel"),
-        *("engine.cli", "engine.cost", "engine.documents", "engine.prefetch", "engine.run_directory"),
+        *("engine.adapter_base", "engine.cli", "engine.cost", "engine.documents", "engine.prefetch"),
+        "engine.run_directory",
     },
 }
 

@@ -214,7 +214,7 @@ def test_its_checkpoint_holds_adapters_alone(run: Path, published: Path) -> None
     newest = newest_checkpoint(run)
     assert {file.name for file in newest.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-        *("trainer_state.pt", "checksums.json"),
+        *("base.json", "trainer_state.pt", "checksums.json"),
     }
     adapters = load_file(newest / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}

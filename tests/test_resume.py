@@ -94,17 +94,18 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(
         changes = changes | {"init_from": alone}
     log = tmp_path / "log"
     assert train_here(arguments(data, tmp_path / "reference", *flags, **changes), folder) == 0
-    command = arguments(data, tmp_path / "run", *flags, RESUME, **changes)
+    first = arguments(data, tmp_path / "run", *flags, **changes)
+    then = ["tiny", RESUME, "--output-dir", str(tmp_path / "run")]
     rng = random.Random(str(flags) + str(len(changes)))
     flushes = 8  # at least that many in a save: files, the directory and the one above
-    for fault in (
-        functools.partial(small_runs.signal_in_step, 1, signal.SIGKILL),
-        functools.partial(small_runs.die_at_flush, rng.randint(0, flushes - 1)),
-        functools.partial(small_runs.die_at_flush, flushes + 1 + rng.randint(0, flushes - 1)),
+    for command, fault in (
+        (first, functools.partial(small_runs.signal_in_step, 1, signal.SIGKILL)),
+        (then, functools.partial(small_runs.die_at_flush, rng.randint(0, flushes - 1))),
+        (then, functools.partial(small_runs.die_at_flush, flushes + 1 + rng.randint(0, flushes - 1))),
     ):
         assert train_in_child(command, log, fault) == -signal.SIGKILL
-    kill_after(rng.uniform(0, 0.1), command, log)
-    assert train_in_child(command, log) == 0
+    kill_after(rng.uniform(0, 0.1), then, log)
+    assert train_in_child(then, log) == 0
     assert_same_run(tmp_path / "run", tmp_path / "reference")
     steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert steps == list(range(1, len(steps) + 1))
@@ -273,7 +274,8 @@ def test_what_cannot_change_is_refused_with_the_difference(
 
 
 def test_what_may_change_is_taken_and_logged(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = {"max_steps": 14, "logging_steps": 2, "learning_rate": 0.001}
+    """The optimizer's settings, too, which lie in its state as well."""
+    changes = {"max_steps": 14, "logging_steps": 2, "learning_rate": 0.001, "weight_decay": 0.5, "adam_beta2": 0.9}
     assert train_here(arguments(data, run, RESUME, **changes), run.parent) == 0
     printed = capsys.readouterr().out
     for difference in ("max_steps 12 -> 14", "logging_steps 1 -> 2", "learning_rate 0.003 -> 0.001"):
@@ -281,6 +283,11 @@ def test_what_may_change_is_taken_and_logged(run: Path, data: Path, capsys: pyte
     assert [line["step"] for line in read_metrics(run) if "loss" in line] == [*range(1, 10), 10, 12, 14]
     config = json.loads((run / "config.json").read_text())
     assert {name: config[name] for name in changes} == changes
+    groups = load_state(run / "checkpoints/step-000014/trainer_state.pt")["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], tuple(group["betas"])) for group in groups] == [
+        (0.5, (0.9, 0.9)),
+        (0.0, (0.9, 0.9)),
+    ]
 
 
 def test_settings_that_come_or_go_are_described(tmp_path: Path) -> None:
@@ -310,7 +317,9 @@ def test_a_run_from_before_the_configuration_had_groups_goes_on(
     for line, before in zip(numbers(tmp_path / "run"), without_clock(expected), strict=True):
         assert line == pytest.approx(before, rel=1e-6)
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config.keys() == json.loads((written / "run_9a2237a/config.json").read_text()).keys()
+    before = json.loads((written / "run_9a2237a/config.json").read_text())
+    assert before.keys() - config.keys() == {"min_learning_rate"}
+    assert config["min_learning_rate_ratio"] == pytest.approx(before["min_learning_rate"] / before["learning_rate"])
     assert config["dataset"] == ["talk.jsonl"]
     load_pretrained(tmp_path / "run/checkpoints/step-000012")
     load_pretrained(written / "run_9a2237a/checkpoints/step-000006")

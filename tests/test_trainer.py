@@ -21,7 +21,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 import lora
 import trainer as trainer_module
 from checkpoint import load_pretrained
-from config import OptimizerConfig, TrainConfig, UserError
+from config import OptimizerConfig, TrainConfig, UserError, check
 from datacollator import DataCollator, RowStream
 from engine import kernels, plots, run_directory
 from engine.documents import Documents, MicroBatch
@@ -67,7 +67,7 @@ def make_trainer(directory: Path, train: RowStream | None = None, held_out: RowS
             "max_steps": 4,
             "warmup_steps": 2,
             "learning_rate": 1e-3,
-            "min_learning_rate": 1e-4,
+            "min_learning_rate_ratio": 0.1,
             "max_grad_norm": 1.0,
             "dtype": "float32",
             "eval_steps": 0,
@@ -279,7 +279,7 @@ def test_a_packed_step_of_fixed_shapes_is_the_same_step(optimizer: str, tmp_path
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (1, 1), (10, 10), (20, 10), (0, 1)])
 def test_the_rate_warms_up_and_follows_transformers_cosine(warmup: int, total: int) -> None:
-    config = OptimizerConfig(learning_rate=0.5, min_learning_rate=0.05, warmup_steps=warmup)
+    config = OptimizerConfig(learning_rate=0.5, min_learning_rate_ratio=0.1, warmup_steps=warmup)
     ours = [learning_rate(step, config, total) for step in range(total + 1)]
     expected = [0.5 * (step + 1) / warmup for step in range(min(warmup, total + 1))]  # no step is wasted at rate 0
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.5)
@@ -435,12 +435,78 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path: Path, monkeypatch: 
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
+class Tracker(SimpleNamespace):
+    """What wandb, trackio and torch's tensorboard have in common: it notes what it is told."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(started=[], lines=[], closed=0)
+        patch.setattr(run_directory, "import_tracker", lambda name: self)
+
+    def init(self, **options: Any) -> None:
+        self.started.append(options)
+
+    def log(self, line: dict[str, float], step: int) -> None:
+        self.lines.append((step, line))
+
+    def SummaryWriter(self, directory: Path, purge_step: int) -> "Tracker":
+        self.started.append(purge_step)
+        return self
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.lines.append((step, name))
+
+    def finish(self) -> None:
+        self.closed += 1
+
+    close = finish
+
+
+def stop_after_two_of_four_steps_and_go_on(directory: Path, **changes: Any) -> None:
+    """What is saved after step 2 is known to have been written up to step 3."""
+    first = make_trainer(directory, save_steps=2, **changes)
+    forward = first.forward
+
+    def fail(batch: dict) -> Any:
+        check(first.step < 3, "step 4 fails")
+        return forward(batch)
+
+    first.forward = fail  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="step 4 fails"):
+        first.train()
+    again = make_trainer(directory, resume=True, **changes)
+    again.resume(directory / "checkpoints/step-000002")
+    again.train()
+
+
 def test_a_tracker_gets_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    got: list[tuple[int, dict]] = []
-    tracker = SimpleNamespace(init=lambda **_: None, log=lambda line, step: got.append((step, line)))
-    monkeypatch.setattr(run_directory.importlib, "import_module", lambda name: {"trackio": tracker}[name])
+    tracker = Tracker(monkeypatch)
     make_trainer(tmp_path, report_to="trackio").train()
-    assert got == [(line["step"], line) for line in read_metrics(tmp_path)]
+    assert tracker.lines == [(line["step"], line) for line in read_metrics(tmp_path)]
+    assert tracker.closed == 1
+
+
+@pytest.mark.parametrize(("name", "key"), [("wandb", "id"), ("trackio", "name")])
+def test_a_run_that_goes_on_is_the_same_run_to_its_tracker(
+    name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker(monkeypatch)
+    stop_after_two_of_four_steps_and_go_on(tmp_path / "run", report_to=name)
+    make_trainer(tmp_path / "run", report_to=name).train()  # another one in the same place
+    first, again, other = (options[key] for options in tracker.started)
+    assert first == again != other
+    assert all(options["resume"] == "allow" for options in tracker.started)
+    assert tracker.closed == 3
+
+
+def test_tensorboard_is_trimmed_as_the_metrics_are_and_has_no_curve_of_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker(monkeypatch)
+    stop_after_two_of_four_steps_and_go_on(tmp_path, report_to="tensorboard")
+    assert tracker.started == [1, 3]
+    assert [step for step, name in tracker.lines if name == "loss"] == [1, 2, 3, 3, 4]
+    assert "step" not in {name for _, name in tracker.lines}
+    assert tracker.closed == 2
 
 
 def test_a_full_disk_under_the_metrics_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""What a run starts from stays where it is; an adapter knows its base, and answers with no other."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+
+import chat
+import export
+import train_sft
+from checkpoint import load_model_and_tokenizer, newest_checkpoint
+from config import UserError
+from engine.files import write_tensors
+from small_models import relative_difference
+from small_runs import arguments, conversations, run_main, train_here, write_jsonl
+
+TOKENS = torch.arange(200, 260).view(2, 30)
+SHORT: dict[str, Any] = {"max_steps": 1, "eval_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/tiny, a model, and runs/adapter, a LoRA run on it."""
+    folder = tmp_path_factory.mktemp("bases")
+    data = write_jsonl(folder / "data.jsonl", conversations(20))
+    assert train_here(arguments(data, folder / "runs/tiny", **SHORT), folder) == 0
+    changes = SHORT | {"max_steps": 3, "init_from": folder / "runs/tiny", "lora_rank": 2, "learning_rate": 0.1}
+    assert train_here(arguments(data, folder / "runs/adapter", **changes), folder) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy that stands where the original did, so that paths in it are right."""
+    kept = trained.with_name("kept")
+    if not kept.exists():
+        shutil.copytree(trained, kept)
+    monkeypatch.chdir(trained)
+    yield trained
+    for entry in trained.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    shutil.copytree(kept, trained, dirs_exist_ok=True)
+
+
+def retrain(model: Path) -> None:
+    """Other weights in the same file, of the same size."""
+    file = model / "model.safetensors"
+    write_tensors(file, {name: tensor + 1.0 for name, tensor in load_file(file).items()})
+
+
+def files(directory: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+# ---------------------------------------------------------------- what a run starts from
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_what_a_run_starts_from_is_not_moved_aside(rank: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """tiny's default output directory is its own base."""
+    before = files(folder / "runs")
+    command = arguments(folder / "data.jsonl", Path("runs/tiny"), init_from="runs/tiny", lora_rank=rank, **SHORT)
+    at = command.index("--output-dir")
+    del command[at : at + 2]
+    assert train_here(command, folder) == 2
+    base = "runs/tiny/checkpoints/step-000001"
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: output_dir runs/tiny holds {base}")
+    assert files(folder / "runs") == before
+
+
+def test_data_in_an_earlier_runs_directory_is_not_moved_aside(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = shutil.copy(folder / "data.jsonl", folder / "runs/tiny/mine.jsonl")
+    assert train_here(arguments(Path(data), folder / "runs/tiny", **SHORT), folder) == 2
+    assert "mine.jsonl, which this run starts from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_nothing_is_moved_aside_for_a_run_whose_tracker_is_missing(
+    tracker: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = "torch.utils.tensorboard" if tracker == "tensorboard" else tracker
+    monkeypatch.setitem(sys.modules, module, None)  # importing it then fails
+    before = files(folder / "runs")
+    assert train_here(arguments(folder / "data.jsonl", folder / "runs/tiny", report_to=tracker, **SHORT), folder) == 2
+    assert f"error: report_to {tracker} is not installed" in capsys.readouterr().err
+    assert files(folder / "runs") == before
+
+
+def test_starting_from_an_adapter_says_what_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = arguments(folder / "data.jsonl", folder / "new", init_from="runs/adapter", **SHORT)
+    assert train_here(command, folder) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "runs/adapter/checkpoints/step-000003 is a LoRA adapter, not a model: python export.py merge" in error
+
+
+# ---------------------------------------------------------------- an adapter and its base
+
+
+def test_an_adapter_names_its_base_and_peft_opens_it(folder: Path) -> None:
+    adapter = newest_checkpoint(folder / "runs/adapter")
+    assert adapter is not None
+    base = folder / "runs/tiny/checkpoints/step-000001"
+    record = json.loads((adapter / "base.json").read_text())
+    assert record["absolute"] == str(base)
+    assert (adapter / record["relative"]).resolve() == base
+    ours, _ = load_model_and_tokenizer(adapter)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(adapter)  # a warning of an unknown key would be an error
+    with torch.no_grad():
+        assert relative_difference(ours(TOKENS), theirs(TOKENS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("command", ["chat", "merge", "resume"])
+def test_an_adapter_whose_base_was_retrained_is_refused(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrain(folder / "runs/tiny/checkpoints/step-000001")
+    main, words = {
+        "chat": (chat.main, ["runs/adapter", "--prompt", "Hi"]),
+        "merge": (export.main, ["merge", "runs/adapter", "merged"]),
+        "resume": (train_sft.main, ["--resume", "--output-dir", str(folder / "runs/adapter"), "--max-steps", "5"]),
+    }[command]
+    assert run_main(main, words, folder) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step-000003: its base model" in error
+    assert "has changed (model.safetensors)" in error
+    assert not (folder / "merged").exists()
+
+
+def test_an_adapter_whose_base_is_gone_is_refused(folder: Path) -> None:
+    shutil.rmtree(folder / "runs/tiny")
+    with pytest.raises(UserError, match=r"its base model is missing: there is no directory .*runs/tiny/checkpoints"):
+        load_model_and_tokenizer(folder / "runs/adapter")
+
+
+def test_a_base_is_found_from_anywhere_and_after_both_have_moved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        before = load_model_and_tokenizer(folder / "runs/adapter")[0](TOKENS)
+        monkeypatch.chdir(tmp_path)
+        assert load_model_and_tokenizer(folder / "runs/adapter")[0](TOKENS).equal(before)
+        (folder / "runs").rename(tmp_path / "elsewhere")
+        assert load_model_and_tokenizer(tmp_path / "elsewhere/adapter")[0](TOKENS).equal(before)
+
+
+def test_a_base_of_another_time_with_the_same_weights_is_the_same(folder: Path) -> None:
+    weights = folder / "runs/tiny/checkpoints/step-000001/model.safetensors"
+    shutil.copyfile(weights, folder / "copy")
+    shutil.move(folder / "copy", weights)
+    load_model_and_tokenizer(folder / "runs/adapter")

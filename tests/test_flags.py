@@ -1,0 +1,213 @@
+"""A flag has an effect in the run that it starts, or it is refused with the reason; what is misspelt gets a hint."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint
+from config import OptimizerConfig, RopeScaling
+from engine.cli import given_fields, parse_arguments
+from engine.run_directory import read_metrics
+from optimizer import learning_rate
+from small_runs import arguments, conversations, train_here, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("flags") / "data.jsonl", conversations(20))
+
+
+@pytest.fixture(scope="module")
+def base(data: Path) -> Path:
+    """A run whose model others start from; its context is 1024."""
+    assert train_here(arguments(data, data.parent / "base", max_steps=1, eval_steps=0), data.parent) == 0
+    return data.parent / "base"
+
+
+@pytest.fixture
+def refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The error with which a run is refused, before it has written anything."""
+
+    def train(*flags: str, **changes: Any) -> str:
+        command = arguments(data, tmp_path / "run", *flags, **({"max_steps": 1, "eval_steps": 0} | changes))
+        assert train_here(command, data.parent) == 2
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return train
+
+
+# ---------------------------------------------------------------- the model's, where it is loaded
+
+
+def test_what_weights_allow_is_changed_in_a_loaded_model(data: Path, base: Path, tmp_path: Path) -> None:
+    flags = ["--model.aux-loss-alpha", "0", "--model.routed-scaling-factor=2", "--model.rope_scaling.factor", "4"]
+    command = arguments(
+        data, tmp_path / "run", *flags, init_from=base, batch_size=1, max_seq_len=2000, max_steps=1, eval_steps=0
+    )
+    assert train_here(command, tmp_path) == 0
+    before, model = (load_pretrained(newest_checkpoint(run) or run).config for run in (base, tmp_path / "run"))
+    yarn = RopeScaling(factor=4.0, original_max_position_embeddings=1024)
+    assert (before.aux_loss_alpha, before.routed_scaling_factor, before.rope_scaling) == (0.003, 1.0, None)
+    assert (model.aux_loss_alpha, model.routed_scaling_factor, model.rope_scaling) == (0.0, 2.0, yarn)
+    assert model.max_position_embeddings == 4 * 1024
+    assert read_metrics(tmp_path / "run")[-1]["balance_loss"] == 0
+    assert train_here(["--resume", "--output-dir", str(tmp_path / "run"), "--max-steps", "2"], tmp_path) == 0
+    assert load_pretrained(newest_checkpoint(tmp_path / "run") or "").config == model
+
+
+def test_an_adapter_is_used_with_the_model_that_it_was_trained_with(data: Path, base: Path, tmp_path: Path) -> None:
+    flags = ["--model.rope-scaling.factor", "4"]
+    changes = {"init_from": base, "lora_rank": 2, "max_steps": 1, "eval_steps": 0}
+    assert train_here(arguments(data, tmp_path / "run", *flags, **changes), tmp_path) == 0
+    model, _ = load_model_and_tokenizer(tmp_path / "run")
+    assert model.config.rope_scaling == RopeScaling(factor=4.0, original_max_position_embeddings=1024)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_hidden_size": 64}, "have a shape that cannot change: model.hidden_size is 32, not 64"),
+        ({"model_n_routed_experts": 8}, "model.n_routed_experts is 4, not 8"),
+        ({"model_vocab_size": 600}, "model.vocab_size is 512, not 600"),
+        ({"model_initializer_range": 0.1}, "model.initializer_range has no effect: init_from brings its own weights"),
+        ({"tokenizer": "cl100k_base"}, "tokenizer has no effect: init_from brings its own tokenizer, that of "),
+        ({"model_num_experts_per_tok": 5}, "model.num_experts_per_tok is 5, but there are 4 routed experts"),
+    ],
+)
+def test_what_weights_do_not_allow_is_refused_with_both_values(
+    changes: dict[str, Any], message: str, base: Path, refused: Callable[..., str]
+) -> None:
+    assert message in refused(init_from=base, **changes)
+
+
+def test_a_value_that_the_checkpoint_has_may_be_repeated(data: Path, base: Path, tmp_path: Path) -> None:
+    changes = {"init_from": base, "model_hidden_size": 32, "max_steps": 1, "eval_steps": 0}
+    assert train_here(arguments(data, tmp_path / "run", **changes), tmp_path) == 0
+
+
+# ---------------------------------------------------------------- others
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": "fsdp"}, "parallel has no effect: this is one process; start several: torchrun"),
+        ({"lora_alpha": 8}, "lora_alpha has no effect: lora_rank is 0"),
+        ({"lora_dropout": 0.1}, "lora_dropout has no effect: lora_rank is 0"),
+        ({"num_train_epochs": 2}, "num_train_epochs has no effect: max_steps is 1"),
+        ({"model_topk_group": 1}, "model.topk_group has no effect: model.n_group is 1"),
+        ({"warmup_steps": 4, "max_steps": 3}, "warmup_steps is 4, but there are 3 steps"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(changes: dict[str, Any], message: str, refused: Callable[..., str]) -> None:
+    assert f"error: {message}" in refused(**changes)
+
+
+def test_flags_of_an_evaluation_that_never_comes_are_refused(refused: Callable[..., str]) -> None:
+    error = refused("--eval-split", "train[:5]", "--eval-max-rows", "3", "--sample-prompts", "Hello?")
+    for name in ("eval_split", "eval_max_rows", "sample_prompts"):
+        assert f"{name} has no effect: eval_steps is 0" in error
+
+
+def test_a_presets_warm_up_that_is_too_long_is_said(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(data, tmp_path / "run", max_steps=2, eval_steps=0)
+    at = command.index("--warmup-steps")
+    del command[at : at + 2]
+    assert train_here(command, tmp_path) == 0
+    assert "note: warmup_steps is 15, but there are 2 steps" in capsys.readouterr().out
+
+
+def test_epochs_take_the_place_of_the_presets_steps(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(data, tmp_path / "run", "--no-packing", "--num-train-epochs", "1.5", eval_steps=0)
+    at = command.index("--max-steps")
+    del command[at : at + 2]
+    assert train_here(command, tmp_path) == 0
+    assert "step 0 to 15 of 2 rows (1.5 epochs)" in capsys.readouterr().out  # 20 conversations
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 15
+
+
+@pytest.mark.parametrize("peak", ["1e-5", "0.1"])
+def test_the_rate_falls_from_its_peak_whatever_that_is(peak: str) -> None:
+    """tiny's own floor, 3e-5, was above the first."""
+    config = parse_arguments(["tiny", "--learning-rate", peak]).optimizer
+    rates = [learning_rate(step, config, 1000) for step in range(config.warmup_steps, 1001)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == float(peak)
+    assert rates[-1] == pytest.approx(0.0075 * float(peak))
+    assert OptimizerConfig().learning_rate * OptimizerConfig().min_learning_rate_ratio == pytest.approx(2e-6)
+
+
+def test_a_floor_above_the_peak_is_refused(refused: Callable[..., str]) -> None:
+    assert "min_learning_rate_ratio is 1.5; it must be at most 1" in refused(min_learning_rate_ratio=1.5)
+
+
+def test_the_command_line_knows_what_was_given() -> None:
+    flags = ["--no-packing", "--model.hidden-size", "3", "--seed=4", "--lora_rank", "2", "--sample-prompts", "--no!"]
+    named = {"packing", "model.hidden_size", "seed", "lora_rank", "sample_prompts"}
+    assert given_fields(flags[:-1]) == named
+
+
+# ---------------------------------------------------------------- hints
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--lr", "1e-3"], "--lr is --learning-rate here"),
+        (["--lr=1e-3"], "--lr is --learning-rate here"),
+        (["--epochs", "3"], "Perhaps you meant: --num-train-epochs"),
+        (["--per_device_train_batch_size", "3"], "--per_device_train_batch_size is --batch-size here"),
+        (["--packing", "False"], "a switch has no value: say --packing or --no-packing"),
+        (["--packing=true"], "a switch has no value: say --packing or --no-packing"),
+        (["--seed", "3", "mini"], "a preset comes before the flags: train_sft.py mini ..."),
+    ],
+)
+def test_what_is_not_understood_gets_a_hint(flags: list[str], hint: str, refused: Callable[..., str]) -> None:
+    assert hint in refused(*flags)
+
+
+# ---------------------------------------------------------------- a run that goes on
+
+
+@pytest.fixture
+def run(data: Path, tmp_path: Path) -> Path:
+    """Stopped at step 3 of 3."""
+    command = arguments(data, tmp_path / "run", max_steps=3, eval_steps=0, weight_decay=0.25, adam_beta2=0.9)
+    assert train_here(command, tmp_path) == 0
+    return tmp_path / "run"
+
+
+def test_the_directory_is_all_that_resuming_needs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No preset, no flags: everything is as it was, but for what is given."""
+    before = json.loads((run / "config.json").read_text())
+    capsys.readouterr()
+    assert train_here(["--resume", "--output-dir", str(run), "--max-steps", "5"], run.parent) == 0
+    printed = capsys.readouterr().out
+    assert f"resuming {run} with changes: max_steps 3 -> 5\n" in printed
+    assert "step 3 to 5" in printed
+    after = json.loads((run / "config.json").read_text())
+    assert after == before | {"max_steps": 5, "resume": True}
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5]
+
+
+def test_a_directory_without_a_run_is_not_resumed(run: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_here(["--resume", "--output-dir", str(run.parent / "rum")], run.parent) == 2
+    assert f"error: {run.parent}/rum holds no run to resume: there is no" in capsys.readouterr().err
+    assert not (run.parent / "rum").exists()
+    assert train_here(["--resume", "--output-dir", str(newest_checkpoint(base))], run.parent) == 2
+    assert "config.json is no run's configuration: architectures" in capsys.readouterr().err
+
+
+def test_an_end_that_lies_behind_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "config.json").read_text()
+    assert train_here(["--resume", "--output-dir", str(run), "--max-steps", "2"], run.parent) == 2
+    assert f"error: {run} is at step 3, beyond the 2 that were asked for" in capsys.readouterr().err
+    assert (run / "config.json").read_text() == before
