@@ -1,7 +1,7 @@
 """Supervised fine-tuning, from conversations to a chat model.
 
     python train_sft.py [tiny|mini|v2_lite] [--field value ...]
-    torchrun --nproc_per_node N train_sft.py ... --parallel ddp|fsdp
+    torchrun --nproc_per_node N train_sft.py ... --parallel ddp|fsdp|hsdp
 
 Without a preset: mini where there is CUDA, else tiny. All fields, their defaults and reasons stand in config.py.
 """
@@ -17,7 +17,7 @@ from engine.cli import one_line_errors, parse_arguments
 if TYPE_CHECKING:
     from datacollator import RowStream
     from model import DeepSeekV2
-    from parallel import World
+    from parallel import Part, World
     from tokenizer import Tokenizer
 
 # torch takes a while to import, and --help should not wait for it: what needs torch is imported where it is used.
@@ -34,11 +34,15 @@ def train(config: TrainConfig, world: "World") -> None:
     import torch
 
     from checkpoint import resolve_checkpoint
+    from engine.job import agents, check_shared_files, is_own_run, look_up
     from engine.run_directory import check_changes, open_run
     from parallel import replicate
     from trainer import Trainer
 
-    source = resolve_checkpoint(config.checkpoint.init_from) if config.checkpoint.init_from else None
+    run, base = config.checkpoint.output_dir, config.checkpoint.init_from
+    check_shared_files(run, world)
+    config = config.changed(resume=config.checkpoint.resume or is_own_run(run, world))
+    source = look_up(lambda: resolve_checkpoint(base) if base else None, world)
     tokenizer = load_tokenizer(config, source)
     config = resolve(config, source, tokenizer, world)
     if world.is_main and config.checkpoint.resume:
@@ -52,8 +56,9 @@ def train(config: TrainConfig, world: "World") -> None:
     trainer = Trainer(config, replicate(model, config.compute.parallel, world), tokenizer, train_rows, held_out, world)
     if checkpoint:
         trainer.resume(checkpoint)
+    job = agents(world)
     if world.is_main:
-        open_run(config)
+        open_run(config, job)
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(
@@ -114,10 +119,10 @@ def load_rows(config: TrainConfig, split: str, tokenizer: "Tokenizer", world: "W
 def checkpoint_to_resume(config: TrainConfig, world: "World") -> Path | None:
     """The newest good one, as the first process sees it; None for a new run. Raises UserError if all are damaged."""
     from checkpoint import checkpoints, newest_checkpoint
-    from parallel import from_first_rank
+    from engine.job import look_up
 
     run, resume = config.checkpoint.output_dir, config.checkpoint.resume
-    checkpoint = from_first_rank(newest_checkpoint(run) if resume and world.is_main else None, world)
+    checkpoint = look_up(lambda: newest_checkpoint(run) if resume else None, world)
     damaged = resume and checkpoint is None and checkpoints(run)
     check(not damaged, f"{run} has no checkpoint left that is whole; start without --resume")
     return checkpoint
@@ -146,7 +151,7 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
             lora.add_lora(
                 model, adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_target_modules
             )
-    parallelize(model, model.model.layers, compute.parallel, world)
+    parallelize(model, gathered_parts(model, compute.dtype), compute.parallel, world)
     generator = torch.Generator().manual_seed(compute.seed)
     base = config.checkpoint.init_from
     source = base if adapters.lora_rank else checkpoint or base
@@ -161,14 +166,30 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
     return model
 
 
+def gathered_parts(model: "DeepSeekV2", dtype: str) -> "list[Part]":
+    """What sharding engines gather together: a block's weights, in the dtype that they are multiplied in. Norms and
+    routers compute in fp32, so that in bf16 theirs come on their own."""
+    import torch
+
+    from model import RMSNorm, Router
+    from parallel import Part
+
+    if dtype != "bfloat16":
+        return [Part([block]) for block in model.model.layers]
+    parts = []
+    for block in model.model.layers:
+        parts += [Part([module for module in block.modules() if isinstance(module, RMSNorm | Router)])]
+        parts += [Part([block], torch.bfloat16)]
+    return parts
+
+
 def main() -> None:
     with one_line_errors("--debug" in sys.argv):
         config = parse_arguments(sys.argv[1:], __doc__)
 
-        from parallel import join_world, leave_world, recorded, was_restarted
+        from parallel import join_world, leave_world, recorded
 
         world = join_world(config.compute.device)
-        config = config.changed(resume=was_restarted(world) or config.checkpoint.resume)
         recorded(train)(config, world)
         leave_world()
 
