@@ -167,7 +167,8 @@ class ComputeConfig:
     seed: int = 42  # seeds weights, data order and dropout
     compile: bool = False  # torch.compile every block: slow first steps, faster ones after; needs a C++ compiler
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: 1/3 more compute, much less memory
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: ddp has a copy of everything per process, fsdp a shard
+    # Under torchrun: ddp has a copy of everything per process, fsdp a shard, hsdp a shard and every node a replica.
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
 
     def validate(self) -> None:
         check_numbers(self, ("seed",))

@@ -2,13 +2,16 @@
 
 Under `torchrun` every process (rank) runs the whole program on its share of each batch. DDP keeps a copy of everything
 on each rank and averages the gradients. FSDP2 (`fully_shard`) leaves a rank 1/N of parameters, gradients and optimizer
-state, and gathers a block's weights just before they are needed. Without torchrun all of this comes down to nothing.
+state, and gathers a block's weights just before they are needed; "hsdp" does so within each node. Without torchrun all
+of this comes down to nothing.
 """
 
 import contextlib
 import gc
 import itertools
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,8 +36,8 @@ from config import Dtype, UserError
 Value = TypeVar("Value")
 Optimizers = list[torch.optim.Optimizer]
 
-# torchrun notices a rank that has died and stops the others. This is for one that lives and does not answer, and has to
-# be longer than what the first rank does alone: tokenise the data, write a checkpoint.
+# torchrun notices a rank that has died and stops the others. This is for one that lives and does not answer. What the
+# first rank does alone (tokenise the data, write a checkpoint) may take longer: see `first_process_first`.
 TIMEOUT = timedelta(minutes=30)
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
@@ -45,6 +48,8 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
+    node_size: int = 1  # ranks of a node
+    store: dist.Store | None = None  # where ranks can leave each other a note
 
     @property
     def is_main(self) -> bool:
@@ -89,7 +94,7 @@ def join_world(device: str) -> World:
         torch.cuda.set_device(device)
     backend, bound = ("nccl", torch.device(device)) if device.startswith("cuda") else ("gloo", None)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=bound)
-    return World(rank, size, torch.device(device))
+    return World(rank, size, torch.device(device), int(os.environ["LOCAL_WORLD_SIZE"]), store)
 
 
 def leave_world() -> None:
@@ -108,25 +113,32 @@ def recorded(function: Callable[..., None]) -> Callable[..., None]:
     return record(function) if dist.is_torchelastic_launched() else function
 
 
-def was_restarted(world: World) -> bool:
-    """Whether torchrun (--max-restarts) has started this job again. It counts for each node on its own, so ask all."""
-    return largest_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), world) > 0
+class Part(NamedTuple):
+    """Modules whose weights are gathered together just before they are needed, and released after."""
+
+    modules: list[nn.Module]
+    dtype: torch.dtype | None = None  # that they are gathered in; None: their own
 
 
-def parallelize(model: nn.Module, blocks: Iterable[nn.Module], engine: str, world: World) -> nn.Module:
-    """Give memory to a model that is still on the meta device: to this rank's shard of it (fsdp), or to a copy (ddp).
+def parallelize(model: nn.Module, parts: Iterable[Part], engine: str, world: World) -> nn.Module:
+    """Give memory to a model that is still on the meta device: to this rank's shard of it (fsdp, hsdp), or to a copy
+    (ddp). What is in none of the parts is the root's; a part may lie within one that comes later.
 
-    Each block is gathered and released as a whole; what is outside of them (embedding, norm, head) is the root's.
+    hsdp shards within a node and keeps a replica in each, so that only gradients travel between nodes. Gradients are
+    summed in fp32, whatever they were computed in.
     """
+    sharded = world.node_size if engine == "hsdp" else world.size
 
     def place(parameter: nn.Parameter) -> Shard | None:
         """Along the first dimension that splits evenly: 6 experts would leave 4 ranks with 2, 2, 2 and 0."""
-        return next((Shard(i) for i, size in enumerate(parameter.shape) if size % world.size == 0), None)
+        return next((Shard(i) for i, size in enumerate(parameter.shape) if size % sharded == 0), None)
 
-    if world.size > 1 and engine == "fsdp":
-        mesh = init_device_mesh(world.device.type, (world.size,))
-        for module in (*blocks, model):
-            fully_shard(module, mesh=mesh, shard_placement_fn=place)
+    if world.size > 1 and engine in ("fsdp", "hsdp"):
+        shape = (world.size,) if sharded == world.size else (world.size // sharded, sharded)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
+        for modules, dtype in (*parts, Part([model])):
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            fully_shard(modules, mesh=mesh, shard_placement_fn=place, mp_policy=policy)
     return model.to_empty(device=world.device)
 
 
@@ -176,27 +188,26 @@ def from_first_rank(value: Value, world: World) -> Value:
     return values[0]
 
 
-def largest_over_ranks(value: int, world: World) -> int:
-    if world.size == 1:
-        return value
-    tensor = torch.tensor(value, device=world.device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
-
-
-def wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def from_all_ranks(value: Value, world: World) -> list[Value]:
+    """Every rank's value, on all ranks."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextlib.contextmanager
 def first_process_first(world: World) -> Iterator[None]:
-    """The first process passes the block alone, then all others: it fills the cache that they read."""
-    if not world.is_main:
-        wait_for_all()
+    """The first process passes the block alone, then all others: it fills the cache that they read, say.
+
+    They wait for a note in the store, however long it takes: in a collective they would run into its timeout.
+    """
+    note = from_first_rank(str(uuid.uuid4()), world)
+    while world.store and not world.is_main and not world.store.check([note]):
+        time.sleep(0.01)
     yield
-    if world.is_main:
-        wait_for_all()
+    if world.store and world.is_main:
+        world.store.set(note, "done")
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning, from conversations to a chat model.
 
     python train_sft.py [tiny|mini|v2_lite] [--field value ...]
-    torchrun --nproc_per_node N train_sft.py ... --parallel ddp|fsdp
+    torchrun --nproc_per_node N train_sft.py ... --parallel ddp|fsdp|hsdp
 
 Without a preset: mini where there is CUDA, else tiny. All fields, their defaults and reasons stand in config.py.
 """
@@ -18,7 +18,7 @@ from engine.cli import given_fields, one_line_errors, parse_arguments, useless_f
 if TYPE_CHECKING:
     from datacollator import RowStream
     from model import DeepSeekV2
-    from parallel import World
+    from parallel import Part, World
     from tokenizer import Tokenizer
     from trainer import Trainer
 
@@ -39,12 +39,16 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     import torch
 
     from checkpoint import resolve_model
+    from engine.job import agents, check_shared_files, is_own_run, look_up
     from engine.run_directory import check_changes, check_start, open_run
     from parallel import replicate
     from quantization import quantized_weights
     from trainer import Trainer
 
-    source = resolve_model(config.checkpoint.init_from) if config.checkpoint.init_from else None
+    run, base = config.checkpoint.output_dir, config.checkpoint.init_from
+    check_shared_files(run, world)
+    config = config.changed(resume=config.checkpoint.resume or is_own_run(run, world))
+    source = look_up(lambda: resolve_model(base) if base else None, world)
     tokenizer = load_tokenizer(config, source)
     config = resolve(config, given, source, tokenizer, world)
     check_start(config)
@@ -60,8 +64,9 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     if checkpoint:
         trainer.resume(checkpoint)
     check_length(config, given, trainer)
+    job = agents(world)
     if world.is_main:
-        open_run(config)
+        open_run(config, job)
         in_4_bits = sum(weight.numel() for weight in quantized_weights(model).values())
         parameters = sum(p.numel() for p in model.parameters()) + in_4_bits
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -144,10 +149,10 @@ def load_rows(config: TrainConfig, split: str, tokenizer: "Tokenizer", world: "W
 def checkpoint_to_resume(config: TrainConfig, world: "World") -> Path | None:
     """The newest good one, as the first process sees it; None for a new run. Raises UserError if all are damaged."""
     from checkpoint import checkpoints, newest_checkpoint
-    from parallel import from_first_rank
+    from engine.job import look_up
 
     run, resume = config.checkpoint.output_dir, config.checkpoint.resume
-    checkpoint = from_first_rank(newest_checkpoint(run) if resume and world.is_main else None, world)
+    checkpoint = look_up(lambda: newest_checkpoint(run) if resume else None, world)
     damaged = resume and checkpoint is None and checkpoints(run)
     check(not damaged, f"{run} has no checkpoint left that is whole; start without --resume")
     return checkpoint
@@ -181,7 +186,7 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
             lora.add_lora(
                 model, adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_target_modules
             )
-    parallelize(model, model.model.layers, compute.parallel, world)
+    parallelize(model, gathered_parts(model, compute.dtype), compute.parallel, world)
     generator = torch.Generator().manual_seed(compute.seed)
     base = config.checkpoint.init_from
     if adapters.lora_rank and checkpoint:
@@ -199,14 +204,30 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
     return model
 
 
+def gathered_parts(model: "DeepSeekV2", dtype: str) -> "list[Part]":
+    """What sharding engines gather together: a block's weights, in the dtype that they are multiplied in. Norms and
+    routers compute in fp32, so that in bf16 theirs come on their own."""
+    import torch
+
+    from model import RMSNorm, Router
+    from parallel import Part
+
+    if dtype != "bfloat16":
+        return [Part([block]) for block in model.model.layers]
+    parts = []
+    for block in model.model.layers:
+        parts += [Part([module for module in block.modules() if isinstance(module, RMSNorm | Router)])]
+        parts += [Part([block], torch.bfloat16)]
+    return parts
+
+
 def main() -> None:
     with one_line_errors("--debug" in sys.argv):
         config, given = parse_arguments(sys.argv[1:], __doc__), given_fields(sys.argv[1:])
 
-        from parallel import join_world, leave_world, recorded, was_restarted
+        from parallel import join_world, leave_world, recorded
 
         world = join_world(config.compute.device)
-        config = config.changed(resume=was_restarted(world) or config.checkpoint.resume)
         recorded(train)(config, given, world)
         leave_world()
 

@@ -256,10 +256,10 @@ class Trainer:
                 save_pretrained(directory, self.plain_model, self.tokenizer, weights)
             save_state(directory / STATE, state)
 
-        if self.world.is_main:
-            limit = self.config.checkpoint.save_total_limit
-            self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, limit)
-        parallel.wait_for_all()
+        with parallel.first_process_first(self.world):
+            if self.world.is_main:
+                limit = self.config.checkpoint.save_total_limit
+                self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, limit)
 
     def resume(self, directory: Path) -> None:
         """Take over everything but the weights, which the model has already, from a checkpoint."""

@@ -87,7 +87,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     import train_sft
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
-    from parallel import join_world, leave_world, replicate, wait_for_all
+    from parallel import join_world, leave_world, replicate
     from tokenizer import Tokenizer
     from trainer import Trainer
 
@@ -107,17 +107,17 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     with contextlib.closing(trainer.batches.steps(0, trainer.total_steps)) as batches:
         for batch in itertools.islice(batches, WARM_UP):
             trainer.train_step(batch)
-        wait_for_all()
+        dist.barrier()
         wire = loopback_bytes()
         for batch in itertools.islice(batches, COUNTED):
             with traffic:
                 trainer.train_step(batch)
-        wait_for_all()
+        dist.barrier()
         wire = loopback_bytes() - wire
         tokens, began = trainer.num_tokens, time.perf_counter()
         for batch in batches:
             trainer.train_step(batch)
-        wait_for_all()
+        dist.barrier()
         rate = (trainer.num_tokens - tokens) / (time.perf_counter() - began)
     leave_world()
     return {"sent": sum(traffic.sent.values()) / COUNTED, "wire": wire / COUNTED / world.size, "rate": rate}

@@ -5,7 +5,7 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from config import ModelConfig, RopeScaling, TrainConfig, UserError, check
 from engine.files import disk_errors, read_json, replace_file
 
 CONFIG, METRICS, TRACKER_ID = "config.json", "metrics.jsonl", "tracker_id"
+AGENTS = ".job"  # what started the job that the run belongs to, a line each
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.
 FIXED_FIELDS = (
     *("model", "tokenizer", "chat_template", "dataset", "train_split", "max_seq_len", "packing", "shuffle"),
@@ -95,14 +96,16 @@ def check_start(config: TrainConfig) -> None:
     check(not inside, f"output_dir {directory} holds {', '.join(inside)}, which this run starts from: choose another")
 
 
-def open_run(config: TrainConfig) -> None:
-    """Make the run directory and write the configuration into it. A run that is there and is not resumed moves aside:
-    nothing is overwritten."""
+def open_run(config: TrainConfig, agents: Iterable[str] = ()) -> None:
+    """Make the run directory, and write the configuration into it and the job's agents (engine/job.py). A run that is
+    there and is not resumed moves aside: nothing is overwritten."""
     directory = Path(config.checkpoint.output_dir)
-    if (directory / CONFIG).exists() and not config.checkpoint.resume:
+    there = (directory / CONFIG).exists() or (directory / "checkpoints").exists()
+    if there and not config.checkpoint.resume:
         number = next(n for n in range(1, sys.maxsize) if not Path(f"{directory}.{n}").exists())
         directory.rename(f"{directory}.{number}")
         print(f"{directory} held an earlier run, which is now {directory}.{number} (--resume would have continued it)")
+    replace_file(directory / AGENTS, "".join(f"{agent}\n" for agent in agents))
     replace_file(directory / CONFIG, json.dumps(config.flat(), indent=2) + "\n")
 
 

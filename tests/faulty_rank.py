@@ -1,6 +1,7 @@
 """train_sft.py with a rank that fails: torchrun ... faulty_rank.py FAULTS train_sft.py's arguments
 
-FAULTS is raise:4,kill:6, say: what befalls the last rank in which step, each time that torchrun starts it.
+FAULTS is begin:0,raise:4,kill:6, say: what befalls the last rank in which step, each time that torchrun starts it; with
+"begin" it fails before it has begun.
 """
 
 import os
@@ -13,9 +14,15 @@ import trainer
 from config import UserError
 
 
+def fail(*_: object) -> Any:
+    raise UserError("out of bread")
+
+
 def main() -> None:
     faults = sys.argv.pop(1).split(",")
     kind, step = faults[int(os.environ["TORCHELASTIC_RESTART_COUNT"])].split(":")
+    if kind == "begin":
+        train_sft.load_tokenizer = fail
     forward = trainer.Trainer.forward
 
     def faulty(self: trainer.Trainer, *arguments: Any) -> Any:

@@ -49,7 +49,7 @@ class WatchedTrainer(trainer.Trainer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.seen: dict[str, Any] = {"targets": [], "evaluated": 0}
+        self.seen: dict[str, Any] = {"targets": [], "evaluated": 0, "held": 0}
         self.traffic = Traffic()
         self.sent: list[dict[str, float]] = []
 
@@ -57,6 +57,7 @@ class WatchedTrainer(trainer.Trainer):
         targets = micro_batch.documents.num_targets
         if self.model.training:
             self.seen["targets"].append(targets)
+            self.seen["held"] = max(self.seen["held"], local_bytes(p.grad for p in self.model.parameters()))
             self.sent.append({})
             self.traffic.sent = self.sent[-1]
         elif self.step == self.total_steps:
@@ -121,6 +122,7 @@ def main() -> None:
     runs = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     world = parallel.join_world("cpu")
+    world = world._replace(node_size=min(world.size, 2))
     with cheap_process(Path(sys.argv[1]).parent) as patch:
         patch.setattr(trainer, "Trainer", WatchedTrainer)
         patch.setattr(parallel, "load_weights", watch_loading)

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "engine.kernels": {"engine.documents"},
     "engine.plots": set(),
     "engine.cost": {"config", "model"},
+    "engine.job": {"config", "parallel", "engine.run_directory"},
     "engine.prefetch": {"config", "datacollator", "parallel", "engine.documents"},
     "engine.run_directory": {"config", "engine.files", "engine.plots"},
     # Chapters

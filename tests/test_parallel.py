@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from checkpoint import load_pretrained
+from checkpoint import load_pretrained, load_state
 from engine.run_directory import read_metrics
 from ranks import take_over
 from small_runs import arguments, conversations, final_tensors, numbers, train_here, write_jsonl
+from trainer import STATE
 
 # One worker of pytest-xdist runs them all, so that the jobs run once.
 pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(300)]
@@ -44,17 +45,20 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"lora_rank": 4, "init_from": "packed-1", "dtype": "bfloat16"},
     ),
 }
-FOUR_RANKS = ("packed", "padded", "lora")
-# Other roundings of the same sums: in bf16, half of its precision of 2^-8. Muon's iteration makes them larger.
-TOLERANCES = {"bf16": 2**-9, "muon": 1e-4}
-ENGINES = ("ddp-2", "fsdp-2", "fsdp-4")
-RUNS = [(variant, engine) for engine in ENGINES for variant in VARIANTS if engine != "fsdp-4" or variant in FOUR_RANKS]
+FOUR_RANKS = ("packed", "padded", "lora")  # hsdp: as two nodes of two
+# Other roundings of the same sums: in bf16 they grow with the steps, so that step 2 is held to 1e-5 in a test of its
+# own. Muon's iteration makes them larger.
+TOLERANCES = {"bf16": 5e-3, "muon": 1e-4}
+ENGINES = ("ddp-2", "fsdp-2", "fsdp-4", "hsdp-4")
+OF_ENGINE = {"fsdp-4": FOUR_RANKS, "hsdp-4": ("packed", "bf16")}
+RUNS = [(variant, engine) for engine in ENGINES for variant in OF_ENGINE.get(engine, VARIANTS)]
 # A run, and the one whose checkpoint of step 2 it goes on from.
 RESUMED = {
     "packed-ddp-2": "packed-1",
     "packed-fsdp-2": "packed-ddp-2",
     "packed-fsdp-4": "packed-fsdp-2",
-    "packed-1": "packed-fsdp-4",
+    "packed-hsdp-4": "packed-fsdp-4",
+    "packed-1": "packed-hsdp-4",
     "muon-fsdp-2": "muon-1",
     "lora-fsdp-4": "lora-1",
     "lora-1": "lora-fsdp-4",
@@ -68,11 +72,16 @@ def command(folder: Path, variant: str, where: str, output_dir: Path, *more: str
     settings = {"max_steps": STEPS, "save_steps": SAVED, "eval_steps": 2, "model_n_routed_experts": 6} | settings
     if "init_from" in settings:
         settings |= {"init_from": folder / settings["init_from"]}
-    settings |= {"gradient_accumulation_steps": 4 // int(ranks)} | ({"parallel": engine} if engine else {}) | changes
+    settings |= {"gradient_accumulation_steps": 4 // int(ranks)}
+    if engine == "hsdp" and variant == "packed":  # two micro-batches, of which the last is summed over nodes
+        settings |= {"batch_size": 1, "gradient_accumulation_steps": 2}
+    settings |= ({"parallel": engine} if engine else {}) | changes
     return arguments(folder / "data.jsonl", output_dir, *flags, *more, **settings)
 
 
-def start(folder: Path, log: Path, ranks: int, *words: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(
+    folder: Path, log: Path, ranks: int, *words: object, launcher: tuple[str, ...] = (), **options: Any
+) -> subprocess.Popen:
     """torchrun on a script of ours, which with all its ranks appends to `log` what it prints."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
@@ -81,7 +90,7 @@ def start(folder: Path, log: Path, ranks: int, *words: object, launcher: tuple[s
     torchrun = [sys.executable, "-m", "torch.distributed.run", *(launcher or ("--standalone",))]
     line = [*torchrun, "--nproc-per-node", str(ranks), *(str(word) for word in words)]
     with log.open("a") as output:
-        return subprocess.Popen(line, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(line, env=environment, stdout=output, stderr=subprocess.STDOUT, **options)
 
 
 def finish(job: subprocess.Popen) -> int:
@@ -157,6 +166,16 @@ def test_ranks_train_the_same_model_as_one_process(folder: Path, variant: str, e
     assert_same_run(folder / f"{variant}-{engine}", folder / f"{variant}-1", TOLERANCES.get(variant, 1e-5))
 
 
+@pytest.mark.parametrize("engine", ["ddp-2", "fsdp-2", "hsdp-4"])
+def test_in_bf16_two_steps_are_exact(folder: Path, engine: str) -> None:
+    """Whatever is gathered in bf16 is multiplied in it anyway, and gradients are summed in fp32."""
+    states = [folder / f"bf16-{where}/checkpoints/step-{SAVED:06d}/{STATE}" for where in (engine, "1")]
+    ours, theirs = (load_state(path)["optimizer"]["state"] for path in states)
+    for name, moments in theirs.items():
+        for key, expected in moments.items():
+            assert (ours[name][key] - expected).norm() <= 1e-5 * expected.norm(), f"{name}: {key}"
+
+
 @pytest.mark.parametrize("run", RESUMED)
 def test_a_checkpoint_knows_no_world_size(folder: Path, run: str) -> None:
     variant = run.partition("-")[0]
@@ -180,7 +199,7 @@ def test_ranks_hold_different_numbers_of_targets(folder: Path, variant: str) -> 
 
 
 @pytest.mark.parametrize("variant", ["packed", "padded"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["ddp-2", "fsdp-2", "fsdp-4"])
 def test_every_held_out_target_counts_once(folder: Path, variant: str, engine: str) -> None:
     """Five conversations with 104 targets; of four ranks at least one gets no conversation."""
     evaluated = [rank["evaluated"] for rank in ranks_of(folder / f"{variant}-{engine}")]
@@ -191,15 +210,20 @@ def test_every_held_out_target_counts_once(folder: Path, variant: str, engine: s
 # ---------------------------------------------------------------- what is sent
 
 
-def test_gradients_travel_with_the_last_micro_batch_only(folder: Path) -> None:
+def test_gradients_travel_when_they_have_to(folder: Path) -> None:
+    """With the last micro-batch only; within shards with each, or a rank would hold all of them in full."""
     for rank in ranks_of(folder / "packed-ddp-2"):
         first, last = rank["sent"]
         assert first == {}
         assert last.keys() == {"allreduce_"}
     for rank in ranks_of(folder / "packed-fsdp-2"):
         first, last = rank["sent"]
-        assert first.keys() == {"_allgather_base_"}
-        assert last["_reduce_scatter_base_"] > 0
+        assert first.keys() == {"_allgather_base_", "_reduce_scatter_base_"}
+        assert first["_reduce_scatter_base_"] == last["_reduce_scatter_base_"]
+    for rank in ranks_of(folder / "packed-hsdp-4"):
+        first, last = rank["sent"]
+        assert "allreduce_" not in first
+        assert last["allreduce_"] > whole_bytes(folder / "packed-1") / 2  # and then all of the shard
 
 
 def test_as_much_is_sent_as_theory_has_it(folder: Path) -> None:
@@ -218,12 +242,24 @@ def test_as_much_is_sent_as_theory_has_it(folder: Path) -> None:
 
 @pytest.mark.parametrize(("variant", "engine"), [run for run in RUNS if run[1] != "ddp-2"])
 def test_a_rank_holds_its_share(folder: Path, variant: str, engine: str) -> None:
-    """Parameters, gradients and optimizer state, against those of a DDP rank, which holds everything."""
+    """Parameters, gradients and optimizer state, against those of a DDP rank, which holds everything. Gradients never
+    were more: the peak between micro-batches is the same."""
     whole, ranks = ranks_of(folder / f"{variant}-ddp-2")[0], ranks_of(folder / f"{variant}-{engine}")
     assert len(ranks) == int(engine[-1])
+    shards = 2 if engine == "hsdp-4" else len(ranks)
     for rank in ranks:
         for part in ("parameters", "gradients", "optimizer"):
-            assert rank[part] == pytest.approx(whole[part] / len(ranks), rel=0.1), part
+            assert rank[part] == pytest.approx(whole[part] / shards, rel=0.1), part
+        assert rank["held"] <= 1.1 * whole["gradients"] / shards
+
+
+def test_bf16_halves_what_is_gathered(folder: Path) -> None:
+    """Blocks' matrices; embedding and head stay fp32, and so do sums of gradients."""
+    exact, rounded = (ranks_of(folder / f"{variant}-fsdp-2")[0]["sent"][0] for variant in ("packed", "bf16"))
+    assert rounded["_reduce_scatter_base_"] == exact["_reduce_scatter_base_"]
+    root = 4 * (2 * 512 * 32 + 32) / 2
+    small = (exact["_allgather_base_"] - root) / 2
+    assert rounded["_allgather_base_"] - root == pytest.approx(small, rel=0.05)
 
 
 def test_the_whole_model_is_never_built(folder: Path) -> None:
@@ -246,18 +282,21 @@ def eight_steps(folder: Path) -> Path:
 def test_a_restarted_job_goes_on_by_itself_and_a_killed_rank_ends_it(
     folder: Path, eight_steps: Path, tmp_path: Path
 ) -> None:
-    """The last rank raises in step 4, after the checkpoint of step 3; started again, it is killed in step 6."""
+    """In a directory with an earlier run, the first start dies before it has one of its own. The second fails in step
+    4, after the checkpoint of step 3; started again, the last rank is killed in step 6."""
     run, log = tmp_path / "run", tmp_path / "log"
+    take_over(folder / "packed-1", run)
     words = command(folder, "packed", "fsdp-2", run, max_steps=8, save_steps=3)
-    launcher = ("--standalone", "--max-restarts=1")
-    faults = "raise:4,kill:6"
+    launcher = ("--standalone", "--max-restarts=2")
+    faults = "begin:0,raise:4,kill:6"
     job = start(folder, log, 2, ROOT / "tests/faulty_rank.py", faults, *words, launcher=launcher)
     assert finish(job) != 0
     assert time.time() - (run / "failed").stat().st_mtime < 60
     printed = log.read_text()
     assert "error: out of cheese" in printed
-    assert "step 3 to 8" in printed
+    assert [found.group() for found in re.finditer(r"step \d to 8", printed)] == ["step 0 to 8", "step 3 to 8"]
     assert re.search(r"rank +: 1 .*\n +exitcode +: -9 .*\(SIGKILL\)", printed)
+    assert [path.name for path in (tmp_path / "run.1/checkpoints").iterdir()] == ["step-000002"]
     steps = [line["step"] for line in read_metrics(run) if "loss" in line]
     assert steps == [1, 2, 3, 4, 5]
     assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=8), folder) == 0
@@ -281,14 +320,32 @@ def test_two_nodes_form_one_job_and_name_the_rank_that_fails(folder: Path, eight
     assert_same_run(run, eight_steps)
 
 
+def test_nodes_without_common_files_are_told_so(folder: Path, tmp_path: Path) -> None:
+    """Each in its own working directory, into the same relative path."""
+    logs = [tmp_path / f"log-{node}" for node in (0, 1)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
+    words = command(folder, "packed", "ddp-2", Path("runs/mine"))
+    jobs = []
+    for log in logs:
+        place = log.with_suffix(".place")
+        place.mkdir()
+        jobs.append(start(folder, log, 1, ROOT / "train_sft.py", *words, launcher=launcher, cwd=place))
+    assert 0 not in [finish(job) for job in jobs]
+    printed = "".join(log.read_text() for log in logs)
+    assert "error: rank 1 does not see what the first rank writes in" in printed
+    assert not list(tmp_path.glob("*.place/runs/*"))
+
+
 def test_a_signal_reaches_all_ranks_and_saves_once(folder: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     words = command(folder, "packed", "ddp-2", run, max_steps=100_000, save_steps=0, eval_steps=0)
-    job = start(folder, log, 2, ROOT / "tests/faulty_rank.py", "raise:0", *words)
+    job = start(folder, log, 2, ROOT / "tests/faulty_rank.py", "raise:0", *words, start_new_session=True)
     metrics = run / "metrics.jsonl"
     while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
+    os.killpg(job.pid, signal.SIGTERM)  # as schedulers do: torchrun sends it to its ranks once more
     assert finish(job) == 1  # torchrun's own code
     assert len(re.findall("Sending process .* closing signal SIGTERM", log.read_text())) == 2
     assert "SIGKILL" not in log.read_text()
