@@ -17,8 +17,12 @@ CONFIG, METRICS = "config.json", "metrics.jsonl"
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.
 FIXED_FIELDS = (
     *("model", "tokenizer", "chat_template", "dataset", "train_split", "max_seq_len", "packing", "shuffle"),
-    *("skip_bad_rows", "seed", "optimizer", "init_from", "lora_rank", "lora_alpha", "lora_target_modules", "quantize"),
+    *("long_conversations", "eval_fraction", "skip_bad_rows", "seed", "optimizer", "init_from"),
+    *("lora_rank", "lora_alpha", "lora_target_modules", "quantize"),
 )
+
+# What runs did before these fields were there.
+FIRST_VALUES = {"long_conversations": "truncate", "eval_fraction": 0.0}
 
 
 def check_changes(config: TrainConfig) -> None:
@@ -41,7 +45,7 @@ def check_changes(config: TrainConfig) -> None:
 
 def read_configuration(path: Path) -> dict[str, Any]:
     """A run's config.json. Raises UserError for what is no JSON."""
-    values = read_json(path)
+    values = FIRST_VALUES | read_json(path)
     if isinstance(values.get("dataset"), str):  # as it was written when a run had one source
         values["dataset"] = [values["dataset"]]
     return values
