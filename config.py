@@ -105,21 +105,25 @@ class ModelConfig:
 class DataConfig:
     """What is learned from, and how it becomes tokens."""
 
-    # Hub names, dataset directories, .jsonl/.json/.parquet files, `chitchat`, `chitchat_text` or `chatterbot`; each
-    # may end in :N, and is then passed N times an epoch.
+    # Hub names, directories, .jsonl/.json/.csv/.tsv/.txt (or .gz of them) and .parquet files, `chitchat`,
+    # `chitchat_text` or `chatterbot`; each may end in :N, and is then passed N times an epoch.
     dataset: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)
     train_split: str = "train_sft"  # split to train on
     eval_split: str = "test_sft"  # split to evaluate on; only read where eval_steps is not 0
-    max_seq_len: int = 4096  # tokens a row; longer conversations are cut
+    eval_fraction: float = 0.05  # share of the training split to evaluate on where there is no eval_split; 0: none
+    max_seq_len: int = 4096  # tokens a row
+    # split: a conversation longer than a row becomes several, cut at turns; truncate: only its beginning is learned.
+    long_conversations: Literal["split", "truncate"] = "split"
     packing: bool = True  # fill rows with several conversations (best fit) instead of padding; the loss is the same
     shuffle: bool = True  # new data order every epoch
-    skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping at the first
+    skip_bad_rows: bool = False  # malformed rows go to OUTPUT_DIR/skipped.jsonl instead of stopping the run
     num_proc: int = 2  # processes that tokenise
     tokenizer: str = "cl100k_base"  # or a directory with a tokenizer.json; with init_from, that one's own is taken
     chat_template: str | None = None  # chatml, llama3, deepseek (tokenizer.py); None: the tokenizer's own, else chatml
 
     def validate(self) -> None:
-        check_numbers(self, ())
+        check_numbers(self, ("eval_fraction",))
+        check(self.eval_fraction < 1, f"eval_fraction is {self.eval_fraction}; it must be below 1")
         check(self.max_seq_len >= 2, "max_seq_len is 1; a row needs a token to learn from and one to learn")
 
 

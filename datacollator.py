@@ -109,27 +109,32 @@ class RowStream:
 
     So there are no partial batches, any process can take any rows, and all that a resumed run needs is its step.
     Row i is in epoch i // rows_per_epoch; every epoch is shuffled and packed anew, into the same number of rows.
+    Without shuffling rows come in the order of the data, as far as packing allows: by their first conversation.
     """
 
     def __init__(self, dataset: "datasets.Dataset", collator: DataCollator, seed: int = 0, shuffle: bool = True):
-        """dataset: columns input_ids and mask, as `dataset.load_dataset_split` gives them."""
+        """dataset: columns input_ids and mask, as `dataset.load_data` gives them."""
         self.collator = collator
         self.seed = seed
         self.shuffle = shuffle
         # Arrow's own buffers, usually a memory map: for each chunk, where conversations begin, and their tokens.
-        table = dataset.with_format("arrow")[:]
-        self._ids = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in table["input_ids"].chunks]
-        self._mask = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in table["mask"].chunks]
+        chunks = [dataset.data.column(name).chunks for name in ("input_ids", "mask")]
+        self._ids, self._mask = ([(c.offsets.to_numpy(), c.values.to_numpy()) for c in column] for column in chunks)
         self._chunk_starts = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._ids])
-        self.lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._ids])
-        self.num_targets = np.concatenate([count_targets(*chunk) for chunk in self._mask])
+        lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._ids])
+        # Where the dataset is a choice of rows, their places in the buffers: it's looked up there, nothing is copied.
+        chosen = dataset._indices
+        self._places = np.arange(len(lengths)) if chosen is None else chosen.column(0).to_numpy().astype(np.int64)
+        self.lengths = lengths[self._places]
+        self.num_targets = np.concatenate([count_targets(*chunk) for chunk in self._mask])[self._places]
         self._epoch_rows = functools.lru_cache(maxsize=2)(self._arrange_epoch)
         self.rows_per_epoch = len(self._epoch_rows(0))
 
     def conversation(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """ids and mask of conversation number `index` of the dataset."""
-        chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
-        at = index - self._chunk_starts[chunk]
+        place = int(self._places[index])
+        chunk = int(np.searchsorted(self._chunk_starts, place, side="right")) - 1
+        at = place - self._chunk_starts[chunk]
         pieces = (self._ids[chunk], self._mask[chunk])
         ids, mask = (values[offsets[at] : offsets[at + 1]] for offsets, values in pieces)
         return ids, mask
@@ -165,4 +170,4 @@ class RowStream:
         if not self.collator.packing:
             return [[index] for index in order.tolist()]
         rows = [order[row].tolist() for row in pack_best_fit(self.lengths[order], self.collator.max_seq_len)]
-        return [rows[i] for i in rng.permutation(len(rows))] if self.shuffle else rows
+        return [rows[i] for i in rng.permutation(len(rows))] if self.shuffle else sorted(rows, key=min)

@@ -1,195 +1,294 @@
 """Conversations from anywhere, checked row by row and tokenised once.
 
-    Hub, directory, file or built-in ──open_split──▶ rows ──read_row──▶ messages ──Tokenizer.render──▶ ids, mask
+    Hub, directory, file or built-in ──open_splits──▶ rows ──tokenize_row──▶ pieces ──hold_out──▶ trained on, held out
 
 Everything goes through `datasets`, so the result lies on disk, is read by memory map, and is found again by its
-fingerprint: what was read, the tokenizer, `max_seq_len` and the code that all of it passes.
+fingerprint: what was read, the tokenizer, `max_seq_len`, `long_conversations` and the code that all of it passes.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import datasets
-from datasets.fingerprint import Hasher
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-import tokenizer as tokenizer_module
-from config import UserError
-from engine import formats, sources, vocabulary
-from engine.formats import Message, RowError
+from config import DataConfig, UserError, check
+from engine import sources, text_files
+from engine.data_report import DataReport
+from engine.pieces import SPEAKERS, tokenize
 from tokenizer import Tokenizer
 
 
-@dataclass
-class DataReport:
-    """What a split holds, after truncation and without the rows that were dropped."""
+class Data(NamedTuple):
+    """What a run trains on and evaluates on. The datasets' columns: engine/pieces.py."""
 
-    name: str
-    split: str
-    conversations: int
-    tokens: int
-    trained_tokens: int
-    truncated: int
-    # Reason to number of rows.
-    dropped: dict[str, int]
+    train: datasets.Dataset
+    held_out: datasets.Dataset | None
+    # For each source what is trained on, then for each what is held out.
+    reports: list[DataReport]
+    # What was decided about splits, a line each.
+    notes: list[str]
+    # Malformed rows: source, place, error and row.
+    skipped: list[dict[str, Any]]
 
-    def __str__(self) -> str:
-        dropped = "; ".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items())
-        return (
-            f"{self.name}, {self.split}: {self.conversations:,} conversations, {self.tokens:,} tokens, "
-            f"{self.trained_tokens / self.tokens:.0%} of them trained on; {self.truncated:,} conversations truncated; "
-            + (dropped or "none dropped")
-        )
+
+def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool) -> Data:
+    """Exactly what a run with this configuration sees.
+
+    A source without a split `eval_split` has `eval_fraction` of what it would train on held out. Raises UserError where
+    there is no such data or nothing of it is left, where training and evaluation overlap, and for malformed rows unless
+    they are to be skipped.
+    """
+    trained, held_out, to_divide, notes = [], [], [], []
+    for source in data.dataset:
+        name, weight = parse_source(source)
+        splits = sources.open_splits(name)
+        train_split, eval_split = choose_splits(name, splits, data)
+        if train_split != data.train_split:
+            notes.append(f"{name} has no split {data.train_split!r}; its only one, {train_split!r}, is trained on")
+        trained.append(read_part(name, train_split, tokenizer, data, weight))
+        if want_eval and eval_split:
+            held_out.append(replace(read_part(name, eval_split, tokenizer, data), held_out=True))
+        elif want_eval:
+            to_divide.append(trained[-1])
+    skipped = bad_rows(trained + held_out, data.skip_bad_rows)
+    for part in trained + held_out:
+        part.check_not_empty()
+    if to_divide:
+        divided, said = hold_out(to_divide, data, seed, needed=not held_out)
+        held_out, notes = held_out + divided, notes + said
+    drop_copies(held_out, trained)
+    return Data(
+        datasets.concatenate_datasets([part.dataset() for part in trained for _ in range(part.weight)]),
+        datasets.concatenate_datasets([part.dataset() for part in held_out]) if held_out else None,
+        make_reports(trained) + (make_reports(held_out) if held_out else []),
+        notes,
+        skipped,
+    )
 
 
 def load_dataset_split(
-    name: str, split: str, tokenizer: Tokenizer, max_seq_len: int, num_proc: int = 1, skip_bad_rows: bool = False
+    name: str,
+    split: str,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    num_proc: int = 1,
+    skip_bad_rows: bool = False,
+    long_conversations: Literal["split", "truncate"] = "truncate",
 ) -> tuple[datasets.Dataset, DataReport]:
-    """One split, tokenised: columns input_ids (int32 list, at most max_seq_len) and mask (int8 list), and a report.
+    """One split of one source, and a report. Arguments and errors as DataConfig and `load_data` have them."""
+    data = DataConfig(
+        max_seq_len=max_seq_len,
+        num_proc=num_proc,
+        skip_bad_rows=skip_bad_rows,
+        long_conversations=long_conversations,
+    )
+    part = read_part(name, split, tokenizer, data)
+    bad_rows([part], skip_bad_rows)
+    part.check_not_empty()
+    return part.dataset(), make_reports([part])[0]
 
-    name: a Hub name, a local directory, a .jsonl, .json or .parquet file, or a key of `BUILT_IN` (engine/sources.py).
-    split: one of its splits, or a part of one, like "train[:95%]". A file's only split is "train".
-    skip_bad_rows: drop and count malformed rows; otherwise the first raises UserError with its place and what is wrong.
-    Every row kept has something to learn. Raises UserError if there is no such data, or none is left.
-    """
+
+def column(dataset: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of numbers, without a loop over rows."""
+    values = dataset.data.column(name).to_numpy()
+    return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
+
+
+# ---------------------------------------------------------------- sources and their splits
+
+
+def parse_source(source: str) -> tuple[str, int]:
+    """ "a.jsonl:2" to its name and how often it is passed an epoch. Raises UserError."""
+    name, _, weight = source.rpartition(":")
+    if not name or not re.fullmatch(r"[-+.\d]+", weight) or Path(source).exists():
+        return source, 1
+    check(weight.isdecimal() and int(weight) > 0, f"dataset {source}: {weight} must be a whole number above 0")
+    return name, int(weight)
+
+
+def choose_splits(name: str, splits: dict[str, datasets.Dataset], data: DataConfig) -> tuple[str, str]:
+    """The split to train on, the only one if there is no other; and that to evaluate on, "" if there is none.
+    Raises UserError where they overlap, or do not exist."""
+    train, evaluation = data.train_split, data.eval_split
+    if len(splits) == 1 and train not in splits and not re.search(r"[\[+]", train):
+        (train,) = splits
+    named = re.sub(r"\[.*?\]", "", evaluation).split("+")
+    if data.eval_fraction and not splits.keys() & set(named):
+        return train, ""
+    for trained_split, trained in sources.parts_of(name, splits, train):
+        for split, rows in sources.parts_of(name, splits, evaluation):
+            apart = trained_split != split or max(rows[0], trained[0]) > min(rows[-1], trained[-1])
+            check(apart, f"{name}: train_split {train} and eval_split {evaluation} overlap; name parts, like train[5:]")
+    return train, evaluation
+
+
+@dataclass
+class Part:
+    """A split of a source, tokenised, and which of its pieces are used."""
+
+    source: str
+    split: str
+    weight: int
+    rows: datasets.Dataset
+    pieces: datasets.Dataset
+    # Numbers of pieces.
+    used: np.ndarray
+    # Reason to number of rows.
+    dropped: dict[str, int]
+    # Tokens to learn that are in no piece.
+    lost: int
+    held_out: bool = False
+
+    def column(self, name: str) -> np.ndarray:
+        """Of the pieces that are used."""
+        return column(self.pieces, name)[self.used]
+
+    @property
+    def conversations(self) -> int:
+        return int((self.column("piece") == 0).sum())
+
+    def dataset(self) -> datasets.Dataset:
+        return self.pieces.select(self.used)
+
+    def check_not_empty(self) -> None:
+        causes = ", ".join(f"{count} for {reason}" for reason, count in self.dropped.items())
+        number = sum(self.dropped.values())
+        check(len(self.used) > 0, f"{self.source}, split {self.split}: all {number} rows were dropped: {causes}")
+
+
+def read_part(name: str, split: str, tokenizer: Tokenizer, data: DataConfig, weight: int = 1) -> Part:
+    """A split of a source with all its pieces. Raises UserError if there are no rows."""
     rows = sources.open_split(name, split)
-    if len(rows) == 0:
-        raise UserError(f"{name}, split {split}, is empty")
-    tokenized = tokenize(rows, tokenizer, max_seq_len, num_proc)
-
-    for i, error in zip(tokenized["row"], tokenized["error"], strict=True):
-        if error and not skip_bad_rows:
-            raise UserError(f"{name}, {sources.place(rows, i, split)}: {error} (--skip-bad-rows drops such rows)")
-    reasons = tokenized["reason"][:]
-    dropped = dict(Counter(reason for reason in reasons if reason))
-    if sum(dropped.values()) == len(rows):
-        causes = ", ".join(f"{count} for {reason}" for reason, count in dropped.items())
-        raise UserError(f"{name}, split {split}: all {len(rows)} rows were dropped: {causes}")
-    if dropped:
-        tokenized = tokenized.select([i for i, reason in enumerate(reasons) if not reason]).flatten_indices()
-
-    report = DataReport(
-        name=name,
-        split=split,
-        conversations=len(tokenized),
-        tokens=sum(tokenized["length"]),
-        trained_tokens=sum(tokenized["targets"]),
-        truncated=sum(tokenized["truncated"]),
-        dropped=dropped,
-    )
-    return tokenized.select_columns(["input_ids", "mask"]), report
+    check(len(rows) > 0, f"{name}, split {split}, is empty")
+    tokenized = tokenize(rows, tokenizer, data.max_seq_len, data.long_conversations, data.num_proc)
+    reasons = tokenized.data.column("reason")
+    dropped = dict(Counter(pc.filter(reasons, pc.not_equal(reasons, "")).to_pylist()))
+    used = np.flatnonzero(pc.equal(reasons, "").to_numpy())
+    lost = int(column(tokenized, "lost").sum())
+    return Part(name, split, weight, rows, tokenized, used, dropped, lost)
 
 
-# ---------------------------------------------------------------- tokenising
+# ---------------------------------------------------------------- malformed rows
 
-STRING, INTEGER = datasets.Value("string"), datasets.Value("int32")
-TOKENIZED = datasets.Features(
-    {
-        # Which row it comes from; a text that is longer than max_seq_len becomes several.
-        "row": INTEGER,
-        "input_ids": datasets.List(INTEGER),
-        "mask": datasets.List(datasets.Value("int8")),
-        "length": INTEGER,
-        # Tokens that are learned: the first of a row is never a target.
-        "targets": INTEGER,
-        "truncated": datasets.Value("bool"),
-        # Why the row is dropped, or nothing; and for a malformed row, what is wrong with it.
-        "reason": STRING,
-        "error": STRING,
-    }
-)
-# What is tokenised depends on their code.
-CODE = (sources, formats, tokenizer_module, vocabulary)
+MOST_LISTED = 20
 
 
-def tokenize(rows: datasets.Dataset, tokenizer: Tokenizer, max_seq_len: int, num_proc: int) -> datasets.Dataset:
-    """Every row as TOKENIZED has it; from the cache if that was done before."""
-    code = [Path(file).read_bytes() for file in (__file__, *(str(module.__file__) for module in CODE))]
-    fingerprint = Hasher.hash([rows._fingerprint, tokenizer.fingerprint(), max_seq_len, *code])
-    cache = Path(datasets.config.HF_DATASETS_CACHE, "sft-from-scratch")
-    cache.mkdir(parents=True, exist_ok=True)
-    return rows.map(
-        tokenize_batch,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        fn_kwargs={"tokenizer": tokenizer, "max_seq_len": max_seq_len},
-        num_proc=num_proc if len(rows) > 5000 and num_proc > 1 else None,  # processes take a second to start
-        features=TOKENIZED,
-        new_fingerprint=fingerprint,
-        cache_file_name=str(cache / f"{fingerprint}.arrow"),
-        desc="Tokenising",
-    )
+def bad_rows(parts: list[Part], skip: bool) -> list[dict[str, Any]]:
+    """Source, place, error and row of each. Raises UserError that lists them, unless they are to be skipped."""
+    found = []
+    for part in parts:
+        errors = part.pieces.data.column("error")
+        table = pa.table({"row": part.pieces.data.column("row"), "error": errors}).filter(pc.not_equal(errors, ""))
+        found += [(part, row["row"], row["error"]) for row in table.to_pylist()]
+    listed = [f"{part.source}, {sources.place(part.rows, i, part.split)}: {error}" for part, i, error in found[:20]]
+    if len(found) == 1 and not skip:
+        raise UserError(f"{listed[0]} (--skip-bad-rows drops such rows)")
+    rest = [f"and {len(found) - MOST_LISTED:,} more"] * (len(found) > MOST_LISTED)
+    problems = "\n  ".join([f"{len(found):,} rows cannot be used (--skip-bad-rows drops them):", *listed, *rest])
+    check(skip or not found, problems)
+    return [
+        {
+            "source": part.source,
+            "place": sources.place(part.rows, i, part.split),
+            "error": error,
+            "row": text_files.as_text(part.rows[i]),
+        }
+        for part, i, error in found
+    ]
 
 
-def tokenize_batch(
-    batch: dict[str, list], indices: list[int], tokenizer: Tokenizer, max_seq_len: int
-) -> dict[str, list]:
-    """Rows, and their numbers in the dataset, to the columns of TOKENIZED."""
-    out: dict[str, list] = defaultdict(list)
-    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        for piece in tokenize_row(dict(zip(batch, values, strict=True)), tokenizer, max_seq_len):
-            out["row"].append(index)
-            for column, value in piece.items():
-                out[column].append(value)
-    return out
+# ---------------------------------------------------------------- what is held out
 
 
-def tokenize_row(row: dict[str, Any], tokenizer: Tokenizer, max_seq_len: int) -> Iterator[dict[str, Any]]:
-    """The pieces that a row becomes, or an empty one that says what is wrong with it."""
-    try:
-        content = formats.read_row(formats.parse_line(row["json"]) if row.keys() == sources.LINES.keys() else row)
-    except RowError as problem:
-        yield piece([], [], reason=problem.reason, error=str(problem))
-        return
-    if isinstance(content, str):
-        yield from tokenize_document(content, tokenizer, max_seq_len)
-    else:
-        yield tokenize_conversation(content, tokenizer, max_seq_len)
+def hold_out(parts: list[Part], data: DataConfig, seed: int, needed: bool) -> tuple[list[Part], list[str]]:
+    """Divide the parts: of each another one, with the conversations whose number in a lottery is below eval_fraction.
+
+    The number depends on the seed and on what is said, so that a conversation stays on its side when others come, and
+    copies lie on the same side. needed: if so few conversations would leave none, the lowest number is held out.
+    """
+    numbers = [lottery(part.column("content"), seed) for part in parts]
+    drawn, limit = np.concatenate(numbers), data.eval_fraction
+    if needed and not (drawn < limit).any():
+        limit = np.nextafter(drawn.min(initial=1.0), 2.0)
+    names = ", ".join(part.source for part in parts)
+    too_few = f"{names}: too few different conversations to hold some out of; --eval-steps 0 trains on all of them"
+    check(len(drawn) == 0 or not (drawn < limit).all(), too_few)
+    divided, said = [], []
+    for part, number in zip(parts, numbers, strict=True):
+        held = replace(part, weight=1, used=part.used[number < limit], dropped={}, held_out=True)
+        held.lost = int(held.column("lost").sum())
+        total, part.used, part.lost = part.conversations, part.used[number >= limit], part.lost - held.lost
+        divided += [held] * (held.conversations > 0)
+        said.append(
+            f"{part.source} has no split {data.eval_split!r}: {held.conversations:,} of the {total:,} conversations of "
+            f"{part.split} are held out (eval_fraction {data.eval_fraction})"
+        )
+    return divided, said
 
 
-def tokenize_conversation(messages: list[Message], tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
-    """Its first max_seq_len tokens."""
-    ids, mask = tokenizer.render(shorten(messages, (max_seq_len + 1) * tokenizer.max_token_bytes))
-    kept = mask[:max_seq_len]
-    if not any(kept[1:]):
-        return piece([], [], len(ids) > max_seq_len, reason="nothing to learn within max_seq_len tokens")
-    return piece(ids[:max_seq_len], kept, len(ids) > max_seq_len)
+def lottery(content: np.ndarray, seed: int) -> np.ndarray:
+    """Evenly distributed numbers from 0 to 1 that depend on nothing else (splitmix64,
+    https://doi.org/10.1145/2660193.2660195)."""
+    x = content.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) / 2.0**64
 
 
-def shorten(messages: list[Message], room: int) -> list[Message]:
-    """The beginning of a conversation that has at most `room` characters, so that a row of 50 MB costs no more."""
-    if sum(len(message["content"]) for message in messages) <= room:
-        return messages
-    kept = []
-    for message in messages:
-        kept.append({"role": message["role"], "content": message["content"][: max(room, 0)]})
-        room -= len(message["content"])
-        if room <= 0:
-            break
-    return kept
+def drop_copies(held_out: list[Part], trained: list[Part]) -> None:
+    """Of what is held out, whatever is trained on as well. Raises UserError if nothing is left."""
+    seen = np.concatenate([part.column("content") for part in trained])
+    for part in held_out:
+        copies, before = np.isin(part.column("content"), seen), part.conversations
+        part.used = part.used[~copies]
+        if copies.any():
+            part.dropped = part.dropped | {"also trained on": before - part.conversations}
+    if held_out and not any(len(part.used) for part in held_out):
+        held_out[0].check_not_empty()
 
 
-def tokenize_document(text: str, tokenizer: Tokenizer, max_seq_len: int) -> Iterator[dict[str, Any]]:
-    """All of it, ended by a control token, in pieces of at most max_seq_len tokens; every token is trained on."""
-    ids = [*tokenizer.encode(text), tokenizer.pad_token_id]
-    for start in range(0, max(len(ids) - 1, 1), max_seq_len):  # no piece of a single token, unless there is no other
-        part = ids[start : start + max_seq_len]
-        yield piece(part, [1] * len(part), reason="" if len(part) > 1 else "a single token")
+# ---------------------------------------------------------------- counting
 
 
-def piece(
-    ids: list[int], mask: list[int], truncated: bool = False, reason: str = "", error: str = ""
-) -> dict[str, Any]:
-    """One of TOKENIZED's entries, without its row."""
-    return {
-        "input_ids": ids,
-        "mask": mask,
-        "length": len(ids),
-        "targets": sum(mask[1:]),
-        "truncated": truncated,
-        "reason": reason,
-        "error": error,
-    }
+def make_reports(parts: list[Part]) -> list[DataReport]:
+    """Of each part, without a loop over its rows."""
+    contents = [part.column("content")[part.column("piece") == 0] for part in parts]
+    ends = np.cumsum([len(content) for content in contents])
+    _, first = np.unique(np.concatenate(contents), return_index=True)  # of several copies
+    different = np.diff(np.searchsorted(np.sort(first), [0, *ends]))
+    return [
+        DataReport(
+            source=part.source,
+            split=part.split,
+            held_out=part.held_out,
+            weight=part.weight,
+            conversations=part.conversations,
+            pieces=len(part.used),
+            turns=int(part.column("turns").sum()),
+            tokens=int(part.column("length").sum()),
+            speakers={speaker: int(part.column(speaker).sum()) for speaker in SPEAKERS},
+            trained_tokens=int(part.column("targets").sum()),
+            lost_tokens=part.lost,
+            cut=int((part.column("cut") > 0).sum()),
+            longest=int(part.column("tokens").max(initial=0)),
+            duplicates=part.conversations - int(number),
+            dropped=part.dropped,
+            unused=unused_fields(part),
+        )
+        for part, number in zip(parts, different, strict=True)
+    ]
+
+
+def unused_fields(part: Part) -> dict[str, int]:
+    """Fields that play no part, the most frequent first, and how many rows have them."""
+    names = part.pieces.data.column("unused").combine_chunks().take(pa.array(part.used))
+    fields: Counter[str] = Counter()
+    for entry in pc.value_counts(names).to_pylist():
+        fields.update(dict.fromkeys(filter(None, entry["values"].split("\n")), entry["counts"]))
+    return dict(fields.most_common())

@@ -8,11 +8,11 @@ tables below and from nowhere else: what people write is always encoded as ordin
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from config import UserError
+from config import UserError, check
 from engine.files import read_json
 from engine.vocabulary import load_cl100k, load_directory
 
@@ -29,6 +29,16 @@ class Turn(NamedTuple):
     end: str = ""
     # Between this turn and the next; never trained on.
     footer: str = ""
+
+
+class RenderedTurn(NamedTuple):
+    """A message as tokens, in the order in which they stand."""
+
+    header: list[int]
+    # Content and end; the only part that may be trained on.
+    body: list[int]
+    footer: list[int]
+    trained: int
 
 
 class ChatTemplate(NamedTuple):
@@ -104,6 +114,7 @@ class Tokenizer:
         self.tokens = vocabulary.tokens
         self.control_ids = vocabulary.control_ids
         self.vocab_size = len(self.tokens)
+        check_control_tokens(chat_template, self.template, self.control_ids)
         self.eos_token = self.template.turns["assistant"].end
         self.eos_token_id = self.control_ids[self.eos_token]
         # The collator masks padding, so any id will do.
@@ -114,7 +125,8 @@ class Tokenizer:
         self.max_token_bytes = max(self.token_num_bytes)
         self._encode = vocabulary.encode
         self.to_json = vocabulary.to_json
-        self._start = self._encode_control(self.template.start)
+        # Ids that open every conversation.
+        self.start = self._encode_control(self.template.start)
         self._turns = {role: self._encode_turn(role) for role in self.template.turns}
 
     def encode(self, text: str) -> list[int]:
@@ -126,32 +138,37 @@ class Tokenizer:
         return b"".join([self.tokens[i] for i in ids if i < self.vocab_size]).decode("utf-8", errors="replace")
 
     def render(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
         """A conversation to (ids, mask) of equal length; mask is 1 on the tokens that the assistant has to produce.
 
-        messages: dicts with a role (system, user, assistant, tool) and a content.
+        messages: dicts with a role (system, user, assistant, tool) and a content; the assistant's may have a weight of
+        0, and are then only read.
         add_generation_prompt: end with the assistant's header, so that a model answers.
         Raises UserError for another role.
         """
-        ids, mask = list(self._start), [0] * len(self._start)
+        ids, mask = list(self.start), [0] * len(self.start)
         for message in messages:
-            if message["role"] not in self._turns:
-                raise UserError(f"role {message['role']!r} is unknown; use one of {', '.join(self._turns)}")
-            header, lead, trail, end, footer, trained = self._turns[message["role"]]
-            content = self.encode(lead + message["content"] + trail)
+            header, body, footer, trained = self.render_turn(message)
             ids += header
-            ids += content
-            ids += end
+            ids += body
             ids += footer
             mask += [0] * len(header)
-            mask += [trained] * (len(content) + len(end))
+            mask += [trained] * len(body)
             mask += [0] * len(footer)
         if add_generation_prompt:
             header = self._turns["assistant"][0]
             ids += header
             mask += [0] * len(header)
         return ids, mask
+
+    def render_turn(self, message: Mapping[str, Any]) -> RenderedTurn:
+        """One message of a conversation. Raises UserError for an unknown role."""
+        if message["role"] not in self._turns:
+            raise UserError(f"role {message['role']!r} is unknown; use one of {', '.join(self._turns)}")
+        header, lead, trail, end, footer, trained = self._turns[message["role"]]
+        body = self.encode(lead + message["content"] + trail) + end
+        return RenderedTurn(header, body, footer, int(trained and message.get("weight", 1)))
 
     def jinja_template(self, mark_trained: bool = True) -> str:
         """The template for transformers' `apply_chat_template`, which takes a content as text or as a list of text
@@ -210,6 +227,19 @@ class Tokenizer:
         turn = self.template.turns[role]
         header, end, footer = map(self._encode_control, (turn.header, turn.end, turn.footer))
         return header, turn.lead, turn.trail, end, footer, int(role == "assistant")
+
+
+def check_control_tokens(name: str, template: ChatTemplate, known: Collection[str]) -> None:
+    """A token that the template uses and does not list would be encoded as ordinary text. Raises UserError."""
+    texts = [template.start, *(part for turn in template.turns.values() for part in turn)]
+    alone = [template.start, *(turn.end for turn in template.turns.values())]  # each nothing, or one control token
+    used = [token for token in known if len(token) > 1 and any(token in text for text in texts)] + [
+        token for token in alone if token
+    ]
+    unlisted = ", ".join(dict.fromkeys(token for token in used if token not in template.control_tokens))
+    check(not unlisted, f"chat template {name} uses {unlisted} and does not list it in its control_tokens")
+    ends = template.turns["assistant"].end != ""
+    check(ends, f"chat template {name} ends the assistant's turn with no token, so that no answer would ever end")
 
 
 def choose_template(directory: Path, control_tokens: Collection[str], chat_template: str | None) -> str:

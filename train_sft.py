@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config import TrainConfig, check
 from engine.cli import given_fields, one_line_errors, parse_arguments, useless_flags
@@ -39,6 +39,7 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     import torch
 
     from checkpoint import resolve_model
+    from engine.data_report import write_skipped
     from engine.job import agents, check_shared_files, is_own_run, look_up
     from engine.run_directory import check_changes, check_start, open_run
     from parallel import replicate
@@ -54,8 +55,7 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     check_start(config)
     if world.is_main and config.checkpoint.resume:
         check_changes(config)
-    train_rows = load_rows(config, config.data.train_split, tokenizer, world, config.data.shuffle)
-    held_out = load_rows(config, config.data.eval_split, tokenizer, world, False) if config.watch.eval_steps else None
+    train_rows, held_out, skipped = load_rows(config, tokenizer, world)
 
     torch.manual_seed(config.compute.seed)
     checkpoint = checkpoint_to_resume(config, world)
@@ -67,6 +67,8 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     job = agents(world)
     if world.is_main:
         open_run(config, job)
+        if skipped:
+            print(write_skipped(config.checkpoint.output_dir, skipped))
         in_4_bits = sum(weight.numel() for weight in quantized_weights(model).values())
         parameters = sum(p.numel() for p in model.parameters()) + in_4_bits
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -124,26 +126,23 @@ def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer"
             print(f"note: {never}")
 
 
-def load_rows(config: TrainConfig, split: str, tokenizer: "Tokenizer", world: "World", shuffle: bool) -> "RowStream":
-    """A split's conversations in rows."""
-    import datasets
-
+def load_rows(
+    config: TrainConfig, tokenizer: "Tokenizer", world: "World"
+) -> tuple["RowStream", "RowStream | None", list[dict[str, Any]]]:
+    """What is trained on and what is held out, in rows; and the malformed rows that were skipped."""
     from datacollator import DataCollator, RowStream
-    from dataset import load_dataset_split
+    from dataset import load_data
     from parallel import first_process_first
 
-    data, parts = config.data, []
+    options, seed = config.data, config.compute.seed
     with first_process_first(world):
-        for source in data.dataset:
-            name, _, weight = source.partition(":")
-            part, report = load_dataset_split(
-                name, split, tokenizer, data.max_seq_len, data.num_proc, data.skip_bad_rows
-            )
-            parts += [part] * int(weight or 1)
-            if world.is_main:
-                print(report)
-    collator = DataCollator(data.max_seq_len, tokenizer.pad_token_id, data.packing)
-    return RowStream(datasets.concatenate_datasets(parts), collator, config.compute.seed, shuffle)
+        data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
+    if world.is_main:
+        print(*data.notes, *data.reports, sep="\n")
+    collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
+    train = RowStream(data.train, collator, seed, options.shuffle)
+    # Shuffled, so that the first rows of it are a fair sample.
+    return train, RowStream(data.held_out, collator, seed) if data.held_out else None, data.skipped
 
 
 def checkpoint_to_resume(config: TrainConfig, world: "World") -> Path | None:

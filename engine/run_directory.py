@@ -19,8 +19,12 @@ AGENTS = ".job"  # what started the job that the run belongs to, a line each
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.
 FIXED_FIELDS = (
     *("model", "tokenizer", "chat_template", "dataset", "train_split", "max_seq_len", "packing", "shuffle"),
-    *("skip_bad_rows", "seed", "optimizer", "init_from", "lora_rank", "lora_alpha", "lora_target_modules", "quantize"),
+    *("long_conversations", "eval_fraction", "skip_bad_rows", "seed", "optimizer", "init_from"),
+    *("lora_rank", "lora_alpha", "lora_target_modules", "quantize"),
 )
+
+# What runs did before these fields were there.
+FIRST_VALUES: dict[str, Any] = {"long_conversations": "truncate", "eval_fraction": 0.0}
 
 
 # ---------------------------------------------------------------- its configuration
@@ -46,7 +50,7 @@ def saved_configuration(run: str | Path) -> TrainConfig:
 
 def read_configuration(path: Path) -> dict[str, Any]:
     """A run's config.json, an earlier version's in today's terms. Raises UserError for what is no JSON."""
-    values = read_json(path)
+    values = FIRST_VALUES | read_json(path)
     if isinstance(values.get("dataset"), str):  # a run had one source
         values["dataset"] = [values["dataset"]]
     if "min_learning_rate" in values:

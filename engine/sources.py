@@ -6,9 +6,9 @@ What a row says is not looked at here: formats.py reads it.
 import importlib.metadata
 import importlib.resources
 import itertools
-import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ import datasets
 import yaml
 from datasets.fingerprint import Hasher
 
-from config import UserError
+from config import UserError, check
+from engine import text_files
+from engine.text_files import LINES, READERS, file_kind, read_files
 
-# Columns of a file of JSON: its lines with their numbers, not parsed yet.
-LINES = {"line": datasets.Value("int32"), "json": datasets.Value("large_binary")}
+KINDS = (*READERS, ".parquet")
 STRING = datasets.Value("string")
 TEXT, MESSAGES = {"text": STRING}, {"messages": datasets.List({"role": STRING, "content": STRING})}
 
@@ -27,26 +28,36 @@ TEXT, MESSAGES = {"text": STRING}, {"messages": datasets.List({"role": STRING, "
 def open_split(name: str, split: str) -> datasets.Dataset:
     """The rows of a split or of a part of one. Raises UserError; of a wrong split, with the valid ones."""
     splits = open_splits(name)
+    rows = [splits[part].select(places) for part, places in parts_of(name, splits, split)]
+    return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
+
+
+def parts_of(name: str, splits: dict[str, datasets.Dataset], split: str) -> list[tuple[str, range]]:
+    """What "train[5:]+test" means: names of splits and rows of each. Raises UserError for what there is not."""
     sizes = {key: len(rows) for key, rows in splits.items()}
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
         raise UserError(f"{name} has no split {split!r}, only {', '.join(sizes)} (or parts: train[:95%])") from error
-    rows = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
+    return [(part.splitname, range(part.from_, part.to)) for part in parts]
 
 
 def open_splits(name: str) -> dict[str, datasets.Dataset]:
-    """All splits of a source, untouched."""
+    """All splits of a source, untouched. Raises UserError for what cannot be read."""
+    path = Path(name)
     try:
         if name in BUILT_IN:
             return open_built_in(name)
-        if Path(name).suffix in (".jsonl", ".json", ".parquet"):
-            return {"train": open_file(name)}
         if Path(name, "dataset_dict.json").exists():
             return datasets.load_from_disk(name)
         if Path(name, "dataset_info.json").exists():
             return {"train": datasets.load_from_disk(name)}
+        if path.is_dir() and not describes_itself(path):
+            return {split: open_files(name, files) for split, files in files_of(path).items()}
+        if path.is_file() or file_kind(path) in KINDS:
+            check(path.is_file(), f"there is no file {name}")
+            check(file_kind(path) in KINDS, f"{name} is no file that can be read: {', '.join(KINDS)} (or .gz of them)")
+            return {"train": open_files(name, [path])}
         return datasets.load_dataset(name)
     except UserError:
         raise
@@ -61,42 +72,68 @@ def open_splits(name: str) -> dict[str, datasets.Dataset]:
 
 def place(rows: datasets.Dataset, i: int, split: str) -> str:
     """Where a person finds row i of a split."""
-    return f"line {rows[i]['line']}" if rows.column_names == list(LINES) else f"split {split}, row {i}"
+    return rows[i]["place"] if rows.column_names == list(LINES) else f"split {split}, row {i}"
 
 
 # ---------------------------------------------------------------- files
 
 
-def open_file(name: str) -> datasets.Dataset:
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"there is no file {name}")
-    if path.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files=name, split="train")
-    stat = path.stat()
-    arguments: dict[str, Any] = {"path": str(path.resolve()), "size": stat.st_size, "mtime": stat.st_mtime_ns}
-    if next(read_json_file(**arguments), None) is None:
+def describes_itself(directory: Path) -> bool:
+    """Whether it says which of its files are which splits, as on the Hub."""
+    readme = directory / "README.md"
+    return readme.is_file() and "\ndata_files:" in readme.read_text("utf-8", "replace").replace("  ", "")
+
+
+def files_of(directory: Path) -> dict[str, list[Path]]:
+    """The files of each split below a directory. Raises UserError where there are none that can be read."""
+    splits = defaultdict(list)
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and file_kind(path) in KINDS:
+            splits[split_of(path.relative_to(directory))].append(path)
+    check(splits != {}, f"{directory} cannot be read as a dataset: it has none of {', '.join(KINDS)}")
+    return dict(splits)
+
+
+SPLIT_WORDS = {
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+}
+
+
+def split_of(path: Path) -> str:
+    """A file's split, by its name or its directory's: "test" of test.jsonl and test/a.csv, "train" where none is said;
+    and that of a shard, like train_sft-00000-of-00004.parquet."""
+    shard = re.match(r"(\w+)-\d{5}-of-\d{5}", path.name)
+    words = re.split(r"[^a-z]+", str(path).lower())
+    return shard[1] if shard else next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
+
+
+def open_files(name: str, files: list[Path]) -> datasets.Dataset:
+    """The rows of all files, one after another."""
+    tables = [str(path) for path in files if path.suffix == ".parquet"]
+    check(len(tables) in (0, len(files)), f"{name} has .parquet and other files; take one kind")
+    if tables:
+        return datasets.load_dataset("parquet", data_files=tables, split="train")
+    stats = [path.stat() for path in files]
+    arguments: dict[str, Any] = {
+        "files": [str(path.resolve()) for path in files],
+        "names": [
+            str(path.relative_to(name)) + ", " if len(files) > 1 or Path(name).is_dir() else "" for path in files
+        ],
+        "changed": [(stat.st_size, stat.st_mtime_ns) for stat in stats],
+    }
+    if next(read_files(**arguments), None) is None:
         raise UserError(f"{name} is empty")
-    return from_generator(read_json_file, LINES, arguments)
+    return from_generator(read_files, LINES, arguments)
 
 
 def from_generator(generator: Callable, columns: dict[str, Any], arguments: dict[str, Any]) -> datasets.Dataset:
     """Rows from Python into the cache; `arguments` must change when the data does."""
-    fingerprint = Hasher.hash([generator.__name__, arguments, Path(__file__).read_bytes()])
+    code = [Path(file).read_bytes() for file in (__file__, text_files.__file__)]
+    fingerprint = Hasher.hash([generator.__name__, arguments, *code])
     return datasets.Dataset.from_generator(
         generator, datasets.Features(columns), gen_kwargs=arguments, fingerprint=fingerprint
     )
-
-
-def read_json_file(path: str, size: int, mtime: int) -> Iterator[dict[str, Any]]:
-    """The lines of a file with their numbers, not parsed yet; of a JSON array, its elements."""
-    with open(path, "rb") as file:
-        is_array = path.endswith(".json") and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        file.seek(0)
-        lines: Iterable[bytes] = (json.dumps(row).encode() for row in json.load(file)) if is_array else file
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield {"line": number, "json": line}
 
 
 # ---------------------------------------------------------------- sets that pip installs
@@ -114,7 +151,8 @@ def open_built_in(name: str) -> dict[str, datasets.Dataset]:
 def read_chitchat(split: str, version: str) -> Iterator[dict[str, Any]]:
     """Chit Chat Challenge: people talking in pairs. Every 20th conversation is held out.
 
-    Whoever writes first is the user; messages that follow each other from one sender are one turn.
+    Whoever writes first is the user; messages that follow each other from one sender are one turn. Four
+    conversations in which the assistant has an empty turn are left out.
     """
     import chitchat_dataset
 
@@ -125,7 +163,7 @@ def read_chitchat(split: str, version: str) -> Iterator[dict[str, Any]]:
         if len({sender for sender, _ in turns}) == 2:
             conversations.append([" ".join(u["text"] for u in turn) for _, turn in turns])
     for i, texts in enumerate(conversations):
-        if (i % 20 == 19) == (split == "test"):
+        if (i % 20 == 19) == (split == "test") and all(text.strip() for text in texts[1::2]):
             yield as_row(texts)
 
 

@@ -63,6 +63,7 @@ SETTINGS = {
     "warmup-steps": 2,
     "save-steps": 3,
     "eval-steps": 4,
+    "train-split": "train[5:]",
     "eval-split": "train[:5]",
     "dtype": "float32",
     "device": "cpu",

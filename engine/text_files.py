@@ -1,0 +1,127 @@
+"""Files of text as rows in JSON, each with its place in the file; formats.py reads what they say."""
+
+import csv
+import functools
+import gzip
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from engine.formats import RowError, kind
+
+# A row's place, itself in JSON and not parsed yet, or else why it can't be read.
+LINES = {"place": datasets.Value("string"), "json": datasets.Value("large_binary"), "error": datasets.Value("string")}
+
+
+def as_text(row: dict[str, Any]) -> str:
+    """A row as a person knows it."""
+    if row.keys() == LINES.keys():
+        return row["json"].decode("utf-8", "replace").rstrip("\r\n")
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def parse_line(row: dict[str, Any]) -> dict[str, Any]:
+    """One of LINES as the row that it holds. Raises RowError."""
+    if row["error"]:
+        raise RowError("line", row["error"])
+    try:
+        values = json.loads(row["json"].decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise RowError("line", "invalid UTF-8", f"byte {error.start + 1}: {error.reason}") from error
+    except (ValueError, RecursionError) as error:
+        raise RowError("line", "invalid JSON", str(error)) from error
+    if not isinstance(values, dict):
+        raise RowError("line", "not a JSON object", f"it is {kind(values)}")
+    return values
+
+
+def read_files(files: list[str], names: list[str], changed: list[Any]) -> Iterator[dict[str, Any]]:
+    """The rows of all files, as LINES has them."""
+    for file, name in zip(files, names, strict=True):
+        read = READERS[file_kind(Path(file))]
+        try:
+            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as content:
+                for line, row in read(content):
+                    error, text = (row, b"") if isinstance(row, str) else ("", row)
+                    yield {"place": f"{name}{line}", "json": text, "error": error}
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{name}{error}") from error
+
+
+File = io.BufferedReader | gzip.GzipFile
+# A row's place in a file, and the row in JSON, or as a str, why it can't be read.
+Rows = Iterator[tuple[str, bytes | str]]
+
+
+def read_jsonl(file: File) -> Rows:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield f"line {number}", line
+
+
+def read_json(file: File) -> Rows:
+    """An array, or one object a line."""
+    if not file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from read_jsonl(file)
+        return
+    for number, row in enumerate(json.load(io.TextIOWrapper(file, "utf-8-sig")), start=1):
+        yield f"entry {number}", json.dumps(row).encode()
+
+
+def read_csv(file: File, delimiter: str) -> Rows:
+    """The first line names the columns. An empty field is an empty text."""
+    csv.field_size_limit(2**31 - 1)
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    columns = next(rows, [])
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise ValueError(f"line 1 names the column {twice[0]!r} twice")
+    while True:
+        place = f"line {rows.line_num + 1}"
+        try:
+            values = next(rows, None)
+        except csv.Error as error:
+            yield place, f"invalid CSV: {error}"
+            continue
+        if values is None:
+            return
+        if not values:
+            continue
+        if len(values) != len(columns):
+            yield place, f"{len(values)} fields, where the first line names {len(columns)}"
+            continue
+        try:
+            yield place, json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            yield place, "invalid UTF-8"
+
+
+def read_txt(file: File) -> Rows:
+    """All of it is one document."""
+    try:
+        text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield f"byte {error.start + 1}", f"invalid UTF-8: {error.reason}"
+    else:
+        yield "all of it", json.dumps({"text": text}).encode()
+
+
+READERS: dict[str, Callable[[File], Rows]] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": functools.partial(read_csv, delimiter=","),
+    ".tsv": functools.partial(read_csv, delimiter="\t"),
+    ".txt": read_txt,
+}
+
+
+def file_kind(path: Path) -> str:
+    """Its last suffix, or that of the text that is compressed: ".jsonl" of chats.jsonl.gz."""
+    inner = path.with_suffix("").suffix
+    return inner if path.suffix == ".gz" and inner in READERS else path.suffix
