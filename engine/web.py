@@ -39,7 +39,7 @@ CSS = """
 .tokens .textfield { display: block; max-height: 300px; overflow-y: auto; line-height: 1.8; word-break: normal; }
 .tokens .token { margin: 0 1px 0 0; padding: 1px 0; cursor: pointer; }
 .tokens .token:focus { outline: 2px solid #e8590c; }
-.experts, .cache { padding-top: 34px; }
+.experts, .cache { padding-top: 14px; }
 """
 
 
