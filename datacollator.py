@@ -5,6 +5,7 @@ result: `position_ids` restart and `sequence_ids` differ, so the model keeps con
 """
 
 import functools
+import zlib
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -127,6 +128,8 @@ class RowStream:
         self._places = np.arange(len(lengths)) if chosen is None else chosen.column(0).to_numpy().astype(np.int64)
         self.lengths = lengths[self._places]
         self.num_targets = np.concatenate([count_targets(*chunk) for chunk in self._mask])[self._places]
+        # Of other data, or of the same in another order, it's another number.
+        self.fingerprint = zlib.crc32(self.lengths.tobytes())
         self._epoch_rows = functools.lru_cache(maxsize=2)(self._arrange_epoch)
         self.rows_per_epoch = len(self._epoch_rows(0))
 

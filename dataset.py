@@ -123,7 +123,7 @@ def choose_splits(name: str, splits: dict[str, datasets.Dataset], data: DataConf
         return train, ""
     for trained_split, trained in sources.parts_of(name, splits, train):
         for split, rows in sources.parts_of(name, splits, evaluation):
-            apart = trained_split != split or max(rows[0], trained[0]) > min(rows[-1], trained[-1])
+            apart = trained_split != split or max(rows.start, trained.start) >= min(rows.stop, trained.stop)
             check(apart, f"{name}: train_split {train} and eval_split {evaluation} overlap; name parts, like train[5:]")
     return train, evaluation
 

@@ -245,7 +245,7 @@ class Trainer:
         """Write a checkpoint; every rank takes part in gathering it, the first one writes."""
         weights, optimizer_state = parallel.gather_state(self.model, self.optimizers)
         state = {name: getattr(self, name) for name in COUNTERS}
-        state |= {"config": self.config.flat(), "optimizer": optimizer_state}
+        state |= {"config": self.config.flat(), "optimizer": optimizer_state, "data": self.train_rows.fingerprint}
 
         def write(directory: Path) -> None:
             if self.base:
@@ -265,7 +265,11 @@ class Trainer:
         """Take over everything but the weights, which the model has already, from a checkpoint."""
         state = load_state(directory / STATE) if self.world.is_main else {"optimizer": {}}
         parallel.scatter_optimizer_state(self.model, self.optimizers, state.pop("optimizer"))
-        for name, value in parallel.from_first_rank(state, self.world).items():
+        state = parallel.from_first_rank(state, self.world)
+        same = state.get("data", self.train_rows.fingerprint) == self.train_rows.fingerprint
+        other = "these are not the rows that the run was trained on (a changed file, or evaluation turned on or off)"
+        check(same, f"{self.data_name}: {other}, so it cannot go on where it was")
+        for name, value in state.items():
             if name in COUNTERS:
                 setattr(self, name, value)
         self.last_checkpoint = directory

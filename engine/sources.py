@@ -3,6 +3,7 @@
 What a row says is not looked at here: formats.py reads it.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.resources
 import itertools
@@ -122,8 +123,8 @@ def open_files(name: str, files: list[Path]) -> datasets.Dataset:
         ],
         "changed": [(stat.st_size, stat.st_mtime_ns) for stat in stats],
     }
-    if next(read_files(**arguments), None) is None:
-        raise UserError(f"{name} is empty")
+    with contextlib.closing(read_files(**arguments)) as rows:
+        check(next(rows, None) is not None, f"{name} is empty")
     return from_generator(read_files, LINES, arguments)
 
 

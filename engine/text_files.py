@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ def parse_line(row: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def read_files(files: list[str], names: list[str], changed: list[Any]) -> Iterator[dict[str, Any]]:
-    """The rows of all files, as LINES has them."""
+def read_files(files: list[str], names: list[str], changed: list[Any]) -> Generator[dict[str, Any], None, None]:
+    """The rows of all files, as LINES has them. Raises ValueError for one that cannot be read on."""
     for file, name in zip(files, names, strict=True):
         read = READERS[file_kind(Path(file))]
         try:

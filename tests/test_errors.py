@@ -214,13 +214,20 @@ def test_a_hub_that_cannot_be_reached(refused: Callable[..., str]) -> None:
 
 
 def test_wrong_splits(data: Path, refused: Callable[..., str]) -> None:
-    assert refused(train_split="train_sft").startswith(f"{data} has no split 'train_sft', only train")
-    assert refused(eval_split="test").startswith(f"{data} has no split 'test', only train")
+    assert refused(train_split="train_sft[:9]").startswith(f"{data} has no split 'train_sft[:9]', only train")
+    error = refused(eval_split="test", eval_fraction=0)
+    assert error.startswith(f"{data} has no split 'test', only train")
+
+
+@pytest.mark.parametrize("split", ["train", "train[4:6]", "train[:10%]+train[90%:]"])
+def test_training_and_evaluation_that_overlap(split: str, data: Path, refused: Callable[..., str]) -> None:
+    error = refused(eval_split=split)
+    assert error == f"{data}: train_split train[5:] and eval_split {split} overlap; name parts, like train[5:]"
 
 
 def test_wrong_columns(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "columns.jsonl").write_text('{"question": "a", "reply": "b"}\n')
-    error = refused(dataset=tmp_path / "columns.jsonl")
+    error = refused(dataset=tmp_path / "columns.jsonl", train_split="train", eval_steps=0)
     assert f"{tmp_path}/columns.jsonl, line 1" in error
     assert "question, reply" in error
 
@@ -234,7 +241,7 @@ def test_a_bad_row_in_the_held_out_split_is_named(tmp_path: Path, refused: Calla
 
 def test_too_few_rows_for_a_step(data: Path, refused: Callable[..., str]) -> None:
     error = refused("--no-packing", batch_size=8, gradient_accumulation_steps=3)
-    assert error.startswith(f"{data}: its 20 rows don't fill one step of 24; lower batch_size")
+    assert error.startswith(f"{data}: its 15 rows don't fill one step of 24; lower batch_size")
 
 
 # ---------------------------------------------------------------- around the run

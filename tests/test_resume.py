@@ -311,7 +311,8 @@ def test_a_run_from_before_the_configuration_had_groups_goes_on(
     shutil.copytree(written / "run_9a2237a", tmp_path / "run")
     shutil.copy(written / "talk.jsonl", tmp_path)
     monkeypatch.chdir(tmp_path)
-    command = arguments(Path("talk.jsonl"), Path("run"), RESUME, train_split="train[5:]")
+    before_they_were_there = {"long_conversations": "truncate", "eval_fraction": 0.0}
+    command = arguments(Path("talk.jsonl"), Path("run"), RESUME, **before_they_were_there)
     assert train_here(command, tmp_path) == 0
     expected = [json.loads(line) for line in (written / "run_9a2237a/expected.jsonl").read_text().splitlines()]
     for line, before in zip(numbers(tmp_path / "run"), without_clock(expected), strict=True):

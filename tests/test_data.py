@@ -1,0 +1,545 @@
+"""What a run sees of its data: conversations that are split, what is held out, formats, several sources, bad rows."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from config import DataConfig, UserError
+from dataset import Data, column, load_data, lottery, parse_source
+from engine import formats, sources, text_files
+from engine.pieces import PIECE, SPEAKERS, tokenize_row
+from small_runs import arguments, conversations, train_here, write_jsonl
+from tokenizer import CHAT_TEMPLATES, ROLES, ChatTemplate, Tokenizer, Turn
+
+TOKENIZERS = {name: Tokenizer(vocab_size=512, chat_template=name) for name in CHAT_TEMPLATES}
+TOKENIZER = TOKENIZERS["chatml"]
+HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there!"}]
+GOOD = {"messages": HELLO}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(*places: object, seed: int = 0, want_eval: bool = False, **settings: Any) -> Data:
+    fields = {"train_split": "train", "eval_split": "test", "max_seq_len": 512, "num_proc": 1} | settings
+    data = DataConfig(dataset=tuple(map(str, places)), **fields)
+    return load_data(data, TOKENIZER, seed, want_eval)
+
+
+def texts(dataset: datasets.Dataset | None) -> list[str]:
+    """What the assistant is trained to say in each row."""
+    assert dataset is not None
+    rows = zip(dataset["input_ids"], dataset["mask"], strict=True)
+    return [TOKENIZER.decode(i for i, m in zip(*row, strict=True) if m).replace("<|im_end|>", "|") for row in rows]
+
+
+# ---------------------------------------------------------------- conversations longer than a row
+
+WORDS = st.text("ab cdé☂", min_size=1, max_size=40).filter(str.strip)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(ROLES), "content": WORDS}, optional={"weight": st.sampled_from((0, 1))}
+)
+CONVERSATION = st.lists(MESSAGE, min_size=1, max_size=12)
+
+
+def as_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As rows may have it: a weight stands at an answer only."""
+    return [m if m["role"] == "assistant" else {k: m[k] for k in ("role", "content")} for m in messages]
+
+
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=CONVERSATION.map(as_turns), max_seq_len=st.integers(2, 80))
+def test_every_token_of_an_answer_is_learned_once_after_what_came_before_it(
+    template: str, messages: list[dict[str, Any]], max_seq_len: int
+) -> None:
+    tokenizer = TOKENIZERS[template]
+    if all(message["role"] != "assistant" for message in messages):
+        messages.append({"role": "assistant", "content": "yes"})
+    ids, mask = tokenizer.render(messages)
+    pieces = tokenize_row({"messages": messages}, tokenizer, max_seq_len)
+    leading = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    opening = tokenizer.render(messages[:leading])[0][: max_seq_len // 2]
+    header = max(len(tokenizer.render_turn(message).header) for message in messages)
+    to_learn = [place for place in range(len(ids)) if mask[place]]
+    if not to_learn:
+        assert [piece["reason"] for piece in pieces] == ["nothing to learn"]
+        return
+    assert len(pieces) == 1 or len(ids) > max_seq_len
+    for piece in pieces:
+        targets = [place for place, trained in enumerate(piece["mask"]) if trained]
+        learned, to_learn = to_learn[: len(targets)], to_learn[len(targets) :]
+        assert 0 < piece["length"] == len(piece["input_ids"]) <= max_seq_len
+        assert piece["targets"] == len(targets) and targets[0] > 0
+        start, begin = targets[0], learned[0]
+        if len(ids) > max_seq_len:
+            assert piece["input_ids"][: len(opening)] == opening
+        # After the opening, and a header where it begins inside a turn, it's a stretch of the conversation.
+        for place in range(min(len(opening) + header, start), len(piece["input_ids"])):
+            assert piece["input_ids"][place] == ids[begin - start + place]
+        assert start == 0 or begin == 0 or piece["input_ids"][start - 1] == ids[begin - 1] or start <= len(opening)
+        assert sum(piece[speaker] for speaker in SPEAKERS) == piece["length"]
+    assert to_learn == []
+    assert pieces[0]["lost"] == 0
+    assert (pieces[0]["tokens"], pieces[0]["turns"]) == (len(ids), len(messages))
+
+
+def test_pieces_begin_with_the_system_message_and_what_came_before_and_end_with_an_answer() -> None:
+    system, talk = {"role": "system", "content": "Rhyme."}, []
+    for i in range(9):
+        talk += [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"say {i}"}]
+    pieces = tokenize_row({"messages": [system, *talk, {"role": "user", "content": "bye"}]}, TOKENIZER, 150)
+    seen = [re.findall(r"Rhyme|ask \d|say \d|bye", TOKENIZER.decode(piece["input_ids"])) for piece in pieces]
+    learned = ["".join(re.findall(r"say \d", t)) for t in texts(datasets.Dataset.from_list(pieces))]
+    assert "".join(learned) == "".join(f"say {i}" for i in range(9))
+    assert all(found[0] == "Rhyme" and found[1].startswith("ask") and found[-1].startswith("say") for found in seen)
+    assert all(found[1] != f"ask {learned[i][4]}" for i, found in enumerate(seen) if i)  # something is read before it
+    assert all(piece["length"] <= 150 for piece in pieces) and 2 <= len(pieces) <= 4
+    assert pieces[0]["cut"] == 0
+
+
+def test_a_turn_longer_than_a_row_is_cut_and_counted(tmp_path: Path) -> None:
+    long = [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "Yes."}]
+    answer = [HELLO[0], {"role": "assistant", "content": "0 1 2 3 4 5 6 7 8 9 " * 30}]
+    data = load(write(tmp_path / "rows.jsonl", {"messages": long}, {"messages": answer}, GOOD), max_seq_len=64)
+    question, *answers, hello = texts(data.train)
+    assert question == "Yes.|" and hello == "Hi there!|"
+    assert "".join(answers) == answer[1]["content"] + "|"
+    (report,) = data.reports
+    assert (report.conversations, report.cut, report.lost_tokens) == (3, 2, 0)
+    headers = [
+        TOKENIZER.decode(row).startswith(("<|im_start|>user", "<|im_start|>assistant"))
+        for row in data.train["input_ids"]
+    ]
+    assert all(headers)
+    truncated = load(tmp_path / "rows.jsonl", max_seq_len=64, long_conversations="truncate").reports[0]
+    assert truncated.dropped == {"nothing to learn within max_seq_len tokens": 1}
+    assert truncated.trained_tokens + truncated.lost_tokens == report.trained_tokens
+    assert "lost to max_seq_len" in str(truncated) and "1 conversations cut" in str(truncated)
+
+
+def test_all_that_people_say_in_chitchat_is_learned_from_rows_of_512() -> None:
+    tokenizer = Tokenizer(vocab_size=8192)
+    rows = [row for i, row in enumerate(sources.read_chitchat("train", "")) if i % 40 == 0]
+    total = sum(sum(tokenizer.render(row["messages"])[1]) for row in rows)
+    found = {
+        mode: sum(piece["targets"] for row in rows for piece in tokenize_row(row, tokenizer, 512, mode))
+        for mode in ("split", "truncate")
+    }
+    assert found["split"] == total > 2 * found["truncate"]
+
+
+# ---------------------------------------------------------------- held out
+
+NUMBERED = [{"messages": [HELLO[0], {"role": "assistant", "content": f"say {i}"}]} for i in range(400)]
+
+
+def test_a_share_is_held_out_and_a_row_stays_on_its_side_when_others_come(tmp_path: Path) -> None:
+    few = load(write(tmp_path / "few.jsonl", *NUMBERED[:200]), want_eval=True)
+    many = load(write(tmp_path / "many.jsonl", *NUMBERED[::-1]), want_eval=True)
+    assert sorted(texts(few.train) + texts(few.held_out)) == sorted(f"say {i}|" for i in range(200))
+    assert set(texts(few.train)) < set(texts(many.train)) and set(texts(few.held_out)) < set(texts(many.held_out))
+    held = len(texts(many.held_out))
+    assert 8 < held < 36
+    assert f"{held} of the 400 conversations of train are held out (eval_fraction 0.05)" in many.notes[0]
+    assert "many.jsonl has no split 'test'" in many.notes[0]
+    other = load(tmp_path / "many.jsonl", want_eval=True, seed=1)
+    assert set(texts(other.held_out)) != set(texts(many.held_out))
+    half = load(tmp_path / "many.jsonl", want_eval=True, eval_fraction=0.5)
+    assert set(texts(half.held_out)) > set(texts(many.held_out))
+    assert len(texts(load(tmp_path / "many.jsonl").train)) == 400  # nothing is held out where nothing is evaluated
+
+
+def test_the_lottery_is_even() -> None:
+    numbers = lottery(np.arange(100_000), seed=3)
+    assert np.abs(np.histogram(numbers, 20, (0, 1))[0] / 5000 - 1).max() < 0.06
+    assert abs(np.corrcoef(numbers, lottery(np.arange(100_000), seed=4))[0, 1]) < 0.02
+
+
+def test_copies_are_counted_and_lie_on_one_side_whatever_their_format(tmp_path: Path) -> None:
+    written = [{"prompt": "Hello", "completion": row["messages"][1]["content"]} for row in NUMBERED]
+    data = load(write(tmp_path / "rows.jsonl", *NUMBERED, *written), want_eval=True)
+    assert not set(texts(data.train)) & set(texts(data.held_out))
+    train, held_out = data.reports
+    assert (train.duplicates, held_out.duplicates) == (train.conversations / 2, held_out.conversations / 2)
+    assert train.rows + held_out.rows == 800
+    assert f"{train.duplicates} duplicates" in str(train)
+
+
+def test_pieces_of_one_conversation_lie_on_one_side(tmp_path: Path) -> None:
+    rows = [{"messages": row["messages"] * 20} for row in NUMBERED[:100]]
+    data = load(write(tmp_path / "rows.jsonl", *rows), want_eval=True, max_seq_len=64, eval_fraction=0.3)
+    assert data.held_out is not None
+    sides = [set(column(side, "row").tolist()) for side in (data.train, data.held_out)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == set(range(100))
+
+
+def test_very_few_conversations_have_one_held_out_and_one_alone_none(tmp_path: Path) -> None:
+    data = load(write(tmp_path / "three.jsonl", *NUMBERED[:3]), want_eval=True)
+    assert len(texts(data.held_out)) == 1 and len(texts(data.train)) == 2
+    with pytest.raises(UserError, match=r"too few different conversations .* --eval-steps 0 trains on all of them"):
+        load(write(tmp_path / "one.jsonl", *NUMBERED[:1] * 5), want_eval=True)
+
+
+def test_what_is_also_trained_on_is_dropped_from_a_split_to_evaluate_on(tmp_path: Path) -> None:
+    (tmp_path / "both").mkdir()
+    write(tmp_path / "both/train.jsonl", *NUMBERED[:50])
+    write(tmp_path / "both/test.jsonl", *NUMBERED[45:60])
+    data = load(tmp_path / "both", want_eval=True)
+    assert texts(data.train) == [f"say {i}|" for i in range(50)]
+    assert texts(data.held_out) == [f"say {i}|" for i in range(50, 60)]
+    assert data.reports[1].dropped == {"also trained on": 5}
+    write(tmp_path / "both/test.jsonl", *NUMBERED[:9])
+    with pytest.raises(UserError, match="test: all 9 rows were dropped: 9 for also trained on"):
+        load(tmp_path / "both", want_eval=True)
+
+
+def test_the_only_split_is_trained_on_whatever_its_name(tmp_path: Path) -> None:
+    data = load(write(tmp_path / "rows.jsonl", *NUMBERED[:30]), train_split="train_sft")
+    assert data.notes == [f"{tmp_path}/rows.jsonl has no split 'train_sft'; its only one, 'train', is trained on"]
+    assert len(texts(data.train)) == 30
+
+
+# ---------------------------------------------------------------- several sources
+
+
+def test_sources_are_weighted_and_counted_apart(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.jsonl", *NUMBERED[:3]), write(tmp_path / "b.jsonl", *NUMBERED[3:5], NUMBERED[0])
+    data = load(f"{a}:2", b)
+    assert texts(data.train) == [f"say {i}|" for i in (0, 1, 2, 0, 1, 2, 3, 4, 0)]
+    assert [(r.source, r.conversations, r.weight, r.duplicates) for r in data.reports] == [
+        (str(a), 3, 2, 0),
+        (str(b), 3, 1, 1),
+    ]
+    assert str(data.reports[0]).startswith(f"{a}, train, 2 times: 3 conversations;")
+
+
+@pytest.mark.parametrize(
+    ("source", "parsed"),
+    [("a.jsonl:2", ("a.jsonl", 2)), ("a.jsonl", ("a.jsonl", 1)), ("hf://x/y", ("hf://x/y", 1)), (":3", (":3", 1))],
+)
+def test_a_weight_stands_after_the_name(source: str, parsed: tuple[str, int]) -> None:
+    assert parse_source(source) == parsed
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "0.5"])
+def test_a_weight_that_is_none_is_refused(weight: str) -> None:
+    with pytest.raises(UserError, match=f"dataset a.jsonl:{weight}: {weight} must be a whole number above 0"):
+        parse_source(f"a.jsonl:{weight}")
+
+
+# ---------------------------------------------------------------- formats
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"id": "1", "type": "function", "function": {"name": "time", "arguments": '{"zone": "UTC"}'}}
+CALLED = '<tool_call>\n{"name": "time", "arguments": {"zone": "UTC"}}\n</tool_call>'
+SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi there!"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "unused"),
+    [
+        ({"conversations": SHAREGPT, "system": "Be brief.", "id": "7"}, [SYSTEM, *HELLO], ["id"]),
+        ({"conversations": HELLO, "system": ""}, HELLO, []),
+        ({"messages": SHAREGPT}, HELLO, []),
+        ({"messages": [SYSTEM, *HELLO], "system": "Be brief."}, [SYSTEM, *HELLO], []),
+        ({"instruction": "Hello", "output": "Hi there!", "input": ""}, HELLO, []),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief."},
+            [SYSTEM, {"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}],
+            [],
+        ),
+        ({"question": "Hello", "answer": "Hi there!", "topic": "small talk"}, HELLO, ["topic"]),
+        (
+            {"prompt": [*HELLO, HELLO[0]], "completion": HELLO[1:]},
+            [HELLO[0], HELLO[1] | {"weight": 0}, *HELLO],
+            [],
+        ),
+        (
+            {"messages": [HELLO[0], HELLO[1] | {"weight": 0, "name": "Al"}, HELLO[0], HELLO[1] | {"weight": 1}]},
+            [HELLO[0], HELLO[1] | {"weight": 0}, *HELLO],
+            ["messages[].name"],
+        ),
+        (
+            {
+                "messages": [
+                    HELLO[0],
+                    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                    {"role": "tool", "content": "12:00", "tool_call_id": "1"},
+                    {"role": "assistant", "content": "It's noon."},
+                ],
+                "tools": [{"name": "time"}],
+            },
+            [
+                {"role": "system", "content": '# Tools\n\n<tools>\n{"name": "time"}\n</tools>'},
+                HELLO[0],
+                {"role": "assistant", "content": CALLED},
+                {"role": "tool", "content": "12:00"},
+                {"role": "assistant", "content": "It's noon."},
+            ],
+            ["messages[].tool_call_id"],
+        ),
+        (
+            {"conversations": SHAREGPT, "tools": '[{"name": "time", "unit": null}]', "system": "Be brief."},
+            [{"role": "system", "content": 'Be brief.\n\n# Tools\n\n<tools>\n{"name": "time"}\n</tools>'}, *HELLO],
+            [],
+        ),
+    ],
+)
+def test_formats(row: dict[str, Any], messages: list[dict[str, Any]], unused: list[str]) -> None:
+    assert formats.read_row(row) == (messages, unused)
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"messages": [HELLO[0], {"role": "assistant", "content": " \n"}]}, "[1].content: an empty assistant turn"),
+        ({"prompt": "Hello", "completion": ""}, "completion: an empty assistant turn"),
+        ({"instruction": "Hello", "output": ""}, "output: an empty assistant turn"),
+        ({"messages": [HELLO[1] | {"weight": 0.5}]}, "messages[0].weight: neither 0 nor 1 (it is 0.5)"),
+        ({"messages": [SYSTEM, *HELLO], "system": "Rhyme."}, "system: the conversation has another system message"),
+        ({"messages": [HELLO[1] | {"tool_calls": "x"}]}, "messages[0].tool_calls: invalid JSON"),
+        ({"messages": [HELLO[1] | {"tool_calls": [{"id": 1}]}]}, "tool_calls[0]: not a call with a function's name"),
+        ({**GOOD, "tools": {"name": "time"}}, "tools: not a list of tools (it is dict)"),
+    ],
+)
+def test_malformed_rows_of_these_formats(row: dict[str, Any], error: str) -> None:
+    (piece,) = tokenize_row(row, TOKENIZER, 512)
+    assert error in piece["error"]
+
+
+def test_an_answer_of_weight_0_is_only_read(tmp_path: Path) -> None:
+    data = load(
+        write(tmp_path / "rows.jsonl", {"messages": [HELLO[0], HELLO[1] | {"weight": 0}, *NUMBERED[0]["messages"]]})
+    )
+    assert texts(data.train) == ["say 0|"]
+    with pytest.raises(UserError, match="all 1 rows were dropped: 1 for nothing to learn"):
+        load(write(tmp_path / "none.jsonl", {"messages": [HELLO[0], HELLO[1] | {"weight": 0}]}))
+
+
+def test_what_plays_no_part_is_named_with_its_number_of_rows(tmp_path: Path) -> None:
+    (report,) = load(write(tmp_path / "rows.jsonl", {**GOOD, "id": 1}, {**NUMBERED[0], "id": 2, "tags": []})).reports
+    assert report.unused == {"id": 2, "tags": 1}
+    assert "not used: id, tags" in str(report)
+
+
+def test_tokens_are_counted_by_speaker(tmp_path: Path) -> None:
+    messages = [SYSTEM, *HELLO, {"role": "tool", "content": "12:00"}, HELLO[1]]
+    (report,) = load(write(tmp_path / "rows.jsonl", {"messages": messages}, {"text": "Once"})).reports
+    turns = [TOKENIZER.render([message])[0] for message in messages]
+    expected = [
+        len(turns[0]),
+        len(turns[1]),
+        len(turns[2] + turns[4]),
+        len(turns[3]),
+        len(TOKENIZER.encode("Once")) + 1,
+    ]
+    assert list(report.speakers.values()) == expected and sum(expected) == report.tokens
+    assert (report.turns, report.longest) == (5, sum(map(len, turns)))
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_every_file_gives_the_same_conversations(tmp_path: Path) -> None:
+    pairs = [("Hello, you", "say\n0"), ('"Hi"', "say 1")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    write(tmp_path / "a.jsonl", *rows)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
+        file.write((tmp_path / "a.jsonl").read_bytes())
+    quoted = [[f'"{text.replace(chr(34), chr(34) * 2)}"' for text in pair] for pair in pairs]
+    for name, delimiter in (("c.csv", ","), ("d.tsv", "\t")):
+        lines = [delimiter.join(fields) for fields in (["prompt", "completion"], *quoted)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n\n", encoding="utf-8-sig")
+    with gzip.open(tmp_path / "e.csv.gz", "wb") as file:
+        file.write((tmp_path / "c.csv").read_bytes())
+    (tmp_path / "f.json").write_text(json.dumps(rows))
+    expected = texts(load(tmp_path / "a.jsonl").train)
+    assert expected == ["say\n0|", "say 1|"]
+    for name in ("b.jsonl.gz", "c.csv", "d.tsv", "e.csv.gz", "f.json"):
+        assert texts(load(tmp_path / name).train) == expected, name
+
+
+def test_a_directory_is_read_file_by_file_with_the_place_of_what_is_wrong(tmp_path: Path) -> None:
+    folder = tmp_path / "talk"
+    (folder / "more").mkdir(parents=True)
+    write(folder / "a.jsonl", *NUMBERED[:2])
+    (folder / "more/b.csv").write_text("question,answer\nHello,say 2\nHello\n")
+    write(folder / "dev.jsonl", *NUMBERED[7:9])
+    (folder / "notes.md").write_text("not data")
+    with pytest.raises(UserError, match=rf"{folder}, more/b.csv, line 3: line: 1 fields, where the first line names 2"):
+        load(folder)
+    (folder / "more/b.csv").write_text("question,answer\nHello,say 2\n")
+    data = load(folder, eval_split="validation", want_eval=True)
+    assert texts(data.train) == ["say 0|", "say 1|", "say 2|"]
+    assert texts(data.held_out) == ["say 7|", "say 8|"]
+
+
+def test_a_txt_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Once upon a time\n\nthere was", encoding="utf-8-sig")
+    (row,) = load(tmp_path / "a.txt").train["input_ids"]
+    assert TOKENIZER.decode(row) == "Once upon a time\n\nthere was<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("a.csv", b"prompt,prompt\nx,y\n", "line 1 names the column 'prompt' twice"),
+        ("a.csv", b"prompt,completion\n", "is empty"),
+        ("a.csv", b"", "is empty"),
+        ("a.csv", b'prompt,completion\nx,"y\n', "line 2: line: invalid CSV: unexpected end of data"),
+        ("a.csv", b"prompt,completion\nx,\xff\n", "line 2: line: invalid UTF-8"),
+        ("a.csv", b"prompt;completion\nx;y\n", "columns: neither messages"),
+        ("a.txt", b"\xff", "byte 1: line: invalid UTF-8"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read as a dataset: Not a gzipped file"),
+        ("a.json", b'[{"messages": 1}, 2]', "a.json, entry 2: line: not a JSON object"),
+        ("a.docx", b"", "is no file that can be read: .jsonl, .json, .csv, .tsv, .txt, .parquet"),
+    ],
+)
+def test_files_that_cannot_be_read(name: str, content: bytes, error: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(error)):
+        load(tmp_path / name)
+
+
+# ---------------------------------------------------------------- whatever people have in their files
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = sorted({name for columns in formats.FORMATS for name in columns} | {"system", "tools", "input"})
+MALFORMED_MESSAGE = st.dictionaries(
+    st.sampled_from(("role", "from", "content", "value", "weight", "tool_calls")),
+    JSON | st.sampled_from(("user", "assistant", "gpt", "Hello")) | st.just([CALL]),
+)
+ROW = st.dictionaries(st.sampled_from(NAMES), JSON | st.lists(MALFORMED_MESSAGE | JSON, max_size=4) | st.just("Hello"))
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=ROW, columns=st.sampled_from(sorted(formats.FORMATS)), filling=JSON, max_seq_len=st.integers(2, 30))
+def test_whatever_a_row_holds_it_is_read_or_said_to_be_malformed(
+    row: dict[str, Any], columns: tuple[str, ...], filling: Any, max_seq_len: int
+) -> None:
+    for value in (row, {name: row.get(name, filling) for name in columns} | row):
+        pieces = tokenize_row(value, TOKENIZER, max_seq_len)
+        assert all({*piece, "row", "piece"} == set(PIECE) for piece in pieces)
+        assert all(piece["targets"] > 0 for piece in pieces) or [bool(piece["reason"]) for piece in pieces] == [True]
+
+
+LINE = st.one_of(
+    JSON.map(json.dumps).map(str.encode),
+    ROW.map(json.dumps).map(str.encode),
+    st.just(json.dumps(GOOD).encode()),
+    st.just(b'prompt,completion\na,"b"'),
+    st.binary(max_size=12),
+)
+
+
+@pytest.mark.parametrize("suffix", text_files.READERS)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(LINE, max_size=6))
+def test_whatever_a_file_holds_every_row_of_it_is_counted_or_it_is_refused(
+    suffix: str, lines: list[bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        found = list(text_files.read_files([str(path)], [""], []))
+    except ValueError as error:
+        assert str(error)
+        return
+    for row in found:
+        assert len(tokenize_row(row, TOKENIZER, 30)) >= 1
+    if suffix == ".jsonl":
+        assert len(found) == sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+
+
+# ---------------------------------------------------------------- malformed rows
+
+
+def test_bad_rows_are_listed_all_at_once(tmp_path: Path) -> None:
+    rows = [GOOD, *[{"messages": [{"role": "wizard", "content": "x"}]}] * 2, GOOD]
+    with pytest.raises(UserError) as error:
+        load(write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *rows))
+    first, *listed = str(error.value).split("\n")
+    assert first == "4 rows cannot be used (--skip-bad-rows drops them):"
+    places = [f"{tmp_path}/{name}.jsonl, line {line}" for name in "ab" for line in (2, 3)]
+    assert [line.split(": ")[0].strip() for line in listed] == places
+    with pytest.raises(UserError) as error:
+        load(write(tmp_path / "c.jsonl", *[{"messages": []}] * 30))
+    assert len(str(error.value).split("\n")) == 22
+    assert str(error.value).endswith("\n  and 10 more")
+
+
+def test_skipped_rows_are_written_with_their_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [*conversations(20), [{"role": "wizard", "content": "abracadabra"}]])
+    with path.open("a") as file:
+        file.write("{\n")
+    command = arguments(path, tmp_path / "run", "--skip-bad-rows", max_steps=1, eval_steps=0)
+    assert train_here(command, tmp_path) == 0
+    skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in skipped] == ["line 21", "line 22"]
+    assert skipped[0]["error"].startswith("messages[0].role: unknown role ('wizard'")
+    assert json.loads(skipped[0]["row"])["messages"][0]["content"] == "abracadabra"
+    assert skipped[1]["row"] == "{"
+    assert "2 malformed rows were skipped" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_goes_on_with_the_rows_it_was_trained_on_and_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", conversations(40))
+    settings: dict[str, Any] = {"train_split": "train", "eval_split": "test", "eval_fraction": 0.2}
+
+    def train(*flags: str, **changes: Any) -> int:
+        return train_here(arguments(path, tmp_path / "run", *flags, **settings | changes), tmp_path)
+
+    assert train(max_steps=3) == 0
+    assert "data.jsonl has no split 'test'" in capsys.readouterr().out
+    assert train("--resume", max_steps=4) == 0
+    assert train("--resume", max_steps=5, eval_steps=0) == 2
+    assert "not the rows that the run was trained on" in capsys.readouterr().err
+    write_jsonl(path, conversations(60))
+    assert train("--resume", max_steps=5) == 2
+    assert "not the rows that the run was trained on" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- templates
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"end": "</s>"}, "chat template zephyr uses </s> and does not list it in its control_tokens"),
+        ({"header": "<|endoftext|>{role}\n"}, "chat template zephyr uses <|endoftext|> and does not list it"),
+        ({"end": ""}, "chat template zephyr ends the assistant's turn with no token"),
+    ],
+)
+def test_a_control_token_that_a_template_uses_and_does_not_list(
+    changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = Turn(**{"header": "<|x|>\n", "end": "<|end|>", "footer": "\n"} | changes)
+    template = ChatTemplate(control_tokens=("<|end|>",), start="", turns=dict.fromkeys(ROLES, turn))
+    monkeypatch.setitem(CHAT_TEMPLATES, "zephyr", template)
+    with pytest.raises(UserError, match=re.escape(message)):
+        Tokenizer(vocab_size=512, chat_template="zephyr")
