@@ -63,9 +63,10 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
         open_run(config)
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        epochs = trainer.total_steps * trainer.rows_per_step / train_rows.rows_per_epoch
         print(
             f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
-            f"{trainer.total_steps} of {trainer.rows_per_step} rows ({trainer.epochs:.3g} epochs) on {world.size} x "
+            f"{trainer.total_steps} of {trainer.rows_per_step} rows ({epochs:.3g} epochs) on {world.size} x "
             f"{world.device} in {config.compute.dtype} into {config.checkpoint.output_dir}"
         )
     trainer.train()

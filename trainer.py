@@ -16,7 +16,7 @@ from config import TrainConfig, UserError, check
 from datacollator import IGNORE, Batch, RowStream
 from engine.adapter_base import describe_base, record_base
 from engine.cli import StopSignal
-from engine.cost import measure_peak, multiplied_parameters
+from engine.cost import measure_peak, training_cost
 from engine.prefetch import StepLoader
 from engine.run_directory import RunLog
 from generation import answers
@@ -60,7 +60,6 @@ class Trainer:
         check(rows >= self.rows_per_step, f"{too_few}; lower batch_size or gradient_accumulation_steps")
         steps = math.ceil(config.batch.num_train_epochs * rows / self.rows_per_step)
         self.total_steps = config.batch.max_steps or steps
-        self.epochs = self.total_steps * self.rows_per_step / rows
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
@@ -68,7 +67,7 @@ class Trainer:
         if config.lora.lora_rank and config.checkpoint.init_from and world.is_main:
             self.base = describe_base(config.checkpoint.init_from, config.model)
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
-        self.multiplied = multiplied_parameters(self.plain_model.config)
+        self.cost = training_cost(self.plain_model)
         self.peak = measure_peak(world.device, self.dtype) * world.size
 
     # ---------------------------------------------------------------- the loop
@@ -131,6 +130,8 @@ class Trainer:
         self.rows_seen += self.rows_per_step
         self.num_tokens += num_tokens
         seconds = time.perf_counter() - began
+        speed = self.cost.flops(num_tokens, num_targets) / seconds
+        self.peak = max(self.peak, speed)  # it may have been measured while the machine was busy
         return {
             "step": self.step,
             "loss": loss_sum / num_targets,
@@ -140,7 +141,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "num_tokens": self.num_tokens,
             "tokens_per_second": num_tokens / seconds,
-            "peak_share": self.multiplied.training_flops(num_tokens, num_targets) / seconds / self.peak,
+            "peak_share": speed / self.peak,
             "skipped_steps": self.skipped_steps,
         }
 
