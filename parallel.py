@@ -9,11 +9,14 @@ of this comes down to nothing.
 import contextlib
 import gc
 import itertools
+import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -109,8 +112,31 @@ def leave_world() -> None:
 
 
 def recorded(function: Callable[..., None]) -> Callable[..., None]:
-    """Under torchrun, keep an error of the function where torchrun finds it: it then names the rank and the error."""
-    return record(function) if dist.is_torchelastic_launched() else function
+    """Under torchrun, keep an error of the function where torchrun finds it: it then names the rank and the error. What
+    the user can mend takes one line there; that another rank has failed, too, since that one's error says why."""
+    if not dist.is_torchelastic_launched():
+        return function
+
+    def in_one_line(*arguments: Any) -> None:
+        try:
+            record(function)(*arguments)
+        except (UserError, OSError) as error:
+            note_failure(f"error: {error}")
+            raise
+        except RuntimeError as error:
+            if "Connection closed by peer" not in str(error):  # Gloo's words
+                raise
+            note_failure("another rank has failed")
+            sys.exit(1)
+
+    return in_one_line
+
+
+def note_failure(text: str) -> None:
+    """For torchrun, in place of a traceback."""
+    details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    note = {"message": {"message": text, "extraInfo": details}}
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(note))
 
 
 class Part(NamedTuple):

@@ -16,7 +16,7 @@ from config import TrainConfig, UserError, check
 from datacollator import RowStream
 from engine.adapter_base import describe_base, record_base
 from engine.cli import STOP_SIGNALS, StopSignal
-from engine.cost import measure_peak, multiplied_parameters
+from engine.cost import measure_peak, training_cost
 from engine.documents import MicroBatch
 from engine.prefetch import Step, StepLoader
 from engine.run_directory import RunLog
@@ -68,7 +68,7 @@ class Trainer:
         if config.lora.lora_rank and config.checkpoint.init_from and world.is_main:
             self.base = describe_base(config.checkpoint.init_from, config.model)
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
-        self.multiplied = multiplied_parameters(self.plain_model.config)
+        self.cost = training_cost(self.plain_model)
         self.peak = measure_peak(world.device, self.dtype) * world.size
         self.signal, self.stop = StopSignal(), 0
 
@@ -150,6 +150,8 @@ class Trainer:
         self.rows_seen += self.rows_per_step
         self.num_tokens += counts.tokens
         seconds = time.perf_counter() - began
+        speed = self.cost.flops(counts.tokens, counts.targets) / seconds
+        self.peak = max(self.peak, speed)  # it may have been measured while the machine was busy
         return {
             "step": self.step,
             "loss": loss_sum / counts.targets,
@@ -159,7 +161,7 @@ class Trainer:
             "grad_norm": norm,
             "num_tokens": self.num_tokens,
             "tokens_per_second": counts.tokens / seconds,
-            "peak_share": self.multiplied.training_flops(counts.tokens, counts.targets) / seconds / self.peak,
+            "peak_share": speed / self.peak,
             "skipped_steps": self.skipped_steps,
         }
 

@@ -21,13 +21,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import PRESETS
-from engine.cost import multiplied_parameters, parameter_counts
+from engine.cost import parameter_counts, training_cost
+from model import DeepSeekV2
 
 WARM_UP = COUNTED = 3  # steps
 WORKER = "RANK" in os.environ
@@ -148,7 +150,8 @@ def calculate(preset: str, micro_batches: int) -> None:
     """
     size = 4 * sum(total for total, _ in parameter_counts(PRESETS[preset].model).values())
     tokens = TOKENS * micro_batches
-    flops = multiplied_parameters(PRESETS[preset].model).training_flops(tokens, tokens)
+    with torch.device("meta"):
+        flops = training_cost(DeepSeekV2(PRESETS[preset].model)).flops(tokens, tokens)
     computing = flops / FLOPS
     print(f"\nCalculated, not measured: {preset}, {micro_batches} micro-batches of {TOKENS:,} tokens a GPU and step")
     print(f"{'GPUs':>4} {'engine':6}{'sent per GPU':>14}{'compute':>10}{'send':>10}{'beside it':>11}{'efficiency':>12}")

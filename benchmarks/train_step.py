@@ -36,7 +36,7 @@ from rivals import (  # first: sets the environment
 
 from config import Dtype, ModelConfig
 from datacollator import IGNORE, Conversation
-from engine.cost import multiplied_parameters
+from engine.cost import training_cost
 from model import DeepSeekV2
 from parallel import choose_dtype
 
@@ -64,13 +64,14 @@ class Result(NamedTuple):
 def flops_per_token(config: ModelConfig, batches: Batches) -> float:
     """Of a real token, forward and backward: 2 and 4 for each parameter of a matrix that the token passes, the head's
     at target positions only; and causal attention, half of each conversation's square."""
-    body, head = multiplied_parameters(config)
+    with torch.device("meta"):
+        cost = training_cost(DeepSeekV2(config))
     conversations = [conversation for batch in batches for conversation in batch]
     tokens, targets = count_tokens(conversations)
     pairs = sum(len(ids) * (len(ids) + 1) / 2 for ids, _ in conversations)
     widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     attention = config.num_hidden_layers * config.num_attention_heads * widths * pairs
-    return 6 * (body + (head * targets + attention) / tokens)
+    return (cost.flops(tokens, targets) + 6 * attention) / tokens
 
 
 def rate(batches: Batches, times: Sequence[float]) -> float:

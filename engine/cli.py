@@ -1,10 +1,10 @@
 """The command line: config.py's dataclasses as flags, flags that could do nothing, errors as one line, signals."""
 
 import contextlib
+import hashlib
 import io
 import math
 import os
-import select
 import signal
 import stat
 import sys
@@ -12,11 +12,13 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from config import PRESETS, RopeScaling, TrainConfig, UserError, check
+from engine.files import reader_has_left
 from engine.run_directory import saved_configuration
 
 Config = TypeVar("Config")
@@ -31,11 +33,12 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads_output():
+        if isinstance(error, BrokenPipeError) and reader_has_left(1):
             sys.exit(141)
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if says_it_first(str(error)):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         try:
@@ -44,11 +47,17 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes what is left once more
 
 
-def nobody_reads_output() -> bool:
-    """Whether standard output is a pipe that was closed at its other end: a pipe of our own may break, too."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+def says_it_first(message: str) -> bool:
+    """Whether no other process that torchrun has started on this machine has printed the same error. They have a
+    directory in common, in which torchrun looks for what each of them has died of."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not place:
+        return True
+    try:
+        Path(place).parent.with_name(hashlib.sha256(message.encode()).hexdigest()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 # Ctrl-C, what schedulers send, and what a terminal sends that closes.

@@ -4,6 +4,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from config import ModelConfig
 from model import DeepSeekV2
@@ -40,32 +41,50 @@ def cache_entries(config: ModelConfig) -> tuple[int, int]:
     return latent * config.num_hidden_layers, heads * config.num_hidden_layers
 
 
-class Multiplied(NamedTuple):
-    """Active parameters that something is multiplied by. The embedding is looked up, unless it is the head too."""
+class TrainingCost(NamedTuple):
+    """FLOPs of forward and backward pass, without attention's products of two activations."""
 
-    body: int  # every token passes them
-    head: int  # only target tokens do
+    token: int  # of what every token passes
+    target: int  # of the head, which only target tokens pass
 
-    def training_flops(self, num_tokens: int, num_targets: int) -> int:
-        """Forward and backward, 2 and 4 for each parameter; without attention's products of two activations."""
-        return 6 * (self.body * num_tokens + self.head * num_targets)
-
-
-def multiplied_parameters(config: ModelConfig) -> Multiplied:
-    counts = {part: active for part, (_, active) in parameter_counts(config).items()}
-    body = sum(counts.values()) - counts["head"] - counts["embedding"]
-    return Multiplied(body, head=counts["head"] or counts["embedding"])
+    def flops(self, num_tokens: int, num_targets: int) -> int:
+        return self.token * num_tokens + self.target * num_targets
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype, largest: int = 2048) -> float:
-    """FLOP/s of large matrix products: the most that this machine could do. Larger ones are tried while it's quick."""
-    best, seconds, size = 0.0, 0.0, 256
-    while size <= largest and seconds < 0.1:
+def training_cost(model: nn.Module) -> TrainingCost:
+    """2 FLOPs for each parameter that takes part in a token, 2 for the gradient of what it is multiplied by, and 2 for
+    its own gradient, unless it is frozen. The embedding is looked up, unless it is the head too.
+
+    model: a DeepSeekV2, with adapters or without, on any device, sharded or not.
+    """
+    config = model.config
+    assert isinstance(config, ModelConfig)
+    head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    token = target = 0
+    for name, parameter in model.named_parameters():
+        active = config.num_experts_per_tok / config.n_routed_experts if "mlp.experts" in name else 1
+        cost = int(parameter.numel() * active) * (6 if parameter.requires_grad else 4)
+        if head in name:
+            target += cost
+        elif "embed_tokens" not in name:
+            token += cost
+    return TrainingCost(token, target)
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, largest: int | None = None) -> float:
+    """FLOP/s of large matrix products: the most that this machine is seen to do. Larger ones are tried while it's
+    quick, up to `largest` rows; None: 8192, on a CPU 2048. Elsewhere than on a CPU several are sent off before one is
+    waited for, since what it takes to start one would count as well."""
+    on_cpu = device.type == "cpu"
+    best, seconds, size, together = 0.0, 0.0, 256, 1 if on_cpu else 8
+    while size <= (largest or (2048 if on_cpu else 8192)) and seconds < 0.1:
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         for _ in range(4):  # the first warms up
             began = time.perf_counter()
-            (a @ b).sum().item()  # waits for the device
-            seconds = time.perf_counter() - began
+            for _ in range(together):
+                product = a @ b
+            product[0, 0].item()  # waits for the device
+            seconds = (time.perf_counter() - began) / together
             best = max(best, 2 * size**3 / seconds)
         size *= 2
     return best

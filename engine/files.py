@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,23 @@ def disk_errors(place: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"{place} cannot be written ({error}); what was saved before is untouched") from error
+
+
+def reader_has_left(descriptor: int) -> bool:
+    """Whether it is a pipe that was closed at its other end, as by `| head`: a pipe of our own may break, too."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+@contextlib.contextmanager
+def printing_to_nobody() -> Iterator[None]:
+    """Where nobody reads what is printed any more, it is lost, and nothing else is."""
+    try:
+        yield
+    except BrokenPipeError:
+        for descriptor in filter(reader_has_left, (1, 2)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config import ModelConfig, RopeScaling, TrainConfig, UserError, check
-from engine.files import disk_errors, read_json, replace_file
+from engine.files import disk_errors, printing_to_nobody, read_json, replace_file
 
 CONFIG, METRICS, TRACKER_ID = "config.json", "metrics.jsonl", "tracker_id"
 AGENTS = ".job"  # what started the job that the run belongs to, a line each
@@ -137,14 +137,16 @@ class RunLog:
             kept = [line for line in read_metrics(self.run) if line["step"] <= step] if self.path.exists() else []
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self.track, self.close_tracker = open_tracker(config, step)
-        self.bar = tqdm(total=total_steps, initial=step, disable=not shown, dynamic_ncols=True, unit="step")
+        # The delay is short: it is there so that nothing is printed yet.
+        self.bar = tqdm(total=total_steps, initial=step, disable=not shown, dynamic_ncols=True, unit="step", delay=0.01)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
         """Draw loss.png, unless the run ended before its last step."""
-        self.bar.close()
+        with printing_to_nobody():
+            self.bar.close()
         if self.shown:
             self.close_tracker()
         if self.shown and error is None:
@@ -154,16 +156,18 @@ class RunLog:
 
     def advance(self, metrics: dict[str, float]) -> None:
         """Move the bar by one step."""
-        self.bar.update()
-        self.bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-            f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}"
-        )
+        with printing_to_nobody():
+            self.bar.update()
+            self.bar.set_postfix_str(
+                f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+                f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}"
+            )
 
     def print(self, text: str) -> None:
         """A line above the bar."""
         if self.shown:
-            self.bar.write(text)
+            with printing_to_nobody():
+                self.bar.write(text)
 
     def write(self, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl. Raises UserError where the disk refuses."""

@@ -127,10 +127,11 @@ def main() -> None:
         patch.setattr(trainer, "Trainer", WatchedTrainer)
         patch.setattr(parallel, "load_weights", watch_loading)
         for run in runs:
-            config = train_sft.parse_arguments(run["arguments"])
+            output_dir = run["arguments"][run["arguments"].index("--output-dir") + 1]
             if run["continues"] and world.is_main:
-                take_over(Path(run["continues"]), Path(config.checkpoint.output_dir))
+                take_over(Path(run["continues"]), Path(output_dir))
             dist.barrier()
+            config = train_sft.parse_arguments(run["arguments"])
             train_sft.train(config, given_fields(run["arguments"]), world)
     gc.unfreeze()  # or leave_world could not collect what the runs have left
     parallel.leave_world()

@@ -242,6 +242,21 @@ def save_slowly() -> None:
     trainer.Trainer.save = save  # type: ignore[method-assign]
 
 
+def nobody_reads() -> None:
+    """From the first step on, whoever read what is printed has left."""
+    train = trainer.Trainer.train
+
+    def train_unread(self: trainer.Trainer) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        train(self)
+
+    trainer.Trainer.train = train_unread  # type: ignore[method-assign]
+
+
 def signal_in_step(step: int, number: signal.Signals) -> None:
     """That signal comes in the middle of the step, counted from 1."""
     forward = trainer.Trainer.forward

@@ -12,7 +12,7 @@ COMMANDS = {"train_sft", "chat", "show", "export"}
 MAY_IMPORT = {
     # The machine room
     "engine.files": {"config"},
-    "engine.cli": {"config", "engine.run_directory"},
+    "engine.cli": {"config", "engine.files", "engine.run_directory"},
     "engine.vocabulary": {"config", "engine.files"},
     "engine.formats": set(),
     "engine.text_files": {"engine.formats"},

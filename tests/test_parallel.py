@@ -303,6 +303,19 @@ def test_a_restarted_job_goes_on_by_itself_and_a_killed_rank_ends_it(
     assert_same_run(run, eight_steps)
 
 
+def test_what_a_user_can_mend_is_one_line_whatever_the_number_of_ranks(folder: Path, tmp_path: Path) -> None:
+    """A file that is missing is seen by the first rank alone; a flag without effect by each of them."""
+    missing = arguments(tmp_path / "nothing.jsonl", tmp_path / "run", parallel="ddp")
+    useless = command(folder, "packed", "ddp-2", tmp_path / "run", lora_alpha=3)
+    for words, message in ((missing, "there is no file"), (useless, "lora_alpha has no effect")):
+        log = tmp_path / message
+        assert finish(start(folder, log, 2, ROOT / "train_sft.py", *words)) != 0
+        lines = log.read_text().splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == [line for line in lines if message in line][:1]
+        assert not [line for line in lines if str(ROOT) in line and "File" in line]  # tracebacks are torchrun's own
+        assert not (tmp_path / "run").exists()
+
+
 def test_two_nodes_form_one_job_and_name_the_rank_that_fails(folder: Path, eight_steps: Path, tmp_path: Path) -> None:
     """Two torchrun agents with one rank each; the second raises in step 5."""
     run, logs = tmp_path / "run", [tmp_path / f"log-{node}" for node in (0, 1)]
@@ -315,7 +328,7 @@ def test_two_nodes_form_one_job_and_name_the_rank_that_fails(folder: Path, eight
     assert time.time() - (run / "failed").stat().st_mtime < 60
     printed = "".join(log.read_text() for log in logs)
     assert "8 rows on 2 x cpu" in printed
-    assert re.search(r"rank +: 1 (.*\n)+? +config.UserError: out of cheese", printed)
+    assert re.search(r"rank +: 1 (.*\n)+? +traceback : error: out of cheese", printed)
     assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=8), folder) == 0
     assert_same_run(run, eight_steps)
 

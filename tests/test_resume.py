@@ -184,6 +184,12 @@ def test_a_second_interrupt_leaves_at_once(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_run_that_nobody_watches_any_more_goes_on(data: Path, alone: Path, tmp_path: Path) -> None:
+    """python train_sft.py ... 2>&1 | head"""
+    assert train_in_child(arguments(data, tmp_path / "run"), tmp_path / "log", small_runs.nobody_reads) == 0
+    assert_same_run(tmp_path / "run", alone)
+
+
 # ---------------------------------------------------------------- a full disk, damaged and hostile files
 
 

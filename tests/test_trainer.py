@@ -383,6 +383,15 @@ def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
         assert context > len(prompt) or printed == ["  'a' -> ''"]
 
 
+def test_where_no_rank_has_the_whole_model_it_is_said_that_there_are_no_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module.parallel, "is_sharded", lambda model: True)
+    printed: list[str] = []
+    make_trainer(tmp_path, sample_prompts=("a", "b")).print_samples(printed.append)
+    assert printed == ["  no samples: under fsdp no rank has the whole model"]
+
+
 # ---------------------------------------------------------------- the loop
 
 
@@ -396,6 +405,7 @@ def test_a_run_writes_what_the_design_says(tmp_path: Path, monkeypatch: pytest.M
     fields = ("step", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second")
     assert all(line.keys() >= set(fields) for line in training)
     assert [line["step"] for line in training] == [1, 2, 3, 4, 5]
+    assert all(0 < line["peak_share"] <= 1 for line in training)  # the peak was measured as 1 FLOP/s
     assert all(line.keys() == {"step", "eval_loss", "eval_bpb"} for line in evaluations)
     assert [line["step"] for line in evaluations] == [2, 4, 5]
     lengths = trainer.train_rows.lengths.tolist()
