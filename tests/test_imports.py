@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "engine.cost": {"config", "model"},
     "engine.job": {"config", "parallel", "engine.run_directory"},
     "engine.prefetch": {"config", "datacollator", "parallel", "engine.documents"},
+    "engine.questions": {"config", "model", "tokenizer", "generation", "engine.files", "engine.formats"},
     "engine.run_directory": {"config", "engine.files", "engine.plots"},
     # Chapters
     "config": set(),
