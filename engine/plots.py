@@ -119,6 +119,16 @@ def draw_tokens(tokens: Sequence[str], mask: Sequence[int], out: str | Path, wid
     save(figure, out, dpi=150, bbox_inches="tight")
 
 
+def draw_histograms(values: dict[str, np.ndarray], out: str | Path) -> None:
+    """How the numbers under each name are distributed."""
+    figure, axes = plt.subplots(1, len(values), figsize=(5 * len(values), 3.2), layout="constrained", squeeze=False)
+    for axis, (name, numbers) in zip(axes.flat, values.items(), strict=True):
+        axis.hist(numbers, bins=min(40, int(numbers.max(initial=1)) + 1), color="#52b788")
+        axis.set(title=f"{name}: median {np.median(numbers):,.0f}, most {numbers.max(initial=0):,}", ylabel="pieces")
+        axis.grid(alpha=0.3)
+    save(figure, out, dpi=110)
+
+
 def draw_packing(sequence_ids: np.ndarray, labels: np.ndarray, out: str | Path) -> None:
     """A packed row, and which token attends to which; both arrays (T,), as in a Batch."""
     same = (sequence_ids[:, None] == sequence_ids[None, :]) & (sequence_ids[:, None] > 0)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from config import UserError, check
 from engine import formats
 from engine.files import disk_errors, replace_file
+from engine.text_files import parse_line
 
 if TYPE_CHECKING:
     from model import DeepSeekV2
@@ -45,24 +46,25 @@ class Prompt(NamedTuple):
 # ---------------------------------------------------------------- reading them
 
 # The columns that a question may have; a dataset's own rows are questions, too, up to the assistant's last turn.
-READERS: dict[str, Callable[[dict[str, Any]], list[formats.Message] | str]] = {
-    "prompt": lambda row: formats.read_side(row["prompt"], "prompt", "user"),
-    "messages": formats.read_openai,
-    "conversations": formats.read_sharegpt,
-    "text": formats.read_document,
+READERS: dict[str, Callable[[Any, str], list[formats.Message] | str]] = {
+    "prompt": lambda value, column: formats.read_side(value, column, "user")[0],
+    "question": lambda value, column: formats.read_side(value, column, "user")[0],
+    "messages": lambda value, column: formats.read_messages(value, column)[0],
+    "conversations": lambda value, column: formats.read_messages(value, column)[0],
+    "text": formats.read_text,
 }
 
 
 def read_questions(path: Path, system: str | None = None) -> list[Question]:
-    """A .txt file's lines; or a .jsonl file's rows, which have `prompt`, `messages` or `conversations` to be answered,
-    or `text` to be continued. Raises UserError with the place of what is none of these."""
+    """A .txt file's lines; or a .jsonl file's rows, which have `prompt`, `question`, `messages` or `conversations` to
+    be answered, or `text` to be continued. Raises UserError with the place of what is none of these."""
     check(path.suffix in (".jsonl", ".txt"), f"{path}: questions are read from .jsonl or .txt")
     check(path.is_file(), f"there is no file {path}")
     questions = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line.strip():
             try:
-                row = {"prompt": line.decode()} if path.suffix == ".txt" else formats.parse_line(line)
+                row = {"prompt": line.decode()} if path.suffix == ".txt" else parse_line({"json": line, "error": ""})
                 questions.append(read_question(number, row, system))
             except (formats.RowError, UnicodeDecodeError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
@@ -72,10 +74,10 @@ def read_questions(path: Path, system: str | None = None) -> list[Question]:
 
 def read_question(line: int, row: dict[str, Any], system: str | None = None) -> Question:
     """Raises RowError for a row that asks nothing."""
-    read = next((read for column, read in READERS.items() if column in row), None)
-    if read is None:
+    column = next((column for column in READERS if column in row), None)
+    if column is None:
         raise formats.RowError("columns", f"none of {', '.join(READERS)}", f"there are {', '.join(row) or 'none'}")
-    asked = read(row)
+    asked = READERS[column](row[column], column)
     if isinstance(asked, list):
         while asked and asked[-1]["role"] == "assistant":
             asked = asked[:-1]

@@ -50,7 +50,7 @@ def saved_configuration(run: str | Path) -> TrainConfig:
 
 def read_configuration(path: Path) -> dict[str, Any]:
     """A run's config.json, an earlier version's in today's terms. Raises UserError for what is no JSON."""
-    values = FIRST_VALUES | read_json(path)
+    values: dict[str, Any] = FIRST_VALUES | read_json(path)
     if isinstance(values.get("dataset"), str):  # a run had one source
         values["dataset"] = [values["dataset"]]
     if "min_learning_rate" in values:
@@ -68,7 +68,7 @@ def check_changes(config: TrainConfig) -> None:
     changes = {
         name: f"{name} {old.get(name)!r} -> {new.get(name)!r}"
         for name in old | new
-        if old.get(name) != new.get(name) and name not in ("resume", "debug")
+        if old.get(name) != new.get(name) and name not in ("resume", "debug", "dry_run")
     }
     fixed = [change for name, change in changes.items() if name.partition(".")[0] in FIXED_FIELDS]
     check(not fixed, f"{path.parent} cannot be resumed with another configuration: {', '.join(fixed)}")

@@ -548,7 +548,7 @@ def test_an_answer_ends_with_the_context(
         (["RUN", "--prompts", "nowhere.txt"], "there is no file nowhere.txt"),
         (
             ["RUN", "--prompts", "QUESTION", "--compare", "RUN"],
-            "columns: none of prompt, messages, conversations, text",
+            "columns: none of prompt, question, messages",
         ),
         (["RUN", "--temperature", "-1"], "temperature is -1.0"),
         (["RUN", "--temperature", "nan"], "temperature is nan"),
@@ -565,7 +565,7 @@ def test_an_answer_ends_with_the_context(
 def test_mistakes_are_one_line(
     flags: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "q.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a"}\n{"query": "b"}\n')
     places = {"RUN": str(run), "QUESTION": str(tmp_path / "q.jsonl")}
     assert run_main(chat.main, [places.get(flag, flag) for flag in flags], tmp_path) == 2
     error = capsys.readouterr().err
