@@ -254,11 +254,14 @@ def merge_adapter(adapter: str | Path, out: str | Path) -> None:
 # ---------------------------------------------------------------- run state: all or nothing
 
 
-def save_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], None], limit: int) -> Path:
+def save_checkpoint(
+    output_dir: str | Path, step: int, write: Callable[[Path], None], limit: int, best: int = 0
+) -> Path:
     """Let `write` fill a new directory and put it at output_dir/checkpoints/step-NNNNNN once all of it is on the disk.
 
-    Killed at any moment, what stood before still stands. Only then checkpoints beyond the newest `limit` go, and later
-    steps' (a damaged one, from which the run was not continued). Raises UserError where the disk refuses.
+    Killed at any moment, what stood before still stands. Only then go checkpoints beyond the newest `limit`, though not
+    that of step `best`; and later steps' (a damaged one, from which the run was not continued). Raises UserError where
+    the disk refuses.
     """
     place = Path(output_dir, "checkpoints", f"step-{step:06d}")
     with disk_errors(place):
@@ -268,7 +271,8 @@ def save_checkpoint(output_dir: str | Path, step: int, write: Callable[[Path], N
         present = checkpoints(output_dir)
         now = present.index(place)
         for old in present[:now] + present[now + limit :]:
-            shutil.rmtree(old)
+            if old.name != f"step-{best:06d}":
+                shutil.rmtree(old)
     return place
 
 

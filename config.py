@@ -135,9 +135,10 @@ class BatchConfig:
     gradient_accumulation_steps: int = 4  # micro-batches a step: global batch = this * batch_size * processes
     num_train_epochs: float = 1.0  # passes over the data; on the command line it takes the place of max_steps
     max_steps: int = 0  # optimizer steps; 0: as many as num_train_epochs takes
+    early_stopping_patience: int = 0  # end after so many evaluations in a row without a new lowest eval_loss; 0: never
 
     def validate(self) -> None:
-        check_numbers(self, ("max_steps",))
+        check_numbers(self, ("max_steps", "early_stopping_patience"))
 
 
 @dataclass
@@ -190,6 +191,7 @@ class CheckpointConfig:
     resume: bool = False  # continue the newest checkpoint in output_dir, with its configuration but for what is given
     save_steps: int = 500  # steps between checkpoints; 0: only at the end
     save_total_limit: int = 2  # checkpoints kept; older ones go once a new one stands
+    save_best: bool = False  # save at every new lowest eval_loss too, and keep that checkpoint beside the newest
 
     def validate(self) -> None:
         check_numbers(self, ("save_steps",))
@@ -228,6 +230,7 @@ class WatchConfig:
     # Prompts answered at each evaluation, so that one sees the model learn.
     sample_prompts: tuple[str, ...] = ("Hello! How are you?", "What did you do today?", "Do you like music?")
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # tracker that gets the metrics too
+    dry_run: bool = False  # train nothing: say what the run would see
     debug: bool = False  # show Python's traceback with an error
 
     def validate(self) -> None:
@@ -259,6 +262,9 @@ class TrainConfig:
         whole = "quantize works with parallel ddp only: there are no shards of a quantised weight"
         check(self.lora.quantize is None or self.compute.parallel == "ddp", whole)
         check(not (self.lora.quantize and self.compute.compile), "quantize and compile do not work together")
+        compares = self.checkpoint.save_best or self.batch.early_stopping_patience
+        evaluates = self.watch.eval_steps > 0
+        check(evaluates or not compares, "save_best and early_stopping_patience need evaluations: set eval_steps")
         from_scratch = self.checkpoint.init_from is None
         check(not (self.lora.lora_rank and from_scratch), "lora_rank needs init_from: adapters adapt a trained model")
 

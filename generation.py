@@ -73,6 +73,17 @@ def room_for_answer(model: DeepSeekV2, prompt: list[int], max_new_tokens: int) -
     return min(max_new_tokens, context - len(prompt))
 
 
+def continuations(
+    model: DeepSeekV2, prompts: list[list[int]], max_new_tokens: int, stop_token_ids: tuple[int, ...], **options: Any
+) -> list[tuple[list[int], bool]]:
+    """What follows each prompt up to a stop token, and whether there was one. options: as for `generate`."""
+    found = []
+    for tokens in zip(*generate(model, prompts, max_new_tokens, stop_token_ids, **options), strict=True):
+        end = next((i for i, token in enumerate(tokens) if token in stop_token_ids), len(tokens))
+        found.append((list(tokens[:end]), end < len(tokens)))
+    return found
+
+
 def answers(
     model: DeepSeekV2, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int, **options: Any
 ) -> list[str]:
@@ -84,9 +95,8 @@ def answers(
     room = model.config.max_position_embeddings - max(map(len, prompts))
     if room < 1:
         return [""] * len(questions)
-    steps = generate(model, prompts, min(max_new_tokens, room), (tokenizer.eos_token_id,), **options)
-    replies = zip(*steps, strict=True)
-    return [tokenizer.decode(token for token in reply if token != tokenizer.eos_token_id) for reply in replies]
+    replies = continuations(model, prompts, min(max_new_tokens, room), (tokenizer.eos_token_id,), **options)
+    return [tokenizer.decode(tokens) for tokens, _ in replies]
 
 
 class LatentCache:

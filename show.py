@@ -1,5 +1,6 @@
 """Look inside: what is trained on, how rows are packed, what a model is made of, how runs went.
 
+python show.py data chats.jsonl tiny --max-seq-len 512   # what a run with these flags would see of its data
 python show.py tokens "Hello!" "Hi, how are you?"    # a conversation as coloured tokens
 python show.py rows chitchat                         # a dataset's rows, packed
 python show.py model tiny                            # the architecture as a table
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from config import PRESETS, ModelConfig, check
-from engine.cli import one_line_errors, parse_flags
+from config import PRESETS, ModelConfig, TrainConfig, check
+from engine.cli import one_line_errors, parse_arguments, parse_flags
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
@@ -52,23 +53,97 @@ class Tokens:
             return
         from engine.plots import draw_tokens
 
-        draw_tokens([printable(tokenizer, i) for i in ids], mask, self.out)
+        draw_tokens([printable(tokenizer, [i]) for i in ids], mask, self.out)
         print(f"wrote {self.out}")
 
 
-def printable(tokenizer: "Tokenizer", i: int) -> str:
-    return tokenizer.decode([i]).replace("\n", "↵")
+def printable(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    return tokenizer.decode(ids).replace("\n", "↵")
 
 
 def colour(tokenizer: "Tokenizer", ids: Iterable[int], mask: Iterable[int], show_ids: bool = False) -> str:
-    """A conversation for the terminal."""
-    pieces = []
-    for position, (i, trained) in enumerate(zip(ids, mask, strict=True)):
-        text = printable(tokenizer, i)
-        number = f"{FAINT}{i}{RESET} " if show_ids else ""
+    """A conversation for the terminal. The tokens that a character is cut into are shown together."""
+    blocks: list[str] = []
+    together: list[int] = []
+    for i, trained in zip(ids, mask, strict=True):
+        together.append(int(i))
+        text = printable(tokenizer, together)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(together) < 4:
+            continue
+        number = f"{FAINT}{'+'.join(map(str, together))}{RESET} " if show_ids else ""
         line_break = "\n" if "↵" in text else ""
-        pieces.append(f"{(TRAINED if trained else CONTEXT)[position % 2]}{text}{RESET}{number}{line_break}")
-    return "".join(pieces)
+        blocks.append(f"{(TRAINED if trained else CONTEXT)[len(blocks) % 2]}{text}{RESET}{number}{line_break}")
+        together = []
+    return "".join(blocks) + printable(tokenizer, together)
+
+
+# ---------------------------------------------------------------- a run's data
+
+
+@dataclass
+class Data:
+    """What a run sees of its data: python show.py data DATASET [DATASET ...] [PRESET] [the flags of the run].
+
+    A table, histograms, and rows in colour: green is trained on, grey is only read.
+    """
+
+    # Show this row of the source, the first being 1, with all of its pieces.
+    row: int = 0
+    # Show the longest piece.
+    longest: bool = False
+    # Show the shortest piece.
+    shortest: bool = False
+    # Show so many pieces, drawn at random (by the run's --seed).
+    random: int = 0
+    # Draw the histograms into this picture instead.
+    out: str = ""
+
+    def show_run(self, config: TrainConfig) -> None:
+        from checkpoint import resolve_model
+        from datacollator import DataCollator, RowStream
+        from dataset import column, load_data
+        from engine.data_view import histogram, pick, pieces_of, table
+        from tokenizer import load_tokenizer
+
+        base, options, seed = config.checkpoint.init_from, config.data, config.compute.seed
+        tokenizer = load_tokenizer(config, resolve_model(base) if base else None)
+        data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
+        collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
+        rows = RowStream(data.train, collator, seed, options.shuffle)
+        targets = column(data.train, "targets")
+        if self.out:
+            from engine.plots import draw_histograms
+
+            draw_histograms({"tokens of a piece": rows.lengths, "of them trained on": targets}, self.out)
+            print(f"wrote {self.out}")
+            return
+        if self.row:
+            sides = [part for part in (data.train, data.held_out) if part]
+            found = [(part, i) for part in sides for i in pieces_of(part, self.row - 1)]
+            check(found != [], f"no piece of row {self.row} is used: there is no such row, or it was dropped")
+        else:
+            print(*data.notes, table(data, rows, config), "", sep="\n")
+            print(
+                histogram(rows.lengths, "tokens of a piece"), histogram(targets, "of them trained on"), "", sep="\n\n"
+            )
+            chosen = pick(rows.lengths, self.longest, self.shortest, self.random, seed)
+            found = [(data.train, i) for i in chosen]
+        print(f"{LEGEND}\n")
+        for part, i in found:
+            piece, side = part[i], "trained on" if part is data.train else "held out"
+            facts = f"{piece['length']:,} tokens, {piece['targets']:,} of them to learn"
+            print(f"row {piece['row'] + 1}, piece {piece['piece'] + 1}, {side}: {facts}")
+            print(f"{colour(tokenizer, piece['input_ids'], piece['mask'])}\n")
+
+
+def show_data(words: list[str]) -> None:
+    """The flags of `Data` are taken out; all others are the run's."""
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    parsed: Any = parse_flags(Data, words[len(names) :], "show.py data", Data.__doc__, return_unknown_args=True)
+    look, flags = parsed
+    sources = [name for name in names if name not in PRESETS]
+    preset = [name for name in names if name in PRESETS][:1]
+    look.show_run(parse_arguments([*(preset or ["tiny"]), *(["--dataset", *sources] if sources else []), *flags]))
 
 
 # ---------------------------------------------------------------- rows
@@ -179,11 +254,13 @@ class Runs:
         print(f"wrote {self.out}")
 
 
-COMMANDS: Any = Tokens | Rows | Model | Runs
+COMMANDS: Any = Data | Tokens | Rows | Model | Runs
 
 
 def main() -> None:
     with one_line_errors():
+        if sys.argv[1:2] == ["data"]:
+            return show_data(sys.argv[2:])
         parse_flags(COMMANDS, sys.argv[1:], "show.py", __doc__).show()
 
 

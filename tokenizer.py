@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError, check
+from config import TrainConfig, UserError, check
 from engine.files import read_json
 from engine.vocabulary import load_cl100k, load_directory
 
@@ -257,3 +257,10 @@ def choose_template(directory: Path, control_tokens: Collection[str], chat_templ
             f"{directory} lacks {', '.join(missing)}, which chat template {name} needs; it fits {fitting or 'none'}"
         )
     return name
+
+
+def load_tokenizer(config: TrainConfig, source: Path | None) -> Tokenizer:
+    """A run's: that of `source`, the checkpoint that it starts from; else the configured one. Raises UserError."""
+    name = str(source or config.data.tokenizer)
+    vocab_size = config.model.vocab_size if name == "cl100k_base" else None
+    return Tokenizer(name, vocab_size, config.data.chat_template)

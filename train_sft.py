@@ -44,6 +44,7 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     from engine.run_directory import check_changes, check_start, open_run
     from parallel import replicate
     from quantization import quantized_weights
+    from tokenizer import load_tokenizer
     from trainer import Trainer
 
     run, base = config.checkpoint.output_dir, config.checkpoint.init_from
@@ -56,6 +57,8 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     if world.is_main and config.checkpoint.resume:
         check_changes(config)
     train_rows, held_out, skipped = load_rows(config, tokenizer, world)
+    if config.watch.dry_run:
+        return
 
     torch.manual_seed(config.compute.seed)
     checkpoint = checkpoint_to_resume(config, world)
@@ -81,15 +84,6 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
             f"{world.device} in {config.compute.dtype} into {config.checkpoint.output_dir}"
         )
     trainer.train()
-
-
-def load_tokenizer(config: TrainConfig, source: Path | None) -> "Tokenizer":
-    """That of `source`, the checkpoint that the run starts from; else the configured one. Raises UserError."""
-    from tokenizer import Tokenizer
-
-    name = str(source or config.data.tokenizer)
-    vocab_size = config.model.vocab_size if name == "cl100k_base" else None
-    return Tokenizer(name, vocab_size, config.data.chat_template)
 
 
 def resolve(
@@ -132,15 +126,18 @@ def load_rows(
     """What is trained on and what is held out, in rows; and the malformed rows that were skipped."""
     from datacollator import DataCollator, RowStream
     from dataset import load_data
+    from engine.data_view import table
     from parallel import first_process_first
 
     options, seed = config.data, config.compute.seed
     with first_process_first(world):
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
-    if world.is_main:
-        print(*data.notes, *data.reports, sep="\n")
     collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
     train = RowStream(data.train, collator, seed, options.shuffle)
+    if world.is_main:
+        print(
+            *data.notes, *([table(data, train, config, world.size)] if config.watch.dry_run else data.reports), sep="\n"
+        )
     # Shuffled, so that the first rows of it are a fair sample.
     return train, RowStream(data.held_out, collator, seed) if data.held_out else None, data.skipped
 

@@ -19,7 +19,7 @@ from engine.cli import STOP_SIGNALS, StopSignal
 from engine.cost import measure_peak, training_cost
 from engine.documents import MicroBatch
 from engine.prefetch import Step, StepLoader
-from engine.run_directory import RunLog
+from engine.run_directory import NO_EVALUATION, RunLog, lowest
 from generation import answers
 from lora import save_adapter
 from model import DeepSeekV2, LossOutput
@@ -29,7 +29,7 @@ from tokenizer import Tokenizer
 
 STATE = "trainer_state.pt"
 # What a resumed run needs beside weights and optimizer state: data and random numbers are functions of these.
-COUNTERS = ("step", "rows_seen", "num_tokens", "skipped_steps", "bad_steps")
+COUNTERS = ("step", "rows_seen", "num_tokens", "skipped_steps", "bad_steps", "best")
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
 
 
@@ -62,6 +62,7 @@ class Trainer:
         too_few = f"{self.data_name}: its {rows} rows don't fill one step of {self.rows_per_step}"
         check(rows >= self.rows_per_step, f"{too_few}; lower batch_size or gradient_accumulation_steps")
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
+        self.best = NO_EVALUATION
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
         self.base = None
@@ -70,7 +71,7 @@ class Trainer:
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
         self.cost = training_cost(self.plain_model)
         self.peak = measure_peak(world.device, self.dtype) * world.size
-        self.signal, self.stop = StopSignal(), 0
+        self.signal, self.stop = StopSignal(world.is_main), 0
 
     @property
     def place(self) -> tuple[float, float]:
@@ -91,7 +92,7 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step. Exits with 128 + signal after one of STOP_SIGNALS, once the step is done and saved."""
-        watch = self.config.watch
+        watch, saving, patience = self.config.watch, self.config.checkpoint, self.config.batch.early_stopping_patience
         self.model.train()
         with (
             self.signal,
@@ -100,7 +101,7 @@ class Trainer:
         ):
             for step in steps:
                 metrics = self.train_step(step)
-                last = self.step == self.total_steps
+                last, improved = self.step == self.total_steps, False
                 log.advance(metrics)
                 if last or self.due(watch.logging_steps):
                     log.write(metrics)
@@ -109,11 +110,18 @@ class Trainer:
                     log.print("step {step}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(**evaluation))
                     self.print_samples(log.print)
                     log.write(evaluation)
-                if last or self.stop or self.due(self.config.checkpoint.save_steps):
+                    self.best = lowest(self.best, evaluation)
+                    improved = self.best["evaluations_since"] == 0
+                    last = last or 0 < patience <= self.best["evaluations_since"]
+                if last or self.stop or self.due(saving.save_steps) or (improved and saving.save_best):
                     self.save()
+                if last or self.stop:
+                    log.finish(self.last_checkpoint, self.best, stopped=not last)
                 if self.stop:
                     parallel.leave_world()
                     raise SystemExit(128 + self.stop)
+                if last:
+                    break
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -261,7 +269,8 @@ class Trainer:
         with parallel.first_process_first(self.world):
             if self.world.is_main:
                 limit = self.config.checkpoint.save_total_limit
-                self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, limit)
+                best = int(self.best["step"]) if self.config.checkpoint.save_best else 0
+                self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, limit, best)
 
     def resume(self, directory: Path) -> None:
         """Take over everything but the weights, which the model has already, from a checkpoint."""

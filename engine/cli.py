@@ -73,8 +73,9 @@ class StopSignal:
 
     A_MOMENT = 1.0  # seconds
 
-    def __init__(self) -> None:
-        self.number, self.interrupted = 0, math.inf
+    def __init__(self, shown: bool = True) -> None:
+        """shown: say that the signal was heard."""
+        self.number, self.interrupted, self.shown = 0, math.inf, shown
 
     def __enter__(self) -> "StopSignal":
         heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup wants it
@@ -93,6 +94,9 @@ class StopSignal:
             self.interrupted = min(self.interrupted, time.monotonic())
         if number == signal.SIGHUP:
             leave_terminal()
+        if self.shown and not self.number:
+            with contextlib.suppress(OSError):  # written past Python's buffers, which the signal may have come into
+                os.write(2, b"\nfinishing this step, then saving; Ctrl-C once more leaves at once\n")
         self.number = self.number or number
 
 

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator
 
 TRAINED, CONTEXT = "#b7e4c7", "#e9ecef"
 
@@ -22,29 +25,79 @@ def save(figure: Figure, out: str | Path, **options: Any) -> None:
 
 # ---------------------------------------------------------------- runs
 
-# What the panels show, with the scale of the y axis.
-PANELS = {
-    "loss": "log",
-    "eval_bpb": "linear",
-    "learning_rate": "linear",
-    "grad_norm": "log",
-    "expert_load": "linear",
-    "tokens_per_second": "linear",
-}
+
+class Panel(NamedTuple):
+    """A metric over steps or tokens."""
+
+    metric: str
+    title: str
+    x: str = "step"
+    scale: str = "linear"
+    # Training metrics jump from step to step: drawn faintly, with a running mean on top.
+    noisy: bool = True
+    # Another metric of the same kind, in the same panel, as a dashed line.
+    beside: str = ""
+
+
+PANELS = (
+    Panel("loss", "loss; dashed: eval_loss", scale="log", beside="eval_loss"),
+    Panel("loss", "loss over tokens", x="num_tokens", scale="log", beside="eval_loss"),
+    Panel("eval_bpb", "eval_bpb (held-out bits per byte)", noisy=False),
+    Panel("eval_bpb", "eval_bpb over tokens", x="num_tokens", noisy=False),
+    Panel("learning_rate", "learning_rate", noisy=False),
+    Panel("grad_norm", "grad_norm", scale="log"),
+    Panel("expert_load", "expert_load: busiest expert over mean (1: balanced)"),
+    Panel("tokens_per_second", "tokens_per_second"),
+)
 
 
 def plot_runs(runs: dict[str, list[dict[str, Any]]], out: str | Path) -> None:
-    """One panel a metric, one line a run, over the steps. runs: the lines of metrics.jsonl under the run's name."""
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for run, lines in runs.items():
-        for axis, (name, scale) in zip(axes.flat, PANELS.items(), strict=True):
-            points = [(line["step"], line[name]) for line in lines if name in line]
-            steps, values = zip(*points, strict=True) if points else ([], [])
-            axis.plot(steps, values, label=run, marker="." * (len(points) < 30))
-            axis.set(title=name, xlabel="step", yscale=scale)
-            axis.grid(alpha=0.3)
-    axes.flat[0].legend()
-    save(figure, out, dpi=110)
+    """One panel a metric, one colour a run. runs: the lines of metrics.jsonl under the run's name."""
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7), layout="constrained")
+    for axis, panel in zip(axes.flat, PANELS, strict=True):
+        for number, lines in enumerate(runs.values()):
+            draw_metric(axis, panel, lines, f"C{number % 10}")
+        axis.set_title(panel.title, fontsize=10)
+        axis.set(xlabel={"step": "step", "num_tokens": "tokens"}[panel.x], yscale=panel.scale)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if panel.scale == "log":  # 2, 3 and 5 instead of 2 x 10^0 and the like
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3)
+        axis.set_visible(len(axis.lines) > 0)  # a run may have had no evaluation
+    handles = [Line2D([], [], color=f"C{number % 10}") for number in range(len(runs))]
+    figure.legend(handles, list(runs), loc="outside lower center", ncols=4)
+    save(figure, out, dpi=100)
+
+
+def draw_metric(axis: Axes, panel: Panel, lines: list[dict[str, Any]], colour: str) -> None:
+    x, values = points(lines, panel.metric, panel.x)
+    if len(values) == 0:
+        return
+    smooth = panel.noisy and len(values) >= 50
+    axis.plot(x, values, colour, alpha=0.25 if smooth else 1, lw=1, marker="." * (len(values) < 30))
+    if smooth:
+        axis.plot(x, running_mean(values, len(values) // 50), colour, lw=1.5)
+    if panel.beside:
+        axis.plot(*points(lines, panel.beside, panel.x), colour, ls="--", marker=".")
+
+
+def points(lines: list[dict[str, Any]], metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where and how large a metric was. Evaluations have no num_tokens; they have those of their step."""
+    training = [line for line in lines if "num_tokens" in line]
+    steps, tokens = ([line[name] for line in training] for name in ("step", "num_tokens"))
+    found = [(line["step"], line[metric]) for line in lines if metric in line]
+    at, values = np.array(found, dtype=float).reshape(-1, 2).T  # None, which stands for what is not finite, to NaN
+    return (np.interp(at, steps, tokens) if x == "num_tokens" and steps else at), values
+
+
+def running_mean(values: np.ndarray, half: int) -> np.ndarray:
+    """Mean over the neighbours, up to `half` on either side, as far as they are there and finite."""
+    finite = np.isfinite(values)
+    window = np.ones(2 * half + 1)
+    sums, counts = (np.convolve(each, window, "same") for each in (np.where(finite, values, 0.0), finite.astype(float)))
+    return sums / np.maximum(counts, 1)
 
 
 # ---------------------------------------------------------------- tokens and rows
@@ -64,6 +117,16 @@ def draw_tokens(tokens: Sequence[str], mask: Sequence[int], out: str | Path, wid
     axis.set_title("green: trained on; grey: given", fontsize=9, loc="left")
     axis.axis("off")
     save(figure, out, dpi=150, bbox_inches="tight")
+
+
+def draw_histograms(values: dict[str, np.ndarray], out: str | Path) -> None:
+    """How the numbers under each name are distributed."""
+    figure, axes = plt.subplots(1, len(values), figsize=(5 * len(values), 3.2), layout="constrained", squeeze=False)
+    for axis, (name, numbers) in zip(axes.flat, values.items(), strict=True):
+        axis.hist(numbers, bins=min(40, int(numbers.max(initial=1)) + 1), color="#52b788")
+        axis.set(title=f"{name}: median {np.median(numbers):,.0f}, most {numbers.max(initial=0):,}", ylabel="pieces")
+        axis.grid(alpha=0.3)
+    save(figure, out, dpi=110)
 
 
 def draw_packing(sequence_ids: np.ndarray, labels: np.ndarray, out: str | Path) -> None:

@@ -50,7 +50,7 @@ def saved_configuration(run: str | Path) -> TrainConfig:
 
 def read_configuration(path: Path) -> dict[str, Any]:
     """A run's config.json, an earlier version's in today's terms. Raises UserError for what is no JSON."""
-    values = FIRST_VALUES | read_json(path)
+    values: dict[str, Any] = FIRST_VALUES | read_json(path)
     if isinstance(values.get("dataset"), str):  # a run had one source
         values["dataset"] = [values["dataset"]]
     if "min_learning_rate" in values:
@@ -68,7 +68,7 @@ def check_changes(config: TrainConfig) -> None:
     changes = {
         name: f"{name} {old.get(name)!r} -> {new.get(name)!r}"
         for name in old | new
-        if old.get(name) != new.get(name) and name not in ("resume", "debug")
+        if old.get(name) != new.get(name) and name not in ("resume", "debug", "dry_run")
     }
     fixed = [change for name, change in changes.items() if name.partition(".")[0] in FIXED_FIELDS]
     check(not fixed, f"{path.parent} cannot be resumed with another configuration: {', '.join(fixed)}")
@@ -124,6 +124,17 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+# The best evaluation of a run that has had none.
+NO_EVALUATION: dict[str, float] = {"step": 0, "eval_loss": math.inf, "evaluations_since": 0}
+
+
+def lowest(best: dict[str, float], evaluation: dict[str, float]) -> dict[str, float]:
+    """The one with the lower eval_loss, and how many evaluations have passed since."""
+    if evaluation["eval_loss"] < best["eval_loss"]:
+        return evaluation | {"evaluations_since": 0}
+    return best | {"evaluations_since": best["evaluations_since"] + 1}
+
+
 class RunLog:
     """What a run shows: a progress bar, and metrics.jsonl after what the run being resumed wrote up to `step`.
 
@@ -168,6 +179,21 @@ class RunLog:
         if self.shown:
             with printing_to_nobody():
                 self.bar.write(text)
+
+    def finish(self, checkpoint: Path | None, best: dict[str, float], stopped: bool) -> None:
+        """The last lines: what was saved, how to talk to it, and how a run that was stopped goes on."""
+        if not self.shown:
+            return
+        self.bar.close()
+        goes_on = "; the same command with --resume goes on from there" * stopped
+        print(f"saved {checkpoint}{goes_on}\ntalk to it: python chat.py {self.run}")
+        since = best["evaluations_since"]
+        if self.bar.n < self.bar.total and not stopped:
+            print(f"ended after {self.bar.n} of {self.bar.total} steps: {since} evaluations without a lower eval_loss")
+        if since:
+            place = self.run / f"checkpoints/step-{best['step']:06d}"
+            kept = f"{place} has it" if place.exists() else "--save-best would have kept that checkpoint"
+            print(f"eval_loss was lowest after step {best['step']}, {best['eval_loss']:.4f}: {kept}")
 
     def write(self, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl. Raises UserError where the disk refuses."""

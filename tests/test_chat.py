@@ -1,6 +1,11 @@
 """Chatting with checkpoints. Oracles: generation.generate, transformers' greedy decoding, Tokenizer.render."""
 
+import json
 import os
+import pty
+import re
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +19,9 @@ import torch
 import chat
 import generation
 import lora
-from chat import ChatConfig, reply
+from chat import ChatConfig, Reply, Writer
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
+from engine.questions import columns
 from generation import generate
 from model import DeepSeekV2
 from small_models import small_model, transformers_model
@@ -67,7 +73,7 @@ def test_the_command_prints_a_reply(run: Path, model: DeepSeekV2, tokenizer: Tok
     done = subprocess.run(
         [*map(str, command), "--max_new_tokens", "12"], capture_output=True, text=True, encoding="utf-8", env=os.environ
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "(cut after 12 tokens by --max-new-tokens)\n")
     prompt, _ = tokenizer.render([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
     assert done.stdout == text_of([token for (token,) in generate(model, [prompt], 12)], tokenizer) + "\n"
 
@@ -133,6 +139,9 @@ def test_sampling_options_reach_the_model(run: Path, tmp_path: Path, capsys: pyt
         assert say(run, *flags, directory=tmp_path, capsys=capsys) == greedy
 
 
+CTRL_C = -1  # in a scripted answer: the moment at which somebody presses it
+
+
 class Scripted:
     """A model that has its answers written for it, and remembers what it was asked."""
 
@@ -147,19 +156,25 @@ class Scripted:
     def continue_(self, prompts: list[list[int]], max_new_tokens: int, *_: Any) -> Iterator[list[int]]:
         self.prompts += prompts
         for token in self.answers.pop(0)[:max_new_tokens]:
+            if token == CTRL_C:
+                raise KeyboardInterrupt
             yield [token]
 
 
 @pytest.fixture(autouse=True)
 def scripts_are_spoken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def speak(model: Any, *arguments: Any) -> Iterator[list[int]]:
-        return model.continue_(*arguments) if isinstance(model, Scripted) else generate(model, *arguments)
+    def speak(model: Any, *arguments: Any, **options: Any) -> Iterator[list[int]]:
+        return model.continue_(*arguments) if isinstance(model, Scripted) else generate(model, *arguments, **options)
 
     monkeypatch.setattr(generation, "generate", speak)
 
 
+def ask(model: Any, tokenizer: Tokenizer, messages: list[dict[str, str]], **options: Any) -> Reply:
+    return Writer(model, tokenizer, ChatConfig(("",), **options), torch.Generator()).answer(messages)
+
+
 def answer(model: Any, tokenizer: Tokenizer, messages: list[dict[str, str]], **options: Any) -> list[str]:
-    return list(reply(model, tokenizer, messages, ChatConfig(("",), **options), torch.Generator()))
+    return list(ask(model, tokenizer, messages, **options))
 
 
 def test_characters_come_whole_and_nothing_after_the_end(tokenizer: Tokenizer) -> None:
@@ -221,10 +236,285 @@ def test_ctrl_d_and_ctrl_c_end_it(
     end: type, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def leave(prompt: str) -> str:
+        assert prompt == "> "
         raise end
 
     monkeypatch.setattr("builtins.input", leave)
+    monkeypatch.setattr(chat, "at_terminal", lambda: True)
     assert "ends the conversation" in say(run, directory=tmp_path, capsys=capsys)
+
+
+@pytest.fixture
+def conversation(
+    run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """Says some lines to a scripted model, as if they were piped in: standard output and error."""
+
+    def converse(model: Scripted, *lines: str, flags: tuple[str, ...] = ()) -> tuple[str, str]:
+        said = iter(lines)
+
+        def read(prompt: str) -> str:
+            assert prompt == ""
+            try:
+                return next(said)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("checkpoint.load_model_and_tokenizer", lambda *_, **__: (model, tokenizer))
+        monkeypatch.setattr("builtins.input", read)
+        assert run_main(chat.main, [str(run), *flags], tmp_path) == 0
+        return capsys.readouterr()
+
+    return converse
+
+
+def prompt_of(tokenizer: Tokenizer, *texts: str, system: str = "") -> list[int]:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return tokenizer.render([{"role": "system", "content": system}] * bool(system) + messages, True)[0]
+
+
+def test_piped_input_prints_answers_and_nothing_else(conversation: Any, tokenizer: Tokenizer) -> None:
+    model = Scripted(*([*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("One.", "Two.")))
+    assert conversation(model, "a", "b") == ("One.\nTwo.\n", "")
+
+
+def test_ctrl_c_in_an_answer_ends_the_answer_only(conversation: Any, tokenizer: Tokenizer) -> None:
+    one, two = tokenizer.encode("One."), tokenizer.encode("Two.")
+    model = Scripted([*one, CTRL_C, *two], [*two, tokenizer.eos_token_id])
+    assert conversation(model, "a", "b") == ("One.\nTwo.\n", "(interrupted)\n")
+    assert model.prompts == [prompt_of(tokenizer, "a"), prompt_of(tokenizer, "a", "One.", "b")]
+
+
+def test_an_answer_that_is_cut_says_so(conversation: Any, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three four")
+    out, error = conversation(Scripted(ids), "a", flags=("--max-new-tokens", "3"))
+    assert (out, error) == (tokenizer.decode(ids[:3]) + "\n", "(cut after 3 tokens by --max-new-tokens)\n")
+    room = 3
+    narrow = Scripted(ids, context=len(prompt_of(tokenizer, "a")) + room)
+    out, error = conversation(narrow, "a")
+    assert error == "(cut after 3 tokens by the end of the model's context)\n"
+
+
+def test_a_full_context_forgets_the_oldest_turns_and_says_so(conversation: Any, tokenizer: Tokenizer) -> None:
+    """Room for two questions with the system message, and for an answer of 8 tokens."""
+    spoken = [*tokenizer.encode("x"), tokenizer.eos_token_id]
+    context = len(prompt_of(tokenizer, "a", "x", "b", system="Hm.")) + 8
+    model = Scripted(spoken, spoken, spoken, context=context)
+    out, error = conversation(model, "a", "b", "c", flags=("--system", "Hm.", "--max-new-tokens", "8"))
+    assert out == "x\nx\nx\n"
+    assert error == f"(the context of {context} tokens is full: the oldest 2 messages are forgotten)\n"
+    talks = (("a",), ("a", "x", "b"), ("b", "x", "c"))
+    assert model.prompts == [prompt_of(tokenizer, *talk, system="Hm.") for talk in talks]
+
+
+def test_a_question_beyond_the_context_is_taken_back(conversation: Any, tokenizer: Tokenizer) -> None:
+    spoken = [*tokenizer.encode("x"), tokenizer.eos_token_id]
+    model = Scripted(spoken, context=60)
+    out, error = conversation(model, "a " * 60, "b")
+    assert (out, error.count("\n")) == ("x\n", 1)
+    assert "but the model's context is 60" in error
+    assert model.prompts == [prompt_of(tokenizer, "b")]
+
+
+def test_commands(conversation: Any, tokenizer: Tokenizer) -> None:
+    model = Scripted(*[[*tokenizer.encode("x"), tokenizer.eos_token_id]] * 4)
+    lines = ("a", "b", "/reset", "c", "/system Be brief.", "d", "/what", "/quit", "e")
+    out, error = conversation(model, *lines, flags=("--system", "Hm."))
+    assert (out, error) == ("x\n" * 4, f"(/what is no command: {chat.COMMANDS})\n")
+    expected = [("Hm.", "a"), ("Hm.", "a", "x", "b"), ("Hm.", "c"), ("Be brief.", "d")]
+    assert model.prompts == [prompt_of(tokenizer, *texts, system=system) for system, *texts in expected]
+
+
+def test_at_a_real_terminal(run: Path, tmp_path: Path) -> None:
+    """Through a pseudo-terminal: arrow keys edit the line and bring the last one back; Ctrl-C ends a long answer, then
+    /quit the conversation."""
+    command = [sys.executable, "-c", SLOW, str(ROOT), str(run)]
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+
+    def expect(pattern: str) -> str:
+        seen = ""
+        while not re.search(pattern, seen):
+            assert select.select([ours], [], [], 60)[0], seen
+            seen += os.read(ours, 1024).decode(errors="replace")
+        return seen
+
+    def press(keys: str) -> None:
+        os.write(ours, keys.encode())
+
+    try:
+        expect("> ")
+        press("ello\x01H\r")  # Ctrl-A goes to the start of the line
+        expect("Hello[\\s\\S]*AAA")
+        os.killpg(child.pid, signal.SIGINT)
+        expect(r"\(interrupted\)[\s\S]*> ")
+        press("\x1b[A\r")  # the up arrow
+        expect("Hello[\\s\\S]*AAA")
+        os.killpg(child.pid, signal.SIGINT)
+        expect(r"\(interrupted\)[\s\S]*> ")
+        press("/quit\r")
+        assert child.wait(20) == 0
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
+
+
+# A model that repeats its prompt, then goes on with A until it is stopped.
+SLOW = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import chat, generation
+def generate(model, prompts, room, stops, *_):
+    yield from ([token] for token in prompts[0] if token not in stops)
+    while True:
+        yield [ord("A") - 33]
+        time.sleep(0.05)
+generation.generate = generate
+chat.main()
+"""
+
+
+# ---------------------------------------------------------------- questions from a file
+
+ASKED = ["Hello there", "Why?", "What is the name of the longest river that you know of?", "Who are you?", "Yes?"]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n\n" for i, text in enumerate(ASKED)))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+GREEDY = ("--temperature", 0, "--max-new-tokens", 10, "--device", "cpu")
+
+
+def test_questions_from_a_file_are_answered_as_one_by_one(
+    run: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--prompts", questions, "--out", tmp_path / "a.jsonl", "--batch-size", 2, *GREEDY)
+    assert say(run, *flags, directory=tmp_path, capsys=capsys) == f"wrote 5 answers to {tmp_path}/a.jsonl\n"
+    records = read(tmp_path / "a.jsonl")
+    assert [record["line"] for record in records] == [1, 3, 5, 7, 9]
+    assert [record["question"] for record in records] == [{"prompt": text, "id": i} for i, text in enumerate(ASKED)]
+    assert {record["checkpoint"] for record in records} == {str(run / "checkpoints/step-000002")}
+    for record, text in zip(records, ASKED, strict=True):
+        alone = say(run, "--prompt", text, *GREEDY, directory=tmp_path, capsys=capsys)
+        assert record["answer"] + "\n" == alone
+
+
+def test_near_the_end_of_the_context_each_still_gets_all_of_its_room(
+    run: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one batch, the longest prompt would cut the others' answers short."""
+    frame = len(prompt_of(tokenizer, ""))
+    texts = ["a" + " a" * (CONTEXT - frame - 1 - room) for room in (3, 6, 90)]
+    (tmp_path / "questions.txt").write_text("\n".join(texts))
+    flags = ("--prompts", tmp_path / "questions.txt", "--out", tmp_path / "a.jsonl", *GREEDY)
+    say(run, *flags, directory=tmp_path, capsys=capsys)
+    for record, text in zip(read(tmp_path / "a.jsonl"), texts, strict=True):
+        assert record["answer"] + "\n" == say(run, "--prompt", text, *GREEDY, directory=tmp_path, capsys=capsys)
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_answers(
+    run: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted in the second of three batches, with half a line left at the end; the answers are drawn."""
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    flags = (run, "--prompts", questions, "--batch-size", 2, "--temperature", 2, "--max-new-tokens", 10)
+    say(*flags, "--out", whole, directory=tmp_path, capsys=capsys)
+    real, calls = generation.continuations, []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(generation, "continuations", interrupted)
+    assert run_main(chat.main, [*map(str, flags), "--out", str(parts)], tmp_path) == 130
+    assert capsys.readouterr().err == f"(2 answers are in {parts}; the same command goes on)\n"
+    with parts.open("a") as file:
+        file.write('{"line": 5, "ques')
+    say(*flags, "--out", parts, directory=tmp_path, capsys=capsys)
+    assert len(calls) == 4
+    assert read(parts) == read(whole)
+    say(*flags, "--out", parts, directory=tmp_path, capsys=capsys)
+    assert (len(calls), read(parts)) == (4, read(whole))
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "message"),
+    [
+        (("--max-new-tokens", "11"), None, "the answers so far were given with another max_new_tokens"),
+        ((), [{"prompt": "Another"}], "what was answered as question 1 is another question now"),
+        (("--out", "QUESTIONS"), None, "holds something else than answers"),
+    ],
+)
+def test_answers_to_something_else_are_left_alone(
+    flags: tuple[str, ...],
+    rows: list | None,
+    message: str,
+    run: Path,
+    questions: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "a.jsonl"
+    command = [run, "--prompts", questions, "--out", out, *GREEDY]
+    say(*command, directory=tmp_path, capsys=capsys)
+    if rows:
+        questions.write_text("\n\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    before = out.read_bytes(), questions.read_bytes()
+    more = [str(questions) if flag == "QUESTIONS" else flag for flag in flags]
+    assert run_main(chat.main, [*map(str, command), *more], tmp_path) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert (out.read_bytes(), questions.read_bytes()) == before
+
+
+def test_a_conversation_is_asked_up_to_its_last_answer_and_a_text_continued(
+    run: Path, model: DeepSeekV2, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Ho"), ("user", "Why?"))]
+    rows = [{"messages": [*talk, {"role": "assistant", "content": "Because."}]}, {"text": "Once upon"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--prompts", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl", "--system", "Be kind.", *GREEDY)
+    say(run, *flags, directory=tmp_path, capsys=capsys)
+    chat_prompt = prompt_of(tokenizer, "Hi", "Ho", "Why?", system="Be kind.")
+    stops = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    expected = [
+        text_of([token for (token,) in generate(model, [chat_prompt], 10)], tokenizer),
+        tokenizer.decode(token for (token,) in generate(model, [tokenizer.encode("Once upon")], 10, stops)),
+    ]
+    assert [record["answer"] for record in read(tmp_path / "a.jsonl")] == expected
+    completed = say(run, "--complete", "Once upon", *GREEDY, directory=tmp_path, capsys=capsys)
+    assert completed == f"Once upon{expected[1]}\n"
+
+
+def test_two_checkpoints_answers_stand_side_by_side(
+    run: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, old = (str(run / f"checkpoints/step-00000{step}") for step in (2, 1))
+    flags = ("--compare", old, *GREEDY)
+    say(new, "--prompts", questions, "--out", tmp_path / "a.jsonl", *flags, directory=tmp_path, capsys=capsys)
+    records = read(tmp_path / "a.jsonl")
+    assert [(record["line"], record["checkpoint"]) for record in records[:3]] == [(1, new), (1, old), (3, new)]
+    shown = say(new, "--prompt", ASKED[0], *flags, directory=tmp_path, capsys=capsys)
+    words = [re.findall(r"\w+", record["answer"]) for record in records[:2]]
+    assert words[0] != words[1]
+    assert set(re.findall(r"\w+", shown)) >= {*words[0], *words[1]}
+
+
+def test_columns_are_as_wide_as_the_terminal_allows() -> None:
+    shown = columns(["a", "b"], ["one two three four five", "six\n\nseven"], 28)
+    assert shown.split("\n") == ["a             b", "", "one two       six", "three four    seven", "five"]
 
 
 # ---------------------------------------------------------------- limits and errors
@@ -250,6 +540,16 @@ def test_an_answer_ends_with_the_context(
     [
         (["nowhere"], "nowhere is no checkpoint"),
         (["RUN", "--prompt", ""], "--prompt is empty"),
+        (["RUN", "RUN"], "2 checkpoints are named; two need --web or --compare"),
+        (["RUN", "--prompt", "a", "--complete", "b"], "--prompt and --complete exclude each other"),
+        (["RUN", "--compare", "RUN"], "--compare needs --prompt, --complete or --prompts"),
+        (["RUN", "--out", "a.jsonl"], "--out is for the answers to --prompts"),
+        (["RUN", "--prompts", "a.csv"], "a.csv: questions are read from .jsonl or .txt"),
+        (["RUN", "--prompts", "nowhere.txt"], "there is no file nowhere.txt"),
+        (
+            ["RUN", "--prompts", "QUESTION", "--compare", "RUN"],
+            "columns: none of prompt, question, messages",
+        ),
         (["RUN", "--temperature", "-1"], "temperature is -1.0"),
         (["RUN", "--temperature", "nan"], "temperature is nan"),
         (["RUN", "--top-p", "0"], "top_p is 0.0"),
@@ -265,7 +565,9 @@ def test_an_answer_ends_with_the_context(
 def test_mistakes_are_one_line(
     flags: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_main(chat.main, [str(run) if flag == "RUN" else flag for flag in flags], tmp_path) == 2
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a"}\n{"query": "b"}\n')
+    places = {"RUN": str(run), "QUESTION": str(tmp_path / "q.jsonl")}
+    assert run_main(chat.main, [places.get(flag, flag) for flag in flags], tmp_path) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")

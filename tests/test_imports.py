@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "engine.sources": {"config", "engine.text_files"},
     "engine.pieces": {"tokenizer", "engine.formats", "engine.text_files"},
     "engine.data_report": {"engine.files"},
+    "engine.data_view": {"config", "dataset", "datacollator", "engine.data_report"},
     "engine.hub_config": {"config", "engine.files"},
     "engine.adapter_base": {"config", "engine.files", "engine.hub_config"},
     "engine.documents": set(),
@@ -27,6 +28,15 @@ MAY_IMPORT = {
     "engine.cost": {"config", "model"},
     "engine.job": {"config", "parallel", "engine.run_directory"},
     "engine.prefetch": {"config", "datacollator", "parallel", "engine.documents"},
+    "engine.questions": {
+        "config",
+        "model",
+        "tokenizer",
+        "generation",
+        "engine.files",
+        "engine.formats",
+        "engine.text_files",
+    },
     "engine.run_directory": {"config", "engine.files", "engine.plots"},
     # Chapters
     "config": set(),

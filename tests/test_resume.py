@@ -136,7 +136,12 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(
     log = tmp_path / "log"
     fault = functools.partial(small_runs.signal_in_step, 4, number)
     assert train_in_child(arguments(data, tmp_path / "run"), log, fault) == code
-    assert "Traceback" not in log.read_text()
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert said.count("finishing this step, then saving; Ctrl-C once more leaves at once\n") == 1
+    run = tmp_path / "run"
+    saved = f"saved {run}/checkpoints/step-000004; the same command with --resume goes on from there\n"
+    assert said.endswith(f"{saved}talk to it: python chat.py {run}\n")
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["step-000003", "step-000004"]
     assert read_metrics(tmp_path / "run")[-1]["step"] == 4

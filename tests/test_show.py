@@ -8,14 +8,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import show
 from config import PRESETS
+from engine import data_view
 from engine.cli import one_line_errors
 from model import DeepSeekV2
-from small_runs import conversations, run_main, write_jsonl
+from small_runs import conversations, run_main, train_here, write_jsonl
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +94,77 @@ def test_runs_are_drawn_and_what_is_no_run_is_named(shown: Callable[..., str], t
     assert (tmp_path / "runs.png").read_bytes().startswith(PNG)
     assert shown("runs", tmp_path) == f"error: {tmp_path} is no run: it has no metrics.jsonl\n"
     assert shown("runs") == "error: name a run's directory, or several\n"
+
+
+# ---------------------------------------------------------------- a run's data
+
+
+def numbers_of(table: str) -> dict[str, list[str]]:
+    """The table's lines: name to columns."""
+    lines = [re.split(r"  +", line.strip()) for line in table.splitlines() if re.search(r"\w  +[\d,]+", line)]
+    return {name: columns for name, *columns in lines}
+
+
+def test_the_table_counts_what_a_run_sees(shown: Callable[..., str], tmp_path: Path) -> None:
+    """Against a literal count over the rendered conversations; and a dry run prints the same, and leaves nothing."""
+    talks = conversations(40)
+    talks[7] = talks[3]
+    path = write_jsonl(tmp_path / "talks.jsonl", talks)
+    flags = ("--max-seq-len", 96, "--eval-steps", 0, "--max-steps", 10, "--batch-size", 2, "--num-proc", 1)
+    printed = shown("data", path, "tiny", *flags)
+    counted = numbers_of(printed)
+    tokenizer = Tokenizer(vocab_size=8192)
+    rendered = [tokenizer.render(messages) for messages in talks]
+    tokens, targets = sum(len(ids) for ids, _ in rendered), sum(sum(mask) for _, mask in rendered)
+    assert counted["rows"] == counted["conversations"] == ["40"]
+    assert counted["turns"] == [str(sum(map(len, talks)))]
+    assert counted["tokens"] == [f"{tokens:,}"]
+    assert counted["trained on"] == [f"{targets:,} ({targets / tokens:.0%})"]
+    assert counted["longest, in tokens"] == [str(max(len(ids) for ids, _ in rendered))]
+    assert counted["duplicates"] == ["1"]
+    assert "10 steps of 2 rows are " in printed
+    command = ["tiny", "--dataset", path, *flags, "--dry-run", "--output-dir", tmp_path / "run", "--device", "cpu"]
+    assert train_here([str(word) for word in command], tmp_path) == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_the_same_table(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [str(data), "--max-seq-len", "96", "--batch-size", "2", "--num-proc", "1"]
+    assert run_main(show.main, ["data", str(data), "tiny", *flags[1:]], tmp_path) == 0
+    table = capsys.readouterr().out.partition("\n\ntokens of a piece")[0]
+    assert train_here(["tiny", "--dataset", *flags, "--dry-run", "--device", "cpu"], tmp_path) == 0
+    assert capsys.readouterr().out == table + "\n"
+    assert "held out" in table
+
+
+def test_any_row_can_be_looked_at(shown: Callable[..., str], tmp_path: Path) -> None:
+    talks = conversations(20)
+    path = write_jsonl(tmp_path / "talks.jsonl", talks)
+    flags = ("tiny", "--max-seq-len", 40, "--num-proc", 1)
+    tokenizer = Tokenizer(vocab_size=8192)
+    for row in (1, 17, 20):
+        printed = shown("data", path, *flags, "--row", row)
+        assert f"row {row}, piece 1, " in printed
+        for message in talks[row - 1]:
+            if message["role"] == "assistant" and len(tokenizer.encode(message["content"])) < 15:
+                assert message["content"] in printed
+    assert shown("data", path, *flags, "--row", 21) == (
+        "error: no piece of row 21 is used: there is no such row, or it was dropped\n"
+    )
+    lengths = [int(n) for n in re.findall(r": (\d+) tokens", shown("data", path, *flags, "--longest", "--shortest"))]
+    assert lengths[0] == max(lengths) and lengths[1] == min(lengths)
+    assert shown("data", path, *flags, "--random", 3).count(" of them to learn") == 3
+    assert shown("data", path, *flags, "--out", tmp_path / "data.png") == f"wrote {tmp_path}/data.png\n"
+    assert (tmp_path / "data.png").read_bytes().startswith(PNG)
+    assert "Unrecognized options: --rwo" in shown("data", path, *flags, "--rwo", 3)
+
+
+def test_a_histogram_counts_every_value_once() -> None:
+    drawn = data_view.histogram(np.array([0, 1, 1, 2, 99, 100]), "title", width=4, bins=2).splitlines()
+    assert [line.split()[-1] for line in drawn[1:]] == ["4", "2"]
+    few = data_view.histogram(np.array([0, 1, 1]), "title").splitlines()
+    assert [line.split()[0] for line in few[1:]] == ["0", "1"]
+    assert data_view.bar(0, 8) == "" and data_view.bar(1e-9, 8) == "▏" and data_view.bar(1, 8) == "█" * 8
 
 
 # ---------------------------------------------------------------- `| head`

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -443,6 +444,66 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path: Path, monkeypatch: 
         trainer.train()
     assert leaving.value.code == 143
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+# ---------------------------------------------------------------- the best evaluation
+
+
+def scripted_losses(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """What its evaluations come to."""
+    given = iter(values)
+    monkeypatch.setattr(trainer, "evaluate", lambda: {"step": trainer.step, "eval_loss": next(given), "eval_bpb": 1.0})
+
+
+def saved_steps(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is that of step 3, and the next two evaluations do not drive it out; nor do those of a run that goes on."""
+    changes = {"held_out": rows(TEXTS[:2]), "eval_steps": 1, "save_total_limit": 1, "save_best": True}
+    trainer = make_trainer(tmp_path, max_steps=5, **changes)
+    scripted_losses(trainer, monkeypatch, [3.0, 2.5, 2.0, 2.0, 2.1])
+    trainer.train()
+    assert saved_steps(tmp_path) == [3, 5]
+    checkpoints = tmp_path / "checkpoints"
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"saved {checkpoints}/step-000005",
+        f"talk to it: python chat.py {tmp_path}",
+        f"eval_loss was lowest after step 3, 2.0000: {checkpoints}/step-000003 has it",
+    ]
+    shutil.copytree(checkpoints / "step-000005", tmp_path / "step 5")
+    for values, expected in (([2.2, 2.3], [3, 7]), ([1.9, 2.3], [6, 7])):
+        resumed = make_trainer(tmp_path, max_steps=7, resume=True, **changes)
+        resumed.resume(tmp_path / "step 5")
+        scripted_losses(resumed, monkeypatch, values)
+        resumed.train()
+        assert saved_steps(tmp_path) == expected
+
+
+def test_a_run_ends_when_eval_loss_has_not_fallen_for_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(tmp_path, held_out=rows(TEXTS[:2]), max_steps=20, eval_steps=2, early_stopping_patience=2)
+    scripted_losses(trainer, monkeypatch, [3.0, 3.1, 2.0, 2.1, 2.0])
+    trainer.train()
+    assert saved_steps(tmp_path) == [10]
+    printed = capsys.readouterr().out
+    assert "ended after 10 of 20 steps: 2 evaluations without a lower eval_loss\n" in printed
+    assert "lowest after step 6, 2.0000: --save-best would have kept that checkpoint\n" in printed
+    assert [line["step"] for line in read_metrics(tmp_path) if "eval_loss" in line] == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("changes", [{"save_best": True}, {"early_stopping_patience": 3}])
+def test_what_compares_evaluations_needs_them(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="save_best and early_stopping_patience need evaluations"):
+        TrainConfig().changed(eval_steps=0, **changes).validate()
+    TrainConfig().changed(eval_steps=10, **changes).validate()
+
+
+# ---------------------------------------------------------------- trackers
 
 
 class Tracker(SimpleNamespace):

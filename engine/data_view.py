@@ -1,0 +1,120 @@
+"""What a run sees of its data, for a person to look at: a table, histograms, and where to find a row."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from config import TrainConfig
+from engine.data_report import DataReport
+
+if TYPE_CHECKING:
+    import datasets
+
+    from datacollator import RowStream
+    from dataset import Data
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(data: "Data", train: "RowStream", config: TrainConfig, processes: int = 1) -> str:
+    """A column for each source and side, then what follows for the run."""
+    columns = [facts(report) for report in data.reports]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    names.sort(key=lambda name: (name.startswith("dropped: "), name.startswith("not used: ")))
+    cells = [[column.get(name, "-") for column in columns] for name in names]
+    heads = [f"{report.source}\n{report.split}{', held out' * report.held_out}".split("\n") for report in data.reports]
+    widths = [max(map(len, column)) for column in zip(*cells, *zip(*heads, strict=True), strict=True)]
+    first = max(map(len, names))
+    rows = [("", *line) for line in zip(*heads, strict=True)] + [
+        (name, *row) for name, row in zip(names, cells, strict=True)
+    ]
+    lines = [
+        "  ".join((f"{row[0]:{first}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths, strict=True)))) for row in rows
+    ]
+    return "\n".join([*(line.rstrip() for line in lines), "", course(train, config, processes)])
+
+
+def facts(report: DataReport) -> dict[str, str]:
+    """Name to number of what the table has about a source; what is 0 and usually is, is left out."""
+    to_learn = report.trained_tokens + report.lost_tokens
+    spoken = {speaker: number for speaker, number in report.speakers.items() if number}
+    rare = {
+        "passed an epoch": report.weight if report.weight > 1 else 0,
+        "conversations cut": report.cut,
+        "duplicates": report.duplicates,
+        **{f"dropped: {reason}": number for reason, number in report.dropped.items()},
+        **{f"not used: {field}": number for field, number in report.unused.items()},
+    }
+    return {
+        "rows": f"{report.rows:,}",
+        "conversations": f"{report.conversations:,}",
+        "pieces": f"{report.pieces:,}",
+        "turns": f"{report.turns:,}",
+        "tokens": f"{report.tokens:,}",
+        **{
+            f"  {'of documents' if speaker == 'text' else speaker}": f"{number:,}" for speaker, number in spoken.items()
+        },
+        "trained on": f"{report.trained_tokens:,} ({report.trained_tokens / max(report.tokens, 1):.0%})",
+        "lost to max_seq_len": f"{report.lost_tokens:,} ({report.lost_tokens / max(to_learn, 1):.0%})",
+        "longest, in tokens": f"{report.longest:,}",
+        **{name: f"{number:,}" for name, number in rare.items() if number},
+    }
+
+
+def course(train: "RowStream", config: TrainConfig, processes: int) -> str:
+    """Rows, steps and epochs that follow."""
+    rows, width, batch = train.rows_per_epoch, train.collator.max_seq_len, config.batch
+    rows_per_step = batch.batch_size * batch.gradient_accumulation_steps * processes
+    steps = batch.max_steps or math.ceil(batch.num_train_epochs * rows / rows_per_step)
+    padding = 1 - train.lengths.sum() / (rows * width)
+    packed = f" ({padding:.1%} padding)" if config.data.packing else ", a conversation each"
+    return (
+        f"an epoch has {rows:,} rows of up to {width:,} tokens{packed}; {steps:,} steps of {rows_per_step} rows are "
+        f"{steps * rows_per_step / rows:.3g} epochs"
+    )
+
+
+# ---------------------------------------------------------------- histograms
+
+
+def histogram(values: np.ndarray, title: str, width: int = 50, bins: int = 10) -> str:
+    """How many of the values (not negative) lie in each of some equal ranges, as bars for the terminal."""
+    top = max(int(values.max(initial=1)), 1)
+    edges = np.unique(np.linspace(0, top + 1, min(bins, top + 1) + 1).round().astype(int))
+    counts, _ = np.histogram(values, edges)
+    labels = [
+        f"{low:,} to {high - 1:,}" if high - low > 1 else f"{low:,}" for low, high in itertools.pairwise(edges.tolist())
+    ]
+    lines = [title]
+    for label, count in zip(labels, counts.tolist(), strict=True):
+        lines.append(f"{label:>18} {bar(count / max(counts.max(), 1), width)} {count:,}")
+    return "\n".join(lines)
+
+
+def bar(share: float, width: int) -> str:
+    """In eighths of a character; what is more than nothing can be seen."""
+    eighths = max(round(share * width * 8), int(share > 0))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+# ---------------------------------------------------------------- rows
+
+
+def pieces_of(dataset: "datasets.Dataset", row: int) -> list[int]:
+    """Where the pieces of a source's row stand; several sources have a row of that number each."""
+    from dataset import column
+
+    return np.flatnonzero(column(dataset, "row") == row).tolist()
+
+
+def pick(lengths: Sequence[int] | np.ndarray, longest: bool, shortest: bool, random: int, seed: int) -> list[int]:
+    """The longest, the shortest and some random ones; if none is wanted, one that fits on a screen."""
+    lengths = np.asarray(lengths)
+    found = [int(lengths.argmax())] * longest + [int(lengths.argmin())] * shortest
+    number = min(random, len(lengths))
+    found += np.random.default_rng(seed).choice(len(lengths), number, replace=False).tolist()
+    return found or [int(np.abs(lengths - 150).argmin())]
