@@ -18,11 +18,12 @@ from config import LoraConfig, UserError, check
 from engine.files import make_readable, read_json, write_json
 from engine.kernels import Product
 from model import Experts
+from quantization import NF4
 
 # ---------------------------------------------------------------- layers with adapters
 
 
-def new_adapter(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+def new_adapter(weight: Tensor | NF4, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     """A (..., r, in) and B (..., out, r) for a weight (..., out, in): fp32 whatever that is in, without values yet."""
     *stack, out_features, in_features = weight.shape
     shapes = (*stack, rank, in_features), (*stack, out_features, rank)
@@ -36,29 +37,24 @@ def merge_adapter_(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None
     weight.copy_((b @ a).mul_(scaling).add_(weight))
 
 
-class LoRALinear(nn.Linear):
-    """A linear layer with its adapter. The base weight keeps its name."""
+class LoRALinear(nn.Module):
+    """A linear layer, whatever its weight is kept in, with an adapter beside it."""
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight = base.weight
-        self.register_parameter("bias", None)
+        super().__init__()
+        self.base_layer = base
         self.lora_A, self.lora_B = new_adapter(base.weight, rank)
         self.scaling, self.dropout, self.training = scaling, dropout, base.training
 
     def forward(self, x: Tensor) -> Tensor:
-        base = super().forward(x)
+        base = self.base_layer(x)
         adapted = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
         return base + (F.linear(adapted, self.lora_B) * self.scaling).to(base.dtype)
 
     def merge(self) -> nn.Linear:
-        """The plain layer that does the same."""
-        with torch.device("meta"):
-            plain = nn.Linear(self.in_features, self.out_features, bias=False)
-        plain.weight = self.weight
-        merge_adapter_(plain.weight, self.lora_A, self.lora_B, self.scaling)
-        return plain.train(self.training)
+        """The base layer, which then does the same alone."""
+        merge_adapter_(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
+        return self.base_layer
 
 
 class LoRAExperts(Experts):
@@ -66,12 +62,12 @@ class LoRAExperts(Experts):
 
     def __init__(self, base: Experts, scaling: float) -> None:
         nn.Module.__init__(self)
-        self.gate_up_proj, self.down_proj = base.gate_up_proj, base.down_proj
+        self.base_layer, self.num_experts = base, base.num_experts
         self.scaling, self.training = scaling, base.training
         self.adapted: list[str] = []
 
     def adapt(self, name: str, rank: int) -> None:
-        for suffix, parameter in zip("AB", new_adapter(getattr(self, name), rank), strict=True):
+        for suffix, parameter in zip("AB", new_adapter(getattr(self.base_layer, name), rank), strict=True):
             self.register_parameter(f"{name}_lora_{suffix}", parameter)
         self.adapted.append(name)
 
@@ -79,7 +75,7 @@ class LoRAExperts(Experts):
         return getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
 
     def project(self, name: str, x: Tensor, product: Product) -> Tensor:
-        output = super().project(name, x, product)
+        output = self.base_layer.project(name, x, product)
         if name not in self.adapted:
             return output
         a, b = self.adapter(name)
@@ -88,13 +84,10 @@ class LoRAExperts(Experts):
         return output + product(product(x, a), b) * self.scaling
 
     def merge(self) -> Experts:
-        """The plain experts that do the same."""
-        plain = Experts.__new__(Experts)
-        nn.Module.__init__(plain)
-        plain.gate_up_proj, plain.down_proj = self.gate_up_proj, self.down_proj
+        """The base layer, which then does the same alone."""
         for name in self.adapted:
-            merge_adapter_(getattr(plain, name), *self.adapter(name), self.scaling)
-        return plain.train(self.training)
+            merge_adapter_(getattr(self.base_layer, name), *self.adapter(name), self.scaling)
+        return self.base_layer
 
 
 # ---------------------------------------------------------------- a model with adapters
@@ -237,8 +230,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     tensors = read_tensors(path)
     ranks = {}
     for name in adaptable_weights(model):
-        weight = model.get_parameter(name)
-        module = f"base_model.model.{name.rpartition('.')[0]}"
+        path_in_model, _, attribute = name.rpartition(".")
+        weight = getattr(model.get_submodule(path_in_model), attribute)
+        module = f"base_model.model.{path_in_model}"
         for wrapper in (module, f"{module}.base_layer"):
             a, b = (tensors.get(f"{wrapper}.lora_{suffix}.weight") for suffix in "AB")
             # the widths tell which of the experts' two weights it is: no two have both in common

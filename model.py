@@ -242,13 +242,14 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, hidden, intermediate = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x (N, hidden_size), weights and experts (N, K) -> (N, hidden_size), the sum in equation 20."""
         x, chosen = x.to(compute_dtype(x)), experts.shape[1]
-        routes = find_routes(experts.flatten(), len(self.down_proj))
+        routes = find_routes(experts.flatten(), self.num_experts)
         rows = routes.to_experts(x.repeat_interleave(chosen, dim=0))  # (N K, hidden_size), sorted by expert
         scales = routes.to_experts(weights.flatten().to(x.dtype))
         gate, up = self.project("gate_up_proj", rows, routes.product).chunk(2, dim=-1)

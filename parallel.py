@@ -7,6 +7,7 @@ state, and gathers a block's weights just before they are needed. Without torchr
 
 import contextlib
 import gc
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -133,15 +134,17 @@ def replicate(model: nn.Module, engine: str, world: World) -> nn.Module:
     """Wrap a model that has its weights for DDP; under FSDP, and alone, it is ready as it is."""
     if world.size == 1 or engine != "ddp":
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # gradients lie where they are sent from
+    # Gradients lie where they are sent from. A quantised weight is a buffer, the same on all ranks from the start.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy whole tensors, one at a time, into the model's parameters, of which a rank may hold only a shard."""
-    parameters = dict(model.named_parameters())
+    """Copy whole tensors, one at a time, into the model's, of which a rank may hold only a shard."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    targets = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors}  # an adapter's layer, as without
     for name, tensor in weights:
-        target: Tensor = parameters[name]
+        target = targets[name]
         if isinstance(target, DTensor):
             tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
         target.copy_(tensor)

@@ -10,7 +10,7 @@ experts, V entries of the vocabulary, M target tokens.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -135,8 +135,44 @@ def plain_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Ten
     return output
 
 
-# Rows and the experts' stacked matrices (E, out, in) -> each row times its own expert's matrix.
-Product = Callable[[Tensor, Tensor], Tensor]
+class GroupedProduct(NamedTuple):
+    """Rows sorted by expert, and the experts' stacked matrices (E, out, in) -> each row times its own expert's."""
+
+    ends: Tensor  # (E,) int32, where each expert's run of rows ends
+
+    def __call__(self, x: Tensor, matrices: Tensor) -> Tensor:
+        return F.grouped_mm(x, matrices.mT, offs=self.ends)
+
+    def parts(self, size: int) -> "Iterator[tuple[slice, slice, Product]]":
+        """The same for `size` experts at a time: which rows, which experts, and their product. Experts without rows are
+        left out. The host has to know the runs' ends, unless it is all experts at once."""
+        if size >= len(self.ends):
+            yield slice(None), slice(None), self
+            return
+        start = 0
+        for first, ends in zip(range(0, len(self.ends), size), self.ends.split(size), strict=True):
+            end = int(ends[-1])
+            if end > start:
+                yield slice(start, end), slice(first, first + size), GroupedProduct(ends - start)
+            start = end
+
+
+class RowProduct(NamedTuple):
+    """The same for a few rows that stay where they are."""
+
+    experts: list[int]  # of each row
+
+    def __call__(self, x: Tensor, matrices: Tensor) -> Tensor:
+        rows = zip(x.split(1), self.experts, strict=True)
+        return torch.cat([linear(row, matrices[expert]) for row, expert in rows])
+
+    def parts(self, size: int) -> "Iterator[tuple[slice, slice, Product]]":
+        """One row at a time, whatever the size."""
+        for row, expert in enumerate(self.experts):
+            yield slice(row, row + 1), slice(expert, expert + 1), RowProduct([0])
+
+
+Product = GroupedProduct | RowProduct
 
 
 class Routes(NamedTuple):
@@ -165,10 +201,10 @@ def find_routes(experts: Tensor, num_experts: int) -> Routes:
     CPU goes to its own experts' matrices instead of visiting all.
     """
     if is_few(experts):
-        return Routes(None, len(experts), row_product(experts.tolist()))
+        return Routes(None, len(experts), RowProduct(experts.tolist()))
     run = path_of(experts).run
     places, ends = sort_by_expert(experts, num_experts, run)
-    return Routes(places, len(experts) if run == 1 else int(ends[-1]), grouped_product(ends))
+    return Routes(places, len(experts) if run == 1 else int(ends[-1]), GroupedProduct(ends))
 
 
 def sort_by_expert(experts: Tensor, num_experts: int, run: int = 1) -> tuple[Tensor, Tensor]:
@@ -191,14 +227,6 @@ def sort_by_expert(experts: Tensor, num_experts: int, run: int = 1) -> tuple[Ten
     first = (ends - runs - (counts.cumsum(0) - counts))[experts[order]]
     places = torch.empty_like(order).index_copy(0, order, first + torch.arange(len(order), device=order.device))
     return places, ends.to(torch.int32)
-
-
-def grouped_product(ends: Tensor) -> Product:
-    return lambda x, matrices: F.grouped_mm(x, matrices.mT, offs=ends)
-
-
-def row_product(experts: list[int]) -> Product:
-    return lambda x, matrices: torch.cat([linear(row, matrices[e]) for row, e in zip(x.split(1), experts, strict=True)])
 
 
 # ---------------------------------------------------------------- the loss, without ever holding all logits

@@ -127,7 +127,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
     layer = model.model.layers[0].self_attn.q_proj
     layer.lora_B.normal_()
     x = torch.randn(1, 48)
-    expected = x @ (layer.weight + 2.0 * layer.lora_B @ layer.lora_A).T
+    expected = x @ (layer.base_layer.weight + 2.0 * layer.lora_B @ layer.lora_A).T
     torch.testing.assert_close(layer(x), expected)
     model.train()
     many = layer(x.expand(20_000, -1))
@@ -290,8 +290,8 @@ def test_merging_into_bf16_rounds_once() -> None:
         adapter.data = adapter.float()
     linear, experts = model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.experts
     exact = (
-        linear.weight.double() + 1.5 * linear.lora_B.double() @ linear.lora_A.double(),
-        experts.down_proj.double() + 1.5 * experts.down_proj_lora_B.double() @ experts.down_proj_lora_A.double(),
+        linear.base_layer.weight.double() + 1.5 * linear.lora_B.double() @ linear.lora_A.double(),
+        experts.base_layer.down_proj.double() + 1.5 * experts.down_proj_lora_B.double() @ experts.down_proj_lora_A.double(),
     )
     lora.merge(model)
     merged = (model.model.layers[1].self_attn.o_proj.weight, model.model.layers[1].mlp.experts.down_proj)
@@ -421,7 +421,6 @@ def test_losses_stay_pefts_for_fifty_steps(targets: tuple[str, ...], tmp_path: P
 
 def test_every_experts_module_stays_one() -> None:
     """model.py asks for Experts; adapted ones still are."""
-    model = adapted_model(EXPERTS)
-    found = [module for module in model.modules() if isinstance(module, Experts)]
-    assert len(found) == 2
-    assert all(isinstance(module, lora.LoRAExperts) for module in found)
+    layers = adapted_model(EXPERTS).model.layers[1:]
+    assert all(isinstance(layer.mlp.experts, Experts) for layer in layers)
+    assert all(isinstance(layer.mlp.experts, lora.LoRAExperts) for layer in layers)
