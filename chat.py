@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from config import UserError, check
+from config import Quantization, UserError, check
 from engine.cli import one_line_errors, parse_flags
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class ChatConfig:
     top_k: int = 0
     # Seed of the draw; the same seed gives the same reply.
     seed: int = 0
+    # nf4: load the blocks' matrices in 4 bits, an eighth to a quarter of the memory.
+    quantize: Quantization | None = None
     # cuda, cpu, ...; "auto": CUDA where there is one.
     device: str = "auto"
     # A page in the browser instead: the answer's tokens with their probabilities, alternatives and experts.
@@ -107,7 +109,7 @@ def chat(config: ChatConfig) -> None:
     if config.web:
         check(find_spec("gradio") is not None, "--web needs Gradio: pip install -r requirements-web.txt")
     device = choose_device(config.device)
-    models = [load_model_and_tokenizer(checkpoint, device=device) for checkpoint in config.checkpoints]
+    models = [load_model_and_tokenizer(checkpoint, None, device, config.quantize) for checkpoint in config.checkpoints]
     for model, _ in models:
         model.eval()
     if config.web:

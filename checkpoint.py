@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.types import Device
 
 import lora
-from config import ModelConfig, UserError, check
+from config import ModelConfig, Quantization, UserError, check
 from engine.files import damaged_files, disk_errors, inside, make_readable, read_json, write_directory, write_json
 from engine.hub_config import hub_config, load_config
 from model import DeepSeekV2
+from quantization import NF4, plan, quantized_weights
 from tokenizer import Tokenizer
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -109,11 +110,14 @@ def num_bytes(weights: dict[str, Tensor]) -> int:
 # ---------------------------------------------------------------- reading a model
 
 
-def iterate_weights(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our names with their tensors, in their stored dtype, one at a time and in the order of the model.
+def iterate_weights(
+    directory: str | Path, config: ModelConfig, quantized: dict[str, NF4] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Our names with their tensors, in their stored dtype, one at a time and in the order of the model. In place of
+    those that `quantized` has come their codes and scales.
 
-    Memory: the tensor at hand, twice while it is put together. Raises UserError, before anything is read, where tensors
-    are missing, extra or of another shape.
+    Memory: the tensor at hand, twice while it is put together; a quantised one is never whole. Raises UserError, before
+    anything is read, where tensors are missing, extra or of another shape.
     """
     directory = Path(directory)
     with torch.device("meta"):
@@ -123,8 +127,12 @@ def iterate_weights(directory: str | Path, config: ModelConfig) -> Iterator[tupl
         part_names = [part_name for part_name, _ in hub_parts(name, parameter)]
         with contextlib.ExitStack() as stack:  # closes the files again: their mapped pages count as memory
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in {files[n] for n in part_names}}
-            whole = torch.cat([opened[files[n]].get_tensor(n).flatten() for n in part_names]).view(parameter.shape)
-        yield name, whole
+            parts = (opened[files[n]].get_tensor(n) for n in part_names)
+            if quantized and name in quantized:
+                values = {f"{name}.{buffer}": value for buffer, value in quantized[name].quantized(parts).items()}
+            else:
+                values = {name: torch.cat([part.flatten() for part in parts]).view(parameter.shape)}
+        yield from values.items()
 
 
 def find_tensors(directory: Path, expected: dict[str, nn.Parameter]) -> dict[str, Path]:
@@ -160,19 +168,31 @@ def weight_files(directory: Path) -> list[Path]:
     return [inside(directory, name) for name in sorted({str(name) for name in weight_map.values()})]
 
 
-def load_pretrained(directory: str | Path, dtype: torch.dtype | None = None, device: Device = None) -> DeepSeekV2:
+def load_pretrained(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    quantize: Quantization | None = None,
+) -> DeepSeekV2:
     """The model of a directory in Hugging Face layout, tensor by tensor; dtype None: as stored. Raises UserError."""
     config = load_config(directory)
     with torch.device("meta"):
         model = DeepSeekV2(config)
-    for name, tensor in iterate_weights(directory, config):
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, nn.Parameter(tensor.to(device, dtype)))
+    if quantize:
+        plan(model)
+    for name, tensor in iterate_weights(directory, config, quantized_weights(model)):
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        quantized = isinstance(module, NF4)
+        setattr(module, attribute, tensor.to(device) if quantized else nn.Parameter(tensor.to(device, dtype)))
     return model
 
 
 def load_model_and_tokenizer(
-    path: str | Path, dtype: torch.dtype | None = None, device: Device = None
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    quantize: Quantization | None = None,
 ) -> tuple[DeepSeekV2, Tokenizer]:
     """From a model directory, a run directory (its newest checkpoint), or an adapter's, whose base is then loaded too.
     An adapter's model comes with the adapter in place, not merged. Raises UserError."""
@@ -180,7 +200,7 @@ def load_model_and_tokenizer(
     base = directory
     if (directory / ADAPTER_CONFIG).is_file():
         base = resolve_checkpoint(str(read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")))
-    model = load_pretrained(base, dtype, device)
+    model = load_pretrained(base, dtype, device, quantize)
     if base != directory:
         lora.load_adapter(model, directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["nf4"]
 
 
 class UserError(ValueError):
@@ -200,8 +201,13 @@ class LoraConfig:
         *("gate_proj", "up_proj", "down_proj"),
     )
 
+    # nf4: the blocks' matrices in 4 bits, as they are loaded; an eighth of fp32's memory (quantization.py)
+    quantize: Quantization | None = None
+
     def validate(self) -> None:
         check_numbers(self, ("lora_rank", "lora_alpha", "lora_dropout"))
+        frozen = "a quantised weight cannot be trained, an adapter beside it can"
+        check(self.quantize is None or self.lora_rank > 0, f"quantize needs lora_rank: {frozen}")
         check(self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be below 1")
 
 
@@ -243,6 +249,9 @@ class TrainConfig:
         widths = self.model.hidden_size % 8 == 0 and self.model.moe_intermediate_size % 8 == 0
         in_eights = "the grouped product needs model.hidden_size and model.moe_intermediate_size in multiples of 8"
         check(self.compute.dtype == "float32" or widths, f"in bfloat16 {in_eights}")
+        whole = "quantize works with parallel ddp only: there are no shards of a quantised weight"
+        check(self.lora.quantize is None or self.compute.parallel == "ddp", whole)
+        check(not (self.lora.quantize and self.compute.compile), "quantize and compile do not work together")
         from_scratch = self.checkpoint.init_from is None
         check(not (self.lora.lora_rank and from_scratch), "lora_rank needs init_from: adapters adapt a trained model")
 

@@ -36,6 +36,7 @@ def train(config: TrainConfig, world: "World") -> None:
     from checkpoint import resolve_checkpoint
     from engine.run_directory import check_changes, open_run
     from parallel import replicate
+    from quantization import quantized_weights
     from trainer import Trainer
 
     source = resolve_checkpoint(config.checkpoint.init_from) if config.checkpoint.init_from else None
@@ -54,10 +55,12 @@ def train(config: TrainConfig, world: "World") -> None:
         trainer.resume(checkpoint)
     if world.is_main:
         open_run(config)
-        parameters = sum(p.numel() for p in model.parameters())
+        in_4_bits = sum(weight.numel() for weight in quantized_weights(model).values())
+        parameters = sum(p.numel() for p in model.parameters()) + in_4_bits
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(
-            f"{parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
+            f"{parameters / 1e6:,.1f} M parameters, {f'{in_4_bits / 1e6:,.1f} M of them in 4 bits, ' * bool(in_4_bits)}"
+            f"{trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
             f"{trainer.total_steps} of {trainer.rows_per_step} rows on {world.size} x {world.device} in "
             f"{config.compute.dtype} into {config.checkpoint.output_dir}"
         )
@@ -132,17 +135,21 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
     import torch
 
     import lora
+    import quantization
     from checkpoint import iterate_weights
     from model import DeepSeekV2
     from parallel import load_weights, parallelize
 
-    adapters, compute = config.lora, config.compute
+    adapters, compute, quantized = config.lora, config.compute, {}
     with torch.device("meta"):
         model = DeepSeekV2(config.model)
         if adapters.lora_rank:
             model.requires_grad_(False)
             if compute.dtype == "bfloat16":
                 model.to(torch.bfloat16)
+            if adapters.quantize:
+                quantization.plan(model)
+                quantized = quantization.quantized_weights(model)
             lora.add_lora(
                 model, adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_target_modules
             )
@@ -150,7 +157,8 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
     generator = torch.Generator().manual_seed(compute.seed)
     base = config.checkpoint.init_from
     source = base if adapters.lora_rank else checkpoint or base
-    load_weights(model, iterate_weights(source, config.model) if source else model.initial_weights(generator))
+    stored = iterate_weights(source, config.model, quantized) if source else None
+    load_weights(model, stored or model.initial_weights(generator))
     if adapters.lora_rank:
         start = lora.read_adapter(model, checkpoint) if checkpoint else lora.initial_weights(model, generator)
         load_weights(model, start)

@@ -17,7 +17,7 @@ CONFIG, METRICS = "config.json", "metrics.jsonl"
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.
 FIXED_FIELDS = (
     *("model", "tokenizer", "chat_template", "dataset", "train_split", "max_seq_len", "packing", "shuffle"),
-    *("skip_bad_rows", "seed", "optimizer", "init_from", "lora_rank", "lora_alpha", "lora_target_modules"),
+    *("skip_bad_rows", "seed", "optimizer", "init_from", "lora_rank", "lora_alpha", "lora_target_modules", "quantize"),
 )
 
 

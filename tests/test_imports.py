@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "dataset": {"config", "tokenizer", "engine.vocabulary", "engine.sources", "engine.formats"},
     "datacollator": set(),
     "model": {"config", "engine.documents", "engine.kernels"},
-    "lora": {"config", "model", "engine.files", "engine.kernels"},
+    "quantization": {"config", "model", "engine.kernels"},
+    "lora": {"config", "model", "quantization", "engine.files", "engine.kernels"},
     "generation": {"config", "model", "tokenizer", "engine.kernels"},
     "engine.gguf_file": {"config", "model", "tokenizer", "engine.vocabulary"},
     "engine.model_card": {"config", "engine.run_directory"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "engine.web": {"config", "model", "tokenizer", "engine.cost", "engine.kernels", "engine.trace"},
     "optimizer": {"config"},
     "parallel": {"config"},
-    "checkpoint": {"config", "model", "tokenizer", "lora", "engine.files", "engine.hub_config"},
+    "checkpoint": {"config", "model", "quantization", "tokenizer", "lora", "engine.files", "engine.hub_config"},
     "trainer": {
         *("config", "tokenizer", "datacollator", "model", "lora", "generation", "checkpoint", "optimizer", "parallel"),
         *("engine.cli", "engine.cost", "engine.documents", "engine.prefetch", "engine.run_directory"),

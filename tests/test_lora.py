@@ -291,7 +291,8 @@ def test_merging_into_bf16_rounds_once() -> None:
     linear, experts = model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.experts
     exact = (
         linear.base_layer.weight.double() + 1.5 * linear.lora_B.double() @ linear.lora_A.double(),
-        experts.base_layer.down_proj.double() + 1.5 * experts.down_proj_lora_B.double() @ experts.down_proj_lora_A.double(),
+        experts.base_layer.down_proj.double()
+        + 1.5 * experts.down_proj_lora_B.double() @ experts.down_proj_lora_A.double(),
     )
     lora.merge(model)
     merged = (model.model.layers[1].self_attn.o_proj.weight, model.model.layers[1].mlp.experts.down_proj)

@@ -1,0 +1,308 @@
+"""NF4 against bitsandbytes' on CPU, and models with it against the same models with its dequantised weights."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora
+import quantization
+from config import MINI, OptimizerConfig, UserError
+from engine import kernels
+from engine.kernels import GroupedProduct, RowProduct
+from generation import generate
+from model import DeepSeekV2
+from optimizer import make_optimizers
+from quantization import ABSMAX_LEVELS, LEVELS, NF4, FrozenProduct
+from small_models import relative_difference, small_model, transformers_model
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel of the Hub's that nothing here needs
+import bitsandbytes.functional as bnb  # noqa: E402
+
+# The widths of the small model, as multiples of 64; the heads' are free.
+WIDE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 64,
+    "v_head_dim": 32,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 64,
+}
+DEFAULT = MINI.lora.lora_target_modules
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def packed(weight: Tensor) -> NF4:
+    """A weight in NF4."""
+    quantized = NF4("w", weight.shape, weight.device)
+    for name, value in quantized.quantized([weight]).items():
+        setattr(quantized, name, value)
+    return quantized
+
+
+def dequantized_by_bitsandbytes(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    state.dtype = dtype
+    return bnb.dequantize_4bit(codes, state)
+
+
+def quantized_model(seed: int = 0, **changes: Any) -> DeepSeekV2:
+    """The small model, wide, with NF4 in its blocks."""
+    model = small_model(seed, **WIDE | changes)
+    weights = {name: model.get_parameter(name) for name in block_matrices(model)}
+    quantization.plan(model)
+    for name, weight in quantization.quantized_weights(model).items():
+        for buffer, value in weight.quantized([weights[name].detach()]).items():
+            setattr(weight, buffer, value)
+    return model
+
+
+@torch.no_grad()
+def rounded_model(seed: int = 0, **changes: Any) -> DeepSeekV2:
+    """The same model with plain weights, rounded to NF4 by bitsandbytes."""
+    model = small_model(seed, **WIDE | changes)
+    for name in block_matrices(model):
+        weight = model.get_parameter(name)
+        weight.copy_(dequantized_by_bitsandbytes(weight.detach()))
+    return model
+
+
+def block_matrices(model: DeepSeekV2) -> list[str]:
+    """Every matrix in the blocks but the routers'."""
+    return [n for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1 and ".gate.weight" not in n]
+
+
+def tokens(rows: int = 3, length: int = 21, seed: int = 0) -> Tensor:
+    return torch.randint(0, 112, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- numbers to codes and back
+
+
+def test_levels_are_those_of_bitsandbytes() -> None:
+    assert torch.equal(torch.tensor(LEVELS), bnb.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(torch.tensor(ABSMAX_LEVELS), bnb.create_dynamic_map())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(1, 40), st.integers(1, 5)),
+        st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 5)),
+    ),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    scale=st.sampled_from((1e-30, 1e-3, 0.02, 1.0, 300.0)),
+    zeros=st.sampled_from((0.0, 0.5, 1.0)),
+    chunk=st.sampled_from((64, 256, 2**18)),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_and_numbers_are_those_of_bitsandbytes(
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float, zeros: float, chunk: int, seed: int
+) -> None:
+    """For any shape of whole blocks, a matrix or a stack, in any dtype; also where blocks are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    *rows, blocks = shape
+    weight = torch.randn(*rows, 64 * blocks, generator=generator) * scale
+    weight *= torch.rand(*rows, blocks, 1, generator=generator).ge(zeros).expand(*rows, blocks, 64).flatten(-2)
+    weight = weight.to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels.PATHS, "cpu", kernels.PATHS["cpu"]._replace(chunk=chunk))
+        ours = packed(weight)
+        numbers = {kind: ours.dequantize(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)}
+        parts = [ours.dequantize(torch.float32, slice(i, i + 2)) for i in range(0, len(weight), 2)]
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(ours.codes.flatten(), codes.flatten())
+    assert torch.equal(ours.absmax.flatten(), state.absmax.flatten())
+    assert torch.equal(ours.scale, state.state2.absmax)
+    assert torch.equal(ours.offset, state.offset)
+    for kind, ours_numbers in numbers.items():
+        state.dtype = kind
+        assert torch.equal(ours_numbers, bnb.dequantize_4bit(codes, state))
+    assert torch.equal(torch.cat(parts), numbers[torch.float32])
+
+
+def test_a_number_goes_to_the_nearest_level_of_its_block() -> None:
+    """The paper's equation, literally: codes and absmax before the absmax is quantised, too."""
+    weight = torch.randn(32, 128)
+    codes, absmax = quantization.quantize(weight)
+    nibbles = torch.stack((codes >> 4, codes & 15), dim=1).view(-1, 64)
+    blocks = weight.view(-1, 64)
+    assert torch.equal(absmax, blocks.abs().amax(dim=1))
+    distances = (blocks[..., None] / absmax[:, None, None] - torch.tensor(LEVELS)).abs()  # (blocks, 64, 16)
+    chosen = distances.gather(2, nibbles[..., None].long())[..., 0]
+    assert (chosen <= distances.amin(dim=2) + 1e-7).all()
+
+
+def test_every_number_beside_a_midpoint_goes_to_its_side() -> None:
+    levels = torch.tensor(LEVELS)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    near = torch.stack([midpoints, *(torch.nextafter(midpoints, torch.tensor(side)) for side in (2.0, -2.0))])
+    weight = F.pad(torch.cat((near.flatten(), torch.tensor([1.0]))), (0, 18)).view(1, 64)
+    theirs, _ = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(quantization.quantize(weight)[0], theirs.flatten())
+
+
+def test_a_stack_takes_4_13_bits_a_number() -> None:
+    stack = packed(torch.randn(8, 128, 512))
+    assert 8 * sum(buffer.nbytes for buffer in stack.buffers()) / stack.numel() == pytest.approx(4.127, abs=1e-3)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_weights_that_are_not_finite_are_refused(number: float) -> None:
+    weight = torch.randn(4, 64)
+    weight[2, 7] = number
+    with pytest.raises(UserError, match="w holds infinity or NaN"):
+        packed(weight)
+
+
+# ---------------------------------------------------------------- products
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers of the largest tensor that an operation returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype != torch.uint8 and not func.is_view:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 8])
+def test_a_stack_is_multiplied_in_parts(at_a_time: int) -> None:
+    """Outputs and gradients are those of one product with all of it, also with experts that get no row; no more than
+    the part is ever in full precision."""
+    stack = packed(torch.randn(8, 128, 64))
+    ends = torch.tensor([2, 2, 5, 9, 9, 9, 14, 16], dtype=torch.int32)
+    product = GroupedProduct(ends)
+    x = torch.randn(16, 64, requires_grad=True)
+    whole = product(x, stack.dequantize(torch.float32))
+    direction = torch.randn_like(whole)
+    (wanted,) = torch.autograd.grad(whole, x, direction)
+    with LargestTensor() as largest:
+        output = FrozenProduct.apply(x, stack, list(product.parts(at_a_time)))
+        (gradient,) = torch.autograd.grad(output, x, direction)
+    assert relative_difference(output, whole) < 1e-6
+    assert relative_difference(gradient, wanted) < 1e-6
+    assert largest.numbers == at_a_time * 128 * 64
+
+
+def test_a_few_rows_ask_for_their_own_experts_only() -> None:
+    stack = packed(torch.randn(8, 128, 64))
+    product = RowProduct([5, 0, 5])
+    x = torch.randn(3, 64)
+    with torch.inference_mode(), LargestTensor() as largest:
+        output = FrozenProduct.apply(x, stack, list(product.parts(1)))
+    assert relative_difference(output, product(x, stack.dequantize(torch.float32))) < 1e-6
+    assert largest.numbers == 128 * 64
+
+
+def test_nothing_is_kept_for_the_backward_pass() -> None:
+    layer = quantized_model().model.layers[0].mlp.gate_proj
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(torch.randn(5, 64, requires_grad=True)).sum().backward()
+    assert saved == []
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_all_matrices_of_the_blocks_are_quantised_and_nothing_else() -> None:
+    plain, model = small_model(**WIDE), quantized_model()
+    assert quantization.quantized_weights(model).keys() == set(block_matrices(plain))
+    kept = {name for name, _ in plain.named_parameters()} - set(block_matrices(plain))
+    assert dict(model.named_parameters()).keys() == kept
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in kept} == {
+        *("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm", "kv_a_layernorm", "gate")
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_logits_are_those_of_the_rounded_weights(dtype: torch.dtype) -> None:
+    model, rounded = quantized_model(), rounded_model()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours, theirs = model(tokens()), rounded(tokens())
+    assert relative_difference(ours, theirs) < (1e-5 if dtype == torch.float32 else 1e-6)
+    assert relative_difference(ours, small_model(**WIDE)(tokens())) > 1e-2  # it does round
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_get_the_gradients_of_the_rounded_weights(checkpointing: bool) -> None:
+    gradients = []
+    for model in (quantized_model(), rounded_model()):
+        torch.manual_seed(1)
+        lora.add_lora(model, 4, 6.0, 0.0, (*DEFAULT, *EXPERTS))
+        with torch.no_grad():
+            for adapter in lora.adapters(model).values():
+                adapter.normal_(0, 0.2)
+        model.model.gradient_checkpointing = checkpointing
+        model(tokens(), labels=tokens(seed=1)).loss_sum.backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == lora.adapters(model).keys()
+        gradients.append({name: p.grad for name, p in lora.adapters(model).items()})
+    ours, theirs = gradients
+    for name, gradient in ours.items():
+        assert relative_difference(gradient, theirs[name]) < 1e-4, name
+
+
+@torch.no_grad()
+def test_generation_takes_part() -> None:
+    """With few tokens and with many, and adapters in place: as the rounded model."""
+    replies = []
+    for model in (quantized_model(), rounded_model()):
+        torch.manual_seed(1)
+        lora.add_lora(model, 4, 6.0, 0.0, ("kv_b_proj", "experts.down_proj"))
+        for adapter in lora.adapters(model).values():
+            adapter.normal_(0, 0.2)
+        prompts = [tokens(1, 4)[0].tolist(), tokens(1, 40, seed=1)[0].tolist()]
+        replies.append([list(generate(model.eval(), [prompt], 12)) for prompt in prompts])
+    assert replies[0] == replies[1]
+
+
+def test_widths_that_are_no_multiple_of_64_are_refused() -> None:
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.kv_b_proj\.weight has rows of 20 numbers.*of 64"):
+        quantization.plan(small_model(**WIDE | {"kv_lora_rank": 20}))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.down_proj has rows of 32 numbers"):
+        quantization.plan(small_model(**WIDE | {"moe_intermediate_size": 32, "n_shared_experts": 2}))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [MINI.lora.lora_target_modules, (*DEFAULT, *EXPERTS)],
+    ids=["default", "experts too"],
+)
+def test_losses_stay_pefts_for_twenty_steps(targets: tuple[str, ...], tmp_path: Path) -> None:
+    """PEFT on transformers' model with the weights that bitsandbytes gives back, opened from our own file."""
+    model = quantized_model()
+    lora.add_lora(model, 8, 16.0, 0.0, targets)
+    lora.save_adapter(tmp_path, model, "base")
+    reference = PeftModel.from_pretrained(transformers_model(rounded_model()), tmp_path, is_trainable=True)
+    optimizers = [make_optimizers(one, OptimizerConfig(), torch.float32)[0] for one in (model, reference)]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = 3e-3
+    curves: list[list[float]] = [[], []]
+    for step in range(20):
+        ids = tokens(4, 31, seed=step % 5)
+        inputs, labels = ids[:, :-1], ids[:, 1:]
+        output = model(inputs, labels=labels)
+        logits = reference(inputs).logits
+        losses = (output.loss_sum / output.num_targets, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+        for loss, optimizer, curve in zip(losses, optimizers, curves, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+    ours, theirs = curves
+    assert max(abs(one - other) for one, other in zip(ours, theirs, strict=True)) < 1e-4
+    assert ours[-1] < ours[0] - 0.3
