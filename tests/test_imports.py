@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "quantization": {"config", "model", "engine.kernels"},
     "lora": {"config", "model", "quantization", "engine.files", "engine.kernels"},
     "generation": {"config", "model", "tokenizer", "engine.kernels"},
+    "engine.merge": {"config", "model", "lora", "checkpoint", "engine.files", "engine.hub_config"},
     "engine.gguf_file": {"config", "model", "tokenizer", "engine.vocabulary"},
     "engine.model_card": {"config", "engine.run_directory"},
     "engine.trace": {"generation", "model", "tokenizer"},
