@@ -4,10 +4,9 @@ A checkpoint directory is a Hugging Face model directory: `transformers` opens o
 ones. Nothing here runs what a file says: weights are safetensors, run state is unpickled with `weights_only=True`.
 """
 
-import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,20 @@ def save_pretrained(
     state_dict: the weights, where the model does not hold them whole (FSDP). They are stored in their own dtype, in
     several files with an index where they exceed max_shard_bytes. Raises OSError or SafetensorError for a full disk.
     """
-    directory = Path(directory)
     weights = model.state_dict() if state_dict is None else state_dict
-    if model.config.norm_topk_prob:
+    parts = (part for name, tensor in weights.items() for part in hub_parts(name, tensor))
+    write_model(Path(directory), model.config, tokenizer, parts, max_shard_bytes)
+
+
+def write_model(
+    directory: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    parts: Iterable[tuple[str, Tensor]],
+    max_shard_bytes: int,
+) -> None:
+    """`save_pretrained` of weights that come one by one, by the Hub's names."""
+    if config.norm_topk_prob:
         print(f"warning: {directory} has norm_topk_prob=true, which transformers ignores", file=sys.stderr)
     bos = tokenizer.template.start
     special_ids = {
@@ -79,35 +89,46 @@ def save_pretrained(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    dtype = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     directory.mkdir(parents=True, exist_ok=True)
-    config = hub_config(model.config) | special_ids | {"torch_dtype": dtype, "dtype": dtype}
-    write_json(directory / "config.json", config)
+    dtype = str(write_weights(directory, parts, max_shard_bytes)).removeprefix("torch.")
+    on_hub = hub_config(config) | special_ids | {"torch_dtype": dtype, "dtype": dtype}
+    write_json(directory / "config.json", on_hub)
     write_json(directory / "generation_config.json", special_ids)
-    tokenizer.save_pretrained(directory, model.config.max_position_embeddings)
-    write_weights(directory, weights, max_shard_bytes)
+    tokenizer.save_pretrained(directory, config.max_position_embeddings)
 
 
-def write_weights(directory: Path, weights: dict[str, Tensor], max_shard_bytes: int) -> None:
-    """Fill one file after the other, in the order of the model."""
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in weights.items():
-        for hub_name, part in hub_parts(name, tensor):
-            if shards[-1] and num_bytes(shards[-1]) + part.nbytes > max_shard_bytes:
-                shards.append({})
-            shards[-1][hub_name] = part.contiguous()
+def write_weights(directory: Path, parts: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
+    """Fill one file after the other, in the order in which parts come. Memory: one file's. Returns the dtype of the
+    first part, the embedding."""
     for old in directory.glob(f"{Path(WEIGHTS).stem}*.safetensors*"):
         old.unlink()  # what an earlier save left must not be mixed up with these
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        files = [WEIGHTS]
-    else:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        write_json(
-            directory / WEIGHTS_INDEX, {"metadata": {"total_size": num_bytes(weights)}, "weight_map": weight_map}
-        )
-    for file, shard in zip(files, shards, strict=True):
-        write_tensors(directory / file, shard)
+    shard: dict[str, Tensor] = {}
+    files: dict[Path, list[str]] = {}
+    dtypes: list[torch.dtype] = []
+    total_size = 0
+
+    def write_shard() -> None:
+        path = directory / f"model-{len(files) + 1:05d}.safetensors"
+        write_tensors(path, shard)
+        files[path] = list(shard)
+        shard.clear()
+
+    for name, part in parts:
+        if shard and num_bytes(shard) + part.nbytes > max_shard_bytes:
+            write_shard()
+        shard[name] = part.contiguous()
+        dtypes, total_size = dtypes or [part.dtype], total_size + part.nbytes
+    write_shard()
+    if len(files) == 1:
+        next(iter(files)).rename(directory / WEIGHTS)
+        return dtypes[0]
+    weight_map: dict[str, str] = {}
+    for path, names in files.items():  # only now their number is known, which is part of their names
+        numbered = f"{path.stem}-of-{len(files):05d}.safetensors"
+        path.rename(directory / numbered)
+        weight_map |= dict.fromkeys(names, numbered)
+    write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    return dtypes[0]
 
 
 def num_bytes(weights: dict[str, Tensor]) -> int:
@@ -131,15 +152,28 @@ def iterate_weights(
         expected = dict(DeepSeekV2(config).named_parameters())
     files = find_tensors(directory, expected)
     for name, parameter in expected.items():
-        part_names = [part_name for part_name, _ in hub_parts(name, parameter)]
-        with contextlib.ExitStack() as stack:  # closes the files again: their mapped pages count as memory
-            opened = {path: stack.enter_context(safe_open(path, "pt")) for path in {files[n] for n in part_names}}
-            parts = (opened[files[n]].get_tensor(n) for n in part_names)
-            if quantized and name in quantized:
-                values = {f"{name}.{buffer}": value for buffer, value in quantized[name].quantized(parts).items()}
-            else:
-                values = {name: torch.cat([part.flatten() for part in parts]).view(parameter.shape)}
-        yield from values.items()
+        parts = (read_tensor(files[part_name], part_name) for part_name, _ in hub_parts(name, parameter))
+        if quantized and name in quantized:
+            for buffer, value in quantized[name].quantized(parts).items():
+                yield f"{name}.{buffer}", value
+        else:
+            yield name, torch.cat([part.flatten() for part in parts]).view(parameter.shape)
+
+
+def iterate_parts(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """As `iterate_weights`, but by the Hub's names: each expert's matrices on their own."""
+    with torch.device("meta"):
+        expected = dict(DeepSeekV2(config).named_parameters())
+    files = find_tensors(directory, expected)
+    for name, parameter in expected.items():
+        for part_name, _ in hub_parts(name, parameter):
+            yield part_name, read_tensor(files[part_name], part_name)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Closes the file again each time: what has been read of an open one counts as memory."""
+    with safe_open(path, "pt") as opened:
+        return opened.get_tensor(name)
 
 
 def find_tensors(directory: Path, expected: dict[str, nn.Parameter]) -> dict[str, Path]:
@@ -213,8 +247,13 @@ def load_model_and_tokenizer(
     model = load_pretrained(base, dtype, device, config, quantize)
     if base != directory:
         lora.load_adapter(model, directory)
+    return model, load_tokenizer(directory, base)
+
+
+def load_tokenizer(directory: Path, base: Path) -> Tokenizer:
+    """The directory's own, else its base's."""
     has_tokenizer = (directory / "tokenizer.json").is_file()
-    return model, Tokenizer(str(directory if has_tokenizer else base))
+    return Tokenizer(str(directory if has_tokenizer else base))
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -236,19 +275,6 @@ def resolve_model(path: str | Path) -> Path:
     merge = f"python export.py merge {path} OUT, then start from OUT (to go on with its run: --resume --output-dir RUN)"
     check(not (directory / ADAPTER_CONFIG).is_file(), f"{directory} is a LoRA adapter, not a model: {merge}")
     return directory
-
-
-def merge_adapter(adapter: str | Path, out: str | Path) -> None:
-    """Write the adapter's base model, with the adapter merged into its weights, as a plain model directory. Raises
-    UserError, before anything is written, where `adapter` is none or `out` is there."""
-    check(not Path(out).exists(), f"{out} exists already; choose a new directory")
-    directory = resolve_checkpoint(adapter)
-    is_adapter = (directory / ADAPTER_CONFIG).is_file()
-    check(is_adapter, f"{directory} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge")
-    model, tokenizer = load_model_and_tokenizer(directory)
-    lora.merge(model)
-    with disk_errors(Path(out)):
-        save_pretrained(out, model, tokenizer)
 
 
 # ---------------------------------------------------------------- run state: all or nothing

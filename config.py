@@ -210,13 +210,11 @@ class LoraConfig:
         *("gate_proj", "up_proj", "down_proj"),
     )
 
-    # nf4: the blocks' matrices in 4 bits, as they are loaded; an eighth of fp32's memory (quantization.py)
-    quantize: Quantization | None = None
+    quantize: Quantization | None = None  # nf4: hold the blocks' matrices in 4 bits (quantization.py)
 
     def validate(self) -> None:
         check_numbers(self, ("lora_rank", "lora_alpha", "lora_dropout"))
-        frozen = "a quantised weight cannot be trained, an adapter beside it can"
-        check(self.quantize is None or self.lora_rank > 0, f"quantize needs lora_rank: {frozen}")
+        check(not self.quantize or self.lora_rank > 0, "quantize needs lora_rank: only adapters can be trained then")
         check(self.lora_dropout < 1, f"lora_dropout is {self.lora_dropout}; it must be below 1")
 
 
@@ -259,9 +257,8 @@ class TrainConfig:
         widths = self.model.hidden_size % 8 == 0 and self.model.moe_intermediate_size % 8 == 0
         in_eights = "the grouped product needs model.hidden_size and model.moe_intermediate_size in multiples of 8"
         check(self.compute.dtype == "float32" or widths, f"in bfloat16 {in_eights}")
-        whole = "quantize works with parallel ddp only: there are no shards of a quantised weight"
-        check(self.lora.quantize is None or self.compute.parallel == "ddp", whole)
-        check(not (self.lora.quantize and self.compute.compile), "quantize and compile do not work together")
+        plain = self.compute.parallel == "ddp" and not self.compute.compile
+        check(not self.lora.quantize or plain, "quantize works with parallel ddp and without compile only")
         compares = self.checkpoint.save_best or self.batch.early_stopping_patience
         evaluates = self.watch.eval_steps > 0
         check(evaluates or not compares, "save_best and early_stopping_patience need evaluations: set eval_steps")

@@ -30,7 +30,7 @@ class Merge:
     out: Annotated[Positional[str], arg(metavar="OUT")]
 
     def export(self) -> None:
-        from checkpoint import merge_adapter
+        from engine.merge import merge_adapter
 
         merge_adapter(self.adapter, self.out)
 

@@ -32,9 +32,9 @@ def new_adapter(weight: Tensor | NF4, rank: int) -> tuple[nn.Parameter, nn.Param
 
 
 @torch.no_grad()
-def merge_adapter_(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
-    """Add an adapter to its weight, in fp32: a weight in bf16 is rounded once."""
-    weight.copy_((b @ a).mul_(scaling).add_(weight))
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> nn.Parameter:
+    """A weight with its adapter added, in fp32: one in bf16 is rounded once."""
+    return nn.Parameter((b @ a).mul_(scaling).add_(weight).to(weight.dtype))
 
 
 class LoRALinear(nn.Module):
@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
 
     def merge(self) -> nn.Linear:
         """The base layer, which then does the same alone."""
-        merge_adapter_(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
+        self.base_layer.weight = merged(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
         return self.base_layer
 
 
@@ -86,7 +86,8 @@ class LoRAExperts(Experts):
     def merge(self) -> Experts:
         """The base layer, which then does the same alone."""
         for name in self.adapted:
-            merge_adapter_(getattr(self.base_layer, name), *self.adapter(name), self.scaling)
+            weight = merged(getattr(self.base_layer, name), *self.adapter(name), self.scaling)
+            setattr(self.base_layer, name, weight)
         return self.base_layer
 
 
@@ -224,6 +225,12 @@ def save_adapter(
 
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """Attach the adapters that a directory in PEFT's format holds. Raises UserError for what is not LoRA as here."""
+    attach_like(model, directory)
+    set_adapters(model, read_adapter(model, directory))
+
+
+def attach_like(model: nn.Module, directory: str | Path) -> None:
+    """Adapters of the ranks and at the places that the directory has, without values yet. Raises UserError."""
     path = Path(directory, ADAPTER_WEIGHTS)
     scaling = read_scaling(Path(directory, ADAPTER_CONFIG))
     tensors = read_tensors(path)
@@ -239,7 +246,6 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
                 ranks[name] = len(a) // math.prod(weight.shape[:-2])
     check(bool(ranks), f"{path}: no adapter in it fits the model")
     attach(model, ranks, scaling)
-    set_adapters(model, read_adapter(model, directory))
 
 
 def read_adapter(model: nn.Module, directory: str | Path) -> Iterator[tuple[str, Tensor]]:

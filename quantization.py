@@ -15,16 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from config import check
-from engine.kernels import Product, compute_dtype, linear
+from engine.kernels import Product, compute_dtype, linear, path_of
 from model import Experts
 
 BLOCK = 64  # numbers in a row that share an absmax
 GROUP = 256  # absmaxes that share a scale
-# Numbers at a time: on a CPU, what is between two steps of the arithmetic stays in the processor's cache.
-CHUNK = {"cpu": 2**18}
-LARGE_CHUNK = 2**24
-# Experts whose weights a CPU holds in full precision at a time; a GPU takes all of a layer at once, without waiting.
-EXPERTS_AT_A_TIME = {"cpu": 1}
 
 # The quantiles, scaled to [-1, 1], with an exact zero (the paper's appendix E).
 LEVELS = (
@@ -51,10 +46,6 @@ ABSMAX_LEVELS = dynamic_levels().tolist()
 # ---------------------------------------------------------------- numbers to codes and back
 
 
-def chunk_size(device: torch.device) -> int:
-    return CHUNK.get(device.type, LARGE_CHUNK)
-
-
 def quantize(x: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
     """x (..., a multiple of 64) -> codes (n / 2,) uint8, the first of two in the high half, and absmax (n / 64,) fp32.
     Raises UserError, naming x, where it isn't finite.
@@ -69,7 +60,7 @@ def quantize(x: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
     inside = torch.full((33,), torch.inf, device=x.device).index_copy(0, cells.long(), midpoints)
     codes = torch.empty(x.numel() // 2, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(x.numel() // BLOCK, device=x.device)
-    size = chunk_size(x.device)
+    size = path_of(x).chunk
     chunks = zip(x.flatten().split(size), codes.split(size // 2), absmax.split(size // BLOCK), strict=True)
     for chunk, chunk_codes, largest in chunks:
         blocks = chunk.view(-1, BLOCK).float()
@@ -110,7 +101,7 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     levels = torch.tensor(LEVELS, device=codes.device)
     pairs = torch.cartesian_prod(levels, levels).view(torch.float64).flatten()
     output = torch.empty(2 * len(codes), dtype=dtype, device=codes.device)
-    size = min(chunk_size(codes.device), output.numel())
+    size = min(path_of(codes).chunk, output.numel())
     index = torch.empty(size // 2, dtype=torch.int32, device=codes.device)
     found = torch.empty(size // 2, dtype=torch.float64, device=codes.device)
     chunks = zip(codes.split(size // 2), absmax.split(size // BLOCK), output.split(size), strict=True)
@@ -217,8 +208,7 @@ class QuantizedExperts(Experts):
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj  # type: ignore[assignment]
 
     def project(self, name: str, x: Tensor, product: Product) -> Tensor:
-        at_a_time = EXPERTS_AT_A_TIME.get(x.device.type, self.num_experts)
-        return FrozenProduct.apply(x, getattr(self, name), list(product.parts(at_a_time)))
+        return FrozenProduct.apply(x, getattr(self, name), list(product.parts(path_of(x).unpacked)))
 
 
 # ---------------------------------------------------------------- a quantised model

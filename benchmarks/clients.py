@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
 import torch
 
-from checkpoint import load_model_and_tokenizer, merge_adapter, resolve_checkpoint, save_pretrained
+from checkpoint import load_model_and_tokenizer, resolve_checkpoint, save_pretrained
 from engine.gguf_file import write_gguf
+from engine.merge import merge_adapter
 from generation import generate
 from model import DeepSeekV2
 from tokenizer import Tokenizer

@@ -35,11 +35,13 @@ class Path(NamedTuple):
     run: int  # numbers of rows are rounded up to multiples of it, for which the host must know them
     block: int  # rows of logits at a time
     few: int  # rows in generation that are so few that memory sets the pace
+    unpacked: int  # experts whose quantised weights exist in full precision at a time; a GPU never waits: all of them
+    chunk: int  # numbers at a time whose intermediate results stay in the processor's cache
 
 
 PATHS = {
-    "cpu": Path(flash=0, longest_plain=1024, run=64, block=16, few=32),
-    "cuda": Path(flash=256, longest_plain=0, run=1, block=CHUNK, few=0),
+    "cpu": Path(flash=0, longest_plain=1024, run=64, block=16, few=32, unpacked=1, chunk=2**18),
+    "cuda": Path(flash=256, longest_plain=0, run=1, block=CHUNK, few=0, unpacked=2**20, chunk=2**24),
 }
 ELSEWHERE = PATHS["cuda"]._replace(flash=0)
 

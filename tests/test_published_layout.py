@@ -19,6 +19,7 @@ import lora
 import trainer
 from checkpoint import load_model_and_tokenizer, load_pretrained, load_state, newest_checkpoint
 from config import LoraConfig
+from engine.merge import merge_adapter
 from engine.run_directory import read_metrics
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
@@ -229,7 +230,7 @@ def test_its_checkpoint_holds_adapters_alone(run: Path, published: Path) -> None
 
 @torch.no_grad()
 def test_merged_it_is_a_model_like_the_published_one(run: Path, tmp_path: Path) -> None:
-    checkpoint.merge_adapter(run, tmp_path / "merged")
+    merge_adapter(run, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.bfloat16
     ours, _ = load_model_and_tokenizer(run, torch.float32)

@@ -1,6 +1,10 @@
 """NF4 against bitsandbytes' on CPU, and models with it against the same models with its dequantised weights."""
 
+import gc
+import itertools
+import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +14,26 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import chat
+import checkpoint
 import lora
 import quantization
+from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint, save_pretrained
 from config import MINI, OptimizerConfig, UserError
+from engine import kernels
 from engine.kernels import GroupedProduct, RowProduct
+from engine.merge import merge_adapter
 from generation import generate
 from model import DeepSeekV2
 from optimizer import make_optimizers
 from quantization import ABSMAX_LEVELS, LEVELS, NF4, FrozenProduct
+from ranks import new_bytes, take_over
 from small_models import relative_difference, small_model, transformers_model
+from small_runs import arguments, conversations, differing, final_tensors, numbers, run_main, train_here, write_jsonl
+from tokenizer import Tokenizer
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel of the Hub's that nothing here needs
 import bitsandbytes.functional as bnb  # noqa: E402
@@ -113,7 +125,7 @@ def test_codes_and_numbers_are_those_of_bitsandbytes(
     weight *= torch.rand(*rows, blocks, 1, generator=generator).ge(zeros).expand(*rows, blocks, 64).flatten(-2)
     weight = weight.to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(quantization.CHUNK, "cpu", chunk)
+        patch.setitem(kernels.PATHS, "cpu", kernels.PATHS["cpu"]._replace(chunk=chunk))
         ours = packed(weight)
         numbers = {kind: ours.dequantize(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)}
         parts = [ours.dequantize(torch.float32, slice(i, i + 2)) for i in range(0, len(weight), 2)]
@@ -305,3 +317,179 @@ def test_losses_stay_pefts_for_twenty_steps(targets: tuple[str, ...], tmp_path: 
     ours, theirs = curves
     assert max(abs(one - other) for one, other in zip(ours, theirs, strict=True)) < 1e-4
     assert ours[-1] < ours[0] - 0.3
+
+
+# ---------------------------------------------------------------- whole runs
+
+WIDE_RUN = {f"model_{name}": value for name, value in WIDE.items()}
+ADAPTED = ("q_proj", "kv_b_proj", "o_proj", "down_proj", *EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data.jsonl, a run "base" of all weights, and from it one with adapters on NF4, of eight steps, saved at every
+    other; it checkpoints its blocks."""
+    folder = tmp_path_factory.mktemp("nf4")
+    write_jsonl(folder / "data.jsonl", conversations(60))
+    assert train_here(arguments(folder / "data.jsonl", folder / "base", max_steps=20, **WIDE_RUN), folder) == 0
+    assert train_here(quantized_run(folder, "adapted"), folder) == 0
+    return folder
+
+
+def quantized_run(folder: Path, name: str, *flags: str, **changes: Any) -> list[str]:
+    """The command line of a run from folder/base."""
+    settings = {"init_from": folder / "base", "quantize": "nf4", "lora_rank": 4, "max_steps": 8, "save_steps": 2}
+    settings |= {"save_total_limit": 4}
+    more = ("--gradient-checkpointing", "--lora-target-modules", *ADAPTED, *flags)
+    return arguments(folder / "data.jsonl", folder / name, *more, **settings | changes)
+
+
+def test_a_run_says_what_is_quantised_and_learns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_here(quantized_run(folder, "said", max_steps=1, eval_steps=0), folder) == 0
+    model = DeepSeekV2(checkpoint.load_config(newest_checkpoint(folder / "base")))
+    in_4_bits = sum(model.get_parameter(name).numel() for name in block_matrices(model))
+    assert f"{in_4_bits / 1e6:,.1f} M of them in 4 bits" in capsys.readouterr().out
+    losses = [line["loss"] for line in numbers(folder / "adapted") if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_resumed_is_the_same_bit_for_bit(folder: Path) -> None:
+    """From its second step on, and as a run whose blocks are not checkpointed."""
+    take_over(folder / "adapted", folder / "resumed", step=2)
+    assert train_here(quantized_run(folder, "resumed", "--resume"), folder) == 0
+    whole, resumed = final_tensors(folder / "adapted"), final_tensors(folder / "resumed")
+    assert differing(whole, resumed) == []
+    steps = [line for line in numbers(folder / "resumed") if "loss" in line]
+    assert steps == [line for line in numbers(folder / "adapted") if "loss" in line]
+    assert train_here(quantized_run(folder, "plain", "--no-gradient-checkpointing"), folder) == 0
+    assert differing(whole, final_tensors(folder / "plain")) == []
+
+
+def test_a_run_cannot_go_on_with_another_base(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [word for word in quantized_run(folder, "adapted", "--resume") if word not in ("--quantize", "nf4")]
+    assert train_here(command, folder) == 2
+    assert "quantize 'nf4' -> None" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_its_adapter_opens_in_peft_on_the_original_base(folder: Path) -> None:
+    """What it was trained on is a directory with full weights, which it names."""
+    adapter, base = newest_checkpoint(folder / "adapted"), newest_checkpoint(folder / "base")
+    assert adapter is not None
+    assert json.loads((adapter / lora.ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(base)
+    ids = torch.randint(0, 512, (2, 30))
+    theirs = PeftModel.from_pretrained(transformers_model(load_pretrained(base)), adapter)(ids).logits
+    model, _ = load_model_and_tokenizer(folder / "adapted")
+    assert relative_difference(model(ids), theirs) < 1e-5
+    quantized, _ = load_model_and_tokenizer(folder / "adapted", quantize="nf4")
+    assert 1e-4 < relative_difference(quantized(ids), theirs) < 0.2
+
+
+def test_chat_answers_from_a_quantised_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prompt", "three or seven", "--max-new-tokens", "5", "--device", "cpu", "--quantize", "nf4"]
+    assert run_main(chat.main, [str(folder / "adapted"), *words], folder) == 0
+    model, tokenizer = load_model_and_tokenizer(folder / "adapted", quantize="nf4")
+    ids, _ = tokenizer.render([{"role": "user", "content": "three or seven"}], add_generation_prompt=True)
+    generator = torch.Generator().manual_seed(0)
+    steps = generate(model.eval(), [ids], 5, (tokenizer.eos_token_id,), 0.7, top_p=0.9, generator=generator)
+    reply = tokenizer.decode([token for (token,) in steps if token != tokenizer.eos_token_id])
+    assert capsys.readouterr().out.strip() == reply.strip()
+
+
+WRONG = {
+    "int8": ({"quantize": "int8"}, (), "quantize"),
+    "without adapters": ({"lora_rank": 0}, (), "quantize needs lora_rank"),
+    "shards": ({"parallel": "fsdp"}, (), "quantize works with parallel ddp"),
+    "compiled": ({"dtype": "bfloat16"}, ("--compile",), "without compile"),
+}
+
+
+@pytest.mark.parametrize("changes, flags, message", WRONG.values(), ids=WRONG.keys())
+def test_what_does_not_go_together_is_refused(
+    changes: dict[str, Any], flags: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(quantized_run(folder, "refused", *flags, **changes), folder) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "refused").exists()
+
+
+def test_a_base_of_another_width_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = small_model(**WIDE | {"vocab_size": 512, "kv_lora_rank": 20})
+    save_pretrained(tmp_path / "base", base, Tokenizer(vocab_size=512))
+    assert train_here(quantized_run(folder, "refused", init_from=tmp_path / "base"), folder) == 2
+    assert "kv_b_proj.weight has rows of 20 numbers" in capsys.readouterr().err
+    assert not (folder / "refused").exists()
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 20 MB whose stacks of experts are most of it, and an adapter "adapted"; its vocabulary is small."""
+    directory = tmp_path_factory.mktemp("large")
+    model = small_model(vocab_size=512, n_routed_experts=64, **WIDE | {"moe_intermediate_size": 192}).to(torch.bfloat16)
+    save_pretrained(directory / "base", model, Tokenizer(vocab_size=512), max_shard_bytes=10**6)
+    lora.add_lora(model, 2, 4.0, 0.0, ("q_proj", "experts.down_proj", "experts.gate_up_proj"))
+    for adapter in lora.adapters(model).values():
+        nn.init.normal_(adapter, std=0.1)
+    lora.save_adapter(directory / "adapted", model, str(directory / "base"))
+    return directory
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Memory in tensors that are new since the test began, whenever five more have been read from a file."""
+    seen: list[int] = []
+    read_tensor, calls = checkpoint.read_tensor, itertools.count()
+
+    def watched(path: Path, name: str) -> Tensor:
+        tensor = read_tensor(path, name)
+        if next(calls) % 5 == 0:
+            seen.append(new_bytes() + tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(checkpoint, "read_tensor", watched)
+    gc.collect()
+    gc.freeze()
+    yield seen
+    gc.unfreeze()
+
+
+def test_loading_never_holds_more_than_the_quantised_model_and_one_tensor(large: Path, read: list[int]) -> None:
+    model = load_pretrained(large / "base", quantize="nf4")
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    whole = sum(file.stat().st_size for file in (large / "base").glob("*.safetensors"))
+    stack = model.model.layers[1].mlp.experts.gate_up_proj
+    assert size < 0.35 * whole
+    assert max(read) < size + 2 * sum(buffer.nbytes for buffer in stack.buffers())
+    assert max(read) < size + 0.5 * stack.numel() * 2
+
+
+@torch.no_grad()
+def test_merging_holds_the_adapter_and_a_file_whatever_the_models_size(
+    large: Path, read: list[int], tmp_path: Path
+) -> None:
+    merge_adapter(large / "adapted", tmp_path / "merged", max_shard_bytes=10**6)
+    whole = sum(file.stat().st_size for file in (large / "base").glob("*.safetensors"))
+    adapter = (large / "adapted" / lora.ADAPTER_WEIGHTS).stat().st_size
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 10
+    assert max(read) < 2 * adapter + 3 * 10**6 < 0.5 * whole
+    ids = tokens()
+    merged, _ = load_model_and_tokenizer(tmp_path / "merged")
+    adapted, _ = load_model_and_tokenizer(large / "adapted")
+    lora.merge(adapted)
+    assert differing(merged.state_dict(), adapted.state_dict()) == []
+    assert relative_difference(merged(ids), load_pretrained(large / "base")(ids)) > 1e-2
+
+
+def test_a_merge_that_fails_leaves_nothing(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "make_readable", full)
+    with pytest.raises(UserError, match=r"merged cannot be written .*No space left"):
+        merge_adapter(large / "adapted", tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
