@@ -347,7 +347,7 @@ def test_a_directory_without_the_templates_control_tokens_is_refused(tmp_path):
         Tokenizer(directory, chat_template="llama3")
     with pytest.raises(UserError, match="entries"):
         Tokenizer(directory, vocab_size=10)
-    with pytest.raises(UserError, match="no known template"):
+    with pytest.raises(UserError, match="chatml needs; it fits no template"):
         Tokenizer(foreign_tokenizer(tmp_path / "none", "special", ["<s>"]))
 
 
