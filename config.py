@@ -119,6 +119,7 @@ class DataConfig:
     skip_bad_rows: bool = False  # malformed rows go to OUTPUT_DIR/skipped.jsonl instead of stopping the run
     num_proc: int = 2  # processes that tokenise
     tokenizer: str = "cl100k_base"  # or a directory with a tokenizer.json; with init_from, that one's own is taken
+    add_control_tokens: bool = False  # give init_from's model the tokens that it lacks for the chat template
     chat_template: str | None = None  # chatml, llama3, deepseek (tokenizer.py); None: the tokenizer's own, else chatml
 
     def validate(self) -> None:
@@ -263,6 +264,9 @@ class TrainConfig:
         evaluates = self.watch.eval_steps > 0
         check(evaluates or not compares, "save_best and early_stopping_patience need evaluations: set eval_steps")
         from_scratch = self.checkpoint.init_from is None
+        new_rows = "add_control_tokens adds rows to the embedding and the head"
+        check(not (self.data.add_control_tokens and from_scratch), f"{new_rows} of init_from's model; there is none")
+        check(not (self.data.add_control_tokens and self.lora.lora_rank), f"{new_rows}, which adapters do not train")
         check(not (self.lora.lora_rank and from_scratch), "lora_rank needs init_from: adapters adapt a trained model")
 
     def flat(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ python show.py data chats.jsonl tiny --max-seq-len 512   # what a run with these
 python show.py tokens "Hello!" "Hi, how are you?"    # a conversation as coloured tokens
 python show.py rows chitchat                         # a dataset's rows, packed
 python show.py model tiny                            # the architecture as a table
+python show.py complete base "Once upon a time"      # how a base model goes on, and what else it might have written
 python show.py runs runs/tiny runs/other             # runs, compared in a picture
 """
 
@@ -201,6 +202,41 @@ def draw_row(lengths: Sequence[int], capacity: int, width: int = 100) -> str:
     return blocks + "·" * (width - start)
 
 
+# ---------------------------------------------------------------- a text, continued
+
+
+@dataclass
+class Complete:
+    """How a model goes on with a text, and how likely it found each token and what else it might have written."""
+
+    # A model directory, a run directory or a LoRA adapter's.
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+    # What to go on with.
+    text: Annotated[Positional[str], arg(metavar="TEXT")]
+    # Tokens to write, always the likeliest.
+    max_new_tokens: int = 20
+
+    def show(self) -> None:
+        import torch
+
+        from checkpoint import load_model_and_tokenizer
+        from generation import continuations, room_for_answer
+
+        model, tokenizer = load_model_and_tokenizer(self.checkpoint)
+        model.eval()
+        given = tokenizer.encode(self.text)
+        room = room_for_answer(model, given, self.max_new_tokens)
+        ((written, _),) = continuations(model, [given], room, (tokenizer.eos_token_id, tokenizer.pad_token_id))
+        ids = given + written
+        print(f"{colour(tokenizer, ids, [0] * len(given) + [1] * len(written))}\n")
+        with torch.inference_mode():
+            probabilities = model(torch.tensor([ids]))[0].softmax(dim=-1)  # (T, V): of the token after each
+        for place in range(len(given) - 1, len(ids) - 1):
+            shares, tokens = probabilities[place].topk(4)
+            choices = [f"{printable(tokenizer, [int(i)])!r} {p:.0%}" for p, i in zip(shares, tokens, strict=True)]
+            print("   ".join(f"{choice:16}" for choice in choices).rstrip())
+
+
 # ---------------------------------------------------------------- the model
 
 
@@ -254,7 +290,7 @@ class Runs:
         print(f"wrote {self.out}")
 
 
-COMMANDS: Any = Data | Tokens | Rows | Model | Runs
+COMMANDS: Any = Data | Complete | Tokens | Rows | Model | Runs
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from config import TrainConfig, UserError, check
 from engine.files import read_json
+from engine.new_tokens import add_control_tokens as add_tokens
 from engine.vocabulary import load_cl100k, load_directory
 
 
@@ -96,10 +97,17 @@ class Tokenizer:
     vocab_size: number of ids. Of cl100k_base, a smaller one keeps the first merges and has the control tokens last; a
         larger one than needed leaves ids unused. None: as many as there are.
     chat_template: a key of `CHAT_TEMPLATES`. None: the directory's own, or chatml for cl100k_base.
+    add_control_tokens: give a directory's tokenizer those that it lacks for the template; `new_ids` has them.
     Raises UserError where one of these cannot be had.
     """
 
-    def __init__(self, name: str = "cl100k_base", vocab_size: int | None = None, chat_template: str | None = None):
+    def __init__(
+        self,
+        name: str = "cl100k_base",
+        vocab_size: int | None = None,
+        chat_template: str | None = None,
+        add_control_tokens: bool = False,
+    ):
         if chat_template is not None and chat_template not in CHAT_TEMPLATES:
             raise UserError(f"chat template {chat_template!r} is unknown; use one of {', '.join(CHAT_TEMPLATES)}")
         if name == "cl100k_base":
@@ -107,8 +115,14 @@ class Tokenizer:
             vocabulary = load_cl100k(CHAT_TEMPLATES[chat_template].control_tokens, vocab_size)
         else:
             vocabulary = load_directory(Path(name), vocab_size)
-            chat_template = choose_template(Path(name), vocabulary.control_ids, chat_template)
+            chat_template = choose_template(Path(name), vocabulary.control_ids, chat_template, add_control_tokens)
+        missing = missing_tokens(chat_template, vocabulary.control_ids)
+        nothing = f"add_control_tokens: {name} has all that chat template {chat_template} needs"
+        check(bool(missing) or not add_control_tokens, nothing)
+        vocabulary = add_tokens(vocabulary, missing) if missing else vocabulary
         self.name = name
+        self._arguments = (name, vocab_size, chat_template, add_control_tokens)
+        self.new_ids = [vocabulary.control_ids[token] for token in missing]
         self.chat_template = chat_template
         self.template = CHAT_TEMPLATES[chat_template]
         self.tokens = vocabulary.tokens
@@ -213,7 +227,7 @@ class Tokenizer:
         return hashlib.sha256(repr((self.to_json(), self.vocab_size, self.template)).encode()).hexdigest()
 
     def __reduce__(self) -> tuple:
-        return Tokenizer, (self.name, self.vocab_size, self.chat_template)  # so that other processes can have one
+        return Tokenizer, self._arguments  # so that other processes can have one
 
     def _encode_control(self, text: str) -> list[int]:
         """Encode a piece of the template, in which control tokens mean themselves."""
@@ -242,25 +256,28 @@ def check_control_tokens(name: str, template: ChatTemplate, known: Collection[st
     check(ends, f"chat template {name} ends the assistant's turn with no token, so that no answer would ever end")
 
 
-def choose_template(directory: Path, control_tokens: Collection[str], chat_template: str | None) -> str:
+def choose_template(directory: Path, control_tokens: Collection[str], chat_template: str | None, add: bool) -> str:
     """For a directory: the template asked for, else the one that `save_pretrained` noted, else the first whose control
-    tokens exist."""
+    tokens exist; with `add`, which adds what is missing, else chatml. Raises UserError."""
     config = directory / "tokenizer_config.json"
     noted = read_json(config).get("chat_template_name") if config.is_file() else None
     fitting = [name for name, template in CHAT_TEMPLATES.items() if set(template.control_tokens) <= set(control_tokens)]
-    name = chat_template or (noted if noted in CHAT_TEMPLATES else next(iter(fitting), None))
-    if name is None:
-        raise UserError(f"{directory} has the control tokens of no known template ({', '.join(CHAT_TEMPLATES)})")
-    if name not in fitting:
-        missing = [token for token in CHAT_TEMPLATES[name].control_tokens if token not in control_tokens]
+    name = chat_template or (noted if noted in CHAT_TEMPLATES else next(iter(fitting), "chatml"))
+    if missing_tokens(name, control_tokens) and not add:
+        fits = f"it fits {', '.join(fitting)} (--chat-template)" if fitting else "it fits no template"
         raise UserError(
-            f"{directory} lacks {', '.join(missing)}, which chat template {name} needs; it fits {fitting or 'none'}"
+            f"{directory} lacks {', '.join(missing_tokens(name, control_tokens))}, which chat template {name} needs; "
+            f"{fits}; --add-control-tokens adds them, with new rows of the embedding and the head"
         )
     return name
+
+
+def missing_tokens(chat_template: str, control_tokens: Collection[str]) -> list[str]:
+    return [token for token in CHAT_TEMPLATES[chat_template].control_tokens if token not in control_tokens]
 
 
 def load_tokenizer(config: TrainConfig, source: Path | None) -> Tokenizer:
     """A run's: that of `source`, the checkpoint that it starts from; else the configured one. Raises UserError."""
     name = str(source or config.data.tokenizer)
     vocab_size = config.model.vocab_size if name == "cl100k_base" else None
-    return Tokenizer(name, vocab_size, config.data.chat_template)
+    return Tokenizer(name, vocab_size, config.data.chat_template, config.data.add_control_tokens)

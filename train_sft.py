@@ -8,7 +8,8 @@ Without a preset: mini where there is CUDA, else tiny. All fields, their default
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
 
     torch.manual_seed(config.compute.seed)
     checkpoint = checkpoint_to_resume(config, world)
-    model = build_model(config, checkpoint, world)
+    model = build_model(config, checkpoint, world, tokenizer.new_ids)
     trainer = Trainer(config, replicate(model, config.compute.parallel, world), tokenizer, train_rows, held_out, world)
     if checkpoint:
         trainer.resume(checkpoint)
@@ -98,7 +99,10 @@ def resolve(
     config = config.changed(dtype=dtype, chat_template=tokenizer.chat_template)
     if source:
         kept = {f"model.{name}" for name in vars(config.model)} if "resume" in given else set()
-        model = changed_config(load_config(source), config.model, kept | set(given), source)
+        loaded = load_config(source)
+        if tokenizer.new_ids:
+            loaded = replace(loaded, vocab_size=max(loaded.vocab_size, tokenizer.vocab_size))
+        model = changed_config(loaded, config.model, kept | set(given), source)
         config = config.changed(init_from=str(source), tokenizer=str(source), model=model)
     else:
         config = config.changed(vocab_size=tokenizer.vocab_size)
@@ -154,9 +158,11 @@ def checkpoint_to_resume(config: TrainConfig, world: "World") -> Path | None:
     return checkpoint
 
 
-def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") -> "DeepSeekV2":
-    """The model on its device, with the weights of `checkpoint`, from which the run goes on; else those of init_from;
-    else new ones. With LoRA, init_from has the base's weights and `checkpoint` the adapters'.
+def build_model(
+    config: TrainConfig, checkpoint: Path | None, world: "World", new_ids: Sequence[int] = ()
+) -> "DeepSeekV2":
+    """The model on its device, with the weights of `checkpoint`, from which the run goes on; else those of init_from,
+    and rows for new_ids; else new ones. With LoRA, init_from has the base's weights and `checkpoint` the adapters'.
 
     It is planned on the meta device and filled one tensor at a time, so that a rank never holds more than its share.
     """
@@ -166,6 +172,8 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
     import quantization
     from checkpoint import iterate_weights
     from engine.adapter_base import find_base
+    from engine.hub_config import load_config
+    from engine.new_tokens import with_new_rows
     from model import DeepSeekV2
     from parallel import load_weights, parallelize
 
@@ -189,6 +197,8 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: "World") ->
         base = str(find_base(checkpoint)[0])
     source = base if adapters.lora_rank else checkpoint or base
     stored = iterate_weights(source, config.model, quantized) if source else None
+    if new_ids and base and not checkpoint:
+        stored = with_new_rows(iterate_weights(base, load_config(base)), config.model.vocab_size, new_ids)
     load_weights(model, stored or model.initial_weights(generator))
     if adapters.lora_rank:
         start = lora.read_adapter(model, checkpoint) if checkpoint else lora.initial_weights(model, generator)

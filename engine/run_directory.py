@@ -18,13 +18,23 @@ CONFIG, METRICS, TRACKER_ID = "config.json", "metrics.jsonl", "tracker_id"
 AGENTS = ".job"  # what started the job that the run belongs to, a line each
 # What a resumed run cannot change: its weights and its place in the data would no longer fit.
 FIXED_FIELDS = (
-    *("model", "tokenizer", "chat_template", "dataset", "train_split", "max_seq_len", "packing", "shuffle"),
+    *(
+        "model",
+        "tokenizer",
+        "chat_template",
+        "add_control_tokens",
+        "dataset",
+        "train_split",
+        "max_seq_len",
+        "packing",
+        "shuffle",
+    ),
     *("long_conversations", "eval_fraction", "skip_bad_rows", "seed", "optimizer", "init_from"),
     *("lora_rank", "lora_alpha", "lora_target_modules", "quantize"),
 )
 
 # What runs did before these fields were there.
-FIRST_VALUES: dict[str, Any] = {"long_conversations": "truncate", "eval_fraction": 0.0}
+FIRST_VALUES: dict[str, Any] = {"long_conversations": "truncate", "eval_fraction": 0.0, "add_control_tokens": False}
 
 
 # ---------------------------------------------------------------- its configuration

@@ -22,6 +22,7 @@ import lora
 from checkpoint import (
     iterate_weights,
     load_config,
+    load_model_and_tokenizer,
     load_pretrained,
     load_state,
     newest_checkpoint,
@@ -34,7 +35,7 @@ from config import RopeScaling, UserError
 from generation import generate
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
-from small_runs import peak_memory, run_python
+from small_runs import conversations, peak_memory, run_python, train_here, write_jsonl
 from tokenizer import Tokenizer
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=0.707, mscale_all_dim=0.707)
@@ -453,6 +454,60 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         assert newest_checkpoint(tmp_path) == place
     assert steps(tmp_path) == ["step-000030", "step-1000000", "step-of-mine"]
     assert stored_value(tmp_path / "checkpoints/step-1000000") == 1_000_000
+
+
+def test_a_base_model_is_given_the_control_tokens_that_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model whose tokenizer has <|endoftext|> only, and whose embedding has rows to spare: the error says what to do;
+    done so, transformers reads the same tokens and logits, and the new rows begin as the mean of the others."""
+    tokenizer = Tokenizer(vocab_size=512)
+    spec = json.loads(tokenizer.to_json())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] == "<|endoftext|>"]
+    for name in ("<|im_start|>", "<|im_end|>"):
+        del spec["model"]["vocab"][name]
+    base = tmp_path / "base"
+    save_pretrained(base, small_model(vocab_size=511), tokenizer)
+    (base / "tokenizer.json").write_text(json.dumps(spec))
+    (base / "tokenizer_config.json").unlink()
+    entries = 1 + max([*spec["model"]["vocab"].values(), spec["added_tokens"][0]["id"]])
+    assert entries == 510
+    write_jsonl(tmp_path / "data.jsonl", conversations(8))
+    flags = {"dataset": tmp_path / "data.jsonl", "output-dir": tmp_path / "run", "init-from": base, "dtype": "float32"}
+    flags |= {"max-steps": 1, "batch-size": 2, "eval-steps": 0, "num-proc": 1, "learning-rate": 1e-9, "max-seq-len": 96}
+    command = ["tiny", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+    assert train_here([*command, "--optimizer", "adamw", "--weight-decay", "0"], tmp_path) == 2
+    assert capsys.readouterr().err == (
+        f"error: {base} lacks <|im_start|>, <|im_end|>, which chat template chatml needs; it fits no template; "
+        "--add-control-tokens adds them, with new rows of the embedding and the head\n"
+    )
+    command += ["--optimizer", "adamw", "--weight-decay", "0", "--add-control-tokens"]
+    assert train_here(command, tmp_path) == 0
+    model, ours = load_model_and_tokenizer(tmp_path / "run")
+    assert (ours.control_ids["<|im_start|>"], ours.control_ids["<|im_end|>"]) == (510, 511)
+    before = load_pretrained(base)
+    for new, old in zip(
+        (model.model.embed_tokens.weight, model.output_weight),
+        (before.model.embed_tokens.weight, before.output_weight),
+        strict=True,
+    ):
+        assert new.shape[0] == 512
+        torch.testing.assert_close(new[:510], old[:510], atol=1e-6, rtol=0)
+        torch.testing.assert_close(new[510:], old[:510].mean(dim=0).expand(2, -1), atol=1e-6, rtol=0)
+    place = tmp_path / "run/checkpoints/step-000001"
+    theirs = AutoTokenizer.from_pretrained(place)
+    talk = [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Ho"}]
+    ids, _ = ours.render([{"role": "user", "content": "Hi"}, talk[1]])
+    assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}, talk[1]])["input_ids"] == ids
+    assert ours.render(talk)[0].count(511) == 2
+    reference = AutoModelForCausalLM.from_pretrained(place)
+    with torch.no_grad():
+        logits = reference(torch.tensor([ids])).logits
+    torch.testing.assert_close(model(torch.tensor([ids])), logits, atol=1e-4, rtol=1e-4)
+    assert train_here([*command, "--max-steps", "2", "--resume"], tmp_path) == 0
+    again = [*command, "--output-dir", str(tmp_path / "again"), "--init-from", str(place)]
+    assert train_here(again, tmp_path) == 2
+    assert "has all that chat template chatml needs" in capsys.readouterr().err
 
 
 def test_a_run_directory_stands_for_its_newest_checkpoint(saved: tuple[Path, DeepSeekV2], tmp_path: Path) -> None:

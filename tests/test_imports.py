@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "engine.cli": {"config", "engine.files", "engine.run_directory"},
     "engine.vocabulary": {"config", "engine.files"},
     "engine.formats": set(),
+    "engine.new_tokens": {"engine.vocabulary"},
     "engine.text_files": {"engine.formats"},
     "engine.sources": {"config", "engine.text_files"},
     "engine.pieces": {"tokenizer", "engine.formats", "engine.text_files"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "engine.run_directory": {"config", "engine.files", "engine.plots"},
     # Chapters
     "config": set(),
-    "tokenizer": {"config", "engine.files", "engine.vocabulary"},
+    "tokenizer": {"config", "engine.files", "engine.vocabulary", "engine.new_tokens"},
     "dataset": {"config", "tokenizer", "engine.text_files", "engine.sources", "engine.pieces", "engine.data_report"},
     "datacollator": set(),
     "model": {"config", "engine.documents", "engine.kernels"},

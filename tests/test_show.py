@@ -13,10 +13,13 @@ import pytest
 import torch
 
 import show
+from checkpoint import save_pretrained
 from config import PRESETS
 from engine import data_view
 from engine.cli import one_line_errors
+from generation import generate
 from model import DeepSeekV2
+from small_models import small_model
 from small_runs import conversations, run_main, train_here, write_jsonl
 from tokenizer import Tokenizer
 
@@ -70,6 +73,18 @@ def test_rows_are_shown_as_they_are_packed(shown: Callable[..., str], data: Path
 def test_a_drawn_row_is_as_wide_as_the_row() -> None:
     blocks = show.draw_row([50, 25], 100, width=20).replace(show.RESET, "|").split("|")
     assert blocks == ["\x1b[30;42m    50    ", "\x1b[30;46m 25  ", "·" * 5]
+
+
+def test_a_text_is_continued_with_what_is_likeliest(shown: Callable[..., str], tmp_path: Path) -> None:
+    """The likeliest stands first, and what is written is it."""
+    model, tokenizer = small_model(vocab_size=512), Tokenizer(vocab_size=512)
+    save_pretrained(tmp_path / "base", model, tokenizer)
+    ids = tokenizer.encode("Once upon")
+    (expected,) = zip(*generate(model, [ids], 5), strict=True)
+    text, choices = shown("complete", tmp_path / "base", "Once upon", "--max-new-tokens", 5).rstrip("\n").split("\n\n")
+    first = [line.split("%")[0].rsplit(" ", 1)[0] for line in choices.split("\n")]
+    assert first == [repr(tokenizer.decode([token]).replace("\n", "↵")) for token in expected]
+    assert text.replace("\n", "") == tokenizer.decode([*ids, *expected]).replace("\n", "↵")
 
 
 def test_the_models_table_adds_up(shown: Callable[..., str]) -> None:

@@ -341,11 +341,13 @@ def test_a_broken_tokenizer_json_is_refused(tmp_path, change, message):
 
 def test_a_directory_without_the_templates_control_tokens_is_refused(tmp_path):
     directory = foreign_tokenizer(tmp_path / "chatml", "special", ["<|im_start|>", "<|im_end|>"])
-    with pytest.raises(UserError, match=r"lacks .*begin_of_text.* it fits \['chatml'\]"):
+    with pytest.raises(
+        UserError, match=r"lacks .*begin_of_text.* it fits chatml \(--chat-template\); --add-control-tokens adds them"
+    ):
         Tokenizer(directory, chat_template="llama3")
     with pytest.raises(UserError, match="entries"):
         Tokenizer(directory, vocab_size=10)
-    with pytest.raises(UserError, match="no known template"):
+    with pytest.raises(UserError, match="chatml needs; it fits no template"):
         Tokenizer(foreign_tokenizer(tmp_path / "none", "special", ["<s>"]))
 
 
