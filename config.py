@@ -8,6 +8,7 @@ needs a group's name for the model only: `python train_sft.py tiny --learning-ra
 import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
@@ -187,7 +188,8 @@ class ComputeConfig:
 class CheckpointConfig:
     """Where a run begins, and what it leaves."""
 
-    init_from: str | None = None  # start from a directory in Hugging Face layout, or from a run's newest checkpoint
+    # Start from a directory in Hugging Face layout, or from a run's newest checkpoint; none: from random weights.
+    init_from: str | None = None
     output_dir: str = ""  # where the run is written; "": runs/<preset>
     resume: bool = False  # continue the newest checkpoint in output_dir, with its configuration but for what is given
     save_steps: int = 500  # steps between checkpoints; 0: only at the end
@@ -286,16 +288,16 @@ class TrainConfig:
 # One GPU: the shape this project began with.
 MINI = TrainConfig()
 
-# Any CPU, no network, under five minutes: the same parts, but two layers and a vocabulary of 8,192 entries. How it came
-# to this shape, rate and optimizer: benchmarks/README.md.
+# Any CPU, no network, under five minutes: fine-tunes base/, the small model beside this file. The same parts, but two
+# layers and a vocabulary of 8,192 entries; how it came to this shape, rate and optimizer: benchmarks/README.md.
 TINY = TrainConfig(
-    data=DataConfig(dataset=("chitchat",), train_split="train", eval_split="test", max_seq_len=512),
+    data=DataConfig(("chitchat", "chatterbot:30"), train_split="train", eval_split="test", max_seq_len=512),
     batch=BatchConfig(batch_size=4, gradient_accumulation_steps=1, max_steps=1000),
     # Gradients of small batches are noisy: with adam_beta2 0.99 a tenth fewer steps to the same loss than with 0.95.
     optimizer=OptimizerConfig(
         "muon", learning_rate=4e-3, min_learning_rate_ratio=0.0075, warmup_steps=15, adam_beta2=0.99
     ),
-    checkpoint=CheckpointConfig(save_steps=200),
+    checkpoint=CheckpointConfig(init_from=str(Path(__file__).parent / "base"), save_steps=200),
     watch=WatchConfig(eval_steps=200),
     model=ModelConfig(
         vocab_size=8192,
@@ -318,8 +320,9 @@ TINY = TrainConfig(
 # Pre-training a model of tiny's kind on text: python train_sft.py base --dataset FILE. Half an hour and more on a CPU.
 BASE = TINY.changed(
     dataset=("chitchat_text",),
+    init_from=None,
     batch_size=8,
-    max_steps=6000,
+    max_steps=4000,
     warmup_steps=100,
     eval_steps=0,
     save_steps=500,

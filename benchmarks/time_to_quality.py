@@ -2,10 +2,10 @@
 
     python benchmarks/time_to_quality.py [--seconds 180] [--plot docs/time_to_quality.png]
 
-First the loop (hidden 192, 4 layers, 8 experts, top 2, 8,192 entries, AdamW, 8 rows of 512), then `train_sft.py tiny`,
-one after the other on the same machine, the same training and held-out conversations, both in bf16 where the hardware
-has it. The clock counts training steps, not evaluations. Bits per byte as in trainer.py: all target tokens, the end of
-the turn too, over the bytes of the assistant's text.
+Both start from random weights. First the loop (hidden 192, 4 layers, 8 experts, top 2, 8,192 entries, AdamW, 8 rows of
+512), then `train_sft.py tiny`, one after the other on the same machine, the same training and held-out conversations,
+both in bf16 where the hardware has it. The clock counts training steps, not evaluations. Bits per byte as in
+trainer.py: all target tokens, the end of the turn too, over the bytes of the assistant's text.
 """
 
 import argparse
@@ -95,9 +95,10 @@ def run_loop(seconds: float, peak_rate: float) -> Curve:
 
 
 def run_tiny(arguments: list[str]) -> Curve:
-    """`train_sft.py tiny`; the clock is the sum of its steps' durations."""
+    """`train_sft.py tiny` from scratch; the clock is the sum of its steps' durations."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "train_sft.py", "tiny", "--output-dir", directory, "--sample-prompts", *arguments]
+        command = [sys.executable, "train_sft.py", "tiny", "--output-dir", directory, "--sample-prompts"]
+        command += ["--init-from", "none", "--dataset", "chitchat", "--long-conversations", "truncate", *arguments]
         subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])
         lines = read_metrics(directory)
     curve: Curve = []

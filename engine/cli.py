@@ -147,7 +147,8 @@ def parse_arguments(arguments: list[str], description: str | None = None) -> Tra
         config = parse_fields(saved_configuration(directory), flags, preset, description)
     if "num_train_epochs" in given and "max_steps" not in given:
         config = config.changed(max_steps=0)
-    return config.changed(output_dir=directory)
+    start = config.checkpoint.init_from
+    return config.changed(output_dir=directory, init_from=None if start in ("none", "None") else start)
 
 
 def parse_fields(default: TrainConfig, flags: list[str], preset: str, description: str | None) -> TrainConfig:

@@ -97,7 +97,8 @@ def changed_config(loaded: ModelConfig, wanted: ModelConfig, given: Collection[s
     named = {name for name in vars(loaded) if f"model.{name}" in given}
     changes = {name: getattr(wanted, name) for name in named if getattr(wanted, name) != getattr(loaded, name)}
     fixed = [f"model.{name} is {getattr(loaded, name)}, not {changes[name]}" for name in changes.keys() - CHANGEABLE]
-    check(not fixed, f"the weights in {source} have a shape that cannot change: {', '.join(sorted(fixed))}")
+    shape = f"the weights in {source} have a shape that cannot change: {', '.join(sorted(fixed))}"
+    check(not fixed, f"{shape}; --init-from none starts from new ones")
     config = replace(loaded, **changes)
     yarn = {name for name in vars(RopeScaling()) if f"model.rope_scaling.{name}" in given}
     if yarn:

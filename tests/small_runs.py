@@ -55,6 +55,7 @@ def write_jsonl(path: Path, rows: list[list[dict[str, str]]]) -> Path:
 
 
 SETTINGS = {
+    "init-from": "none",
     "optimizer": "adamw",
     "learning-rate": 3e-3,
     "max-seq-len": 96,

@@ -1,0 +1,61 @@
+"""The model in base/: small, as its card says, and without what others are measured on."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import datasets
+from safetensors import safe_open
+
+from checkpoint import load_pretrained
+from config import BASE, TINY
+from engine.sources import open_split
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE_MODEL = ROOT / "base"
+PRETRAINING = ROOT.parent / "shared/data/pretraining/dialogues.parquet"
+
+
+def test_its_files_are_weights_that_run_nothing_and_small() -> None:
+    files = {file.name: file.stat().st_size for file in BASE_MODEL.iterdir()}
+    assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".md"}
+    assert sum(files.values()) < 16e6
+    with safe_open(BASE_MODEL / "model.safetensors", "pt") as weights:
+        assert all(weights.get_slice(name).get_dtype() == "BF16" for name in weights.keys())  # noqa: SIM118
+
+
+def test_its_card_names_the_sha256_of_the_weights() -> None:
+    (named,) = re.findall(r"`([0-9a-f]{64})`", (BASE_MODEL / "README.md").read_text())
+    assert hashlib.sha256((BASE_MODEL / "model.safetensors").read_bytes()).hexdigest() == named
+
+
+def test_it_has_tinys_shape_and_vocabulary() -> None:
+    assert load_pretrained(BASE_MODEL).config == TINY.model == BASE.model
+    ours, theirs = Tokenizer(str(BASE_MODEL)), Tokenizer(vocab_size=8192)
+    assert (ours.tokens, ours.control_ids) == (theirs.tokens, theirs.control_ids)
+
+
+def held_out() -> list[str]:
+    """Conversations as they would stand in a text, a turn a line."""
+    rows = [*open_split("chitchat", "test"), *open_split("chatterbot", "test")]
+    return ["\n".join(message["content"] for message in row["messages"]) for row in rows]
+
+
+def test_no_held_out_conversation_is_in_what_it_read() -> None:
+    texts = [row["text"] for row in open_split("chitchat_text", "train")]
+    if PRETRAINING.is_file():
+        texts += datasets.load_dataset("parquet", data_files=str(PRETRAINING), split="train")["text"][:]
+    everything = "\n".join(texts)
+    long = [text for text in held_out() if len(text) > 20]  # anybody says "Hello", and "Hi" to that
+    assert len(long) > 230
+    assert [text for text in long if text in everything] == []
+
+
+def test_paraphrases_are_in_no_training_data() -> None:
+    paraphrases = json.loads((ROOT / "tests/data/paraphrases.json").read_text())
+    openings = {row["messages"][0]["content"].lower() for row in open_split("chatterbot", "train+test")}
+    assert len(paraphrases) == 30
+    assert openings >= {opening.lower() for opening in paraphrases.values()}
+    assert not openings & {paraphrase.lower() for paraphrase in paraphrases}
