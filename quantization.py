@@ -1,9 +1,9 @@
 """NF4 from scratch (QLoRA, https://arxiv.org/abs/2305.14314, section 3): a frozen weight in 4.13 bits a number.
 
-A trained weight's numbers are spread like a normal distribution. NF4's 16 levels are that distribution's quantiles, so
-that each level stands for about equally many numbers; `show.py nf4` draws it. 64 neighbours in a row, a block, share a
-scale, their largest magnitude (absmax); the magnitudes themselves are stored in 8 bits each, 256 of them sharing a
-scale again (double quantisation).
+A trained weight's numbers are spread like a normal distribution. NF4's 16 levels are that distribution's quantiles:
+they lie close where there are many numbers, as `show.py nf4` draws it. 64 neighbours in a row, a block, share a scale,
+their largest magnitude (absmax); the magnitudes themselves are stored in 8 bits each, 256 of them sharing a scale again
+(double quantisation).
 
 A layer with such a weight turns it back for each product, and once more in the backward pass: nothing is kept.
 """

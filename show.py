@@ -5,6 +5,7 @@ python show.py tokens "Hello!" "Hi, how are you?"    # a conversation as coloure
 python show.py rows chitchat                         # a dataset's rows, packed
 python show.py model tiny                            # the architecture as a table
 python show.py complete base "Once upon a time"      # how a base model goes on, and what else it might have written
+python show.py nf4 runs/tiny                         # a weight's numbers, and the 16 levels that NF4 has for them
 python show.py runs runs/tiny runs/other             # runs, compared in a picture
 """
 
@@ -269,6 +270,39 @@ def describe(config: ModelConfig) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------- four bits
+
+
+@dataclass
+class Nf4:
+    """The numbers of one weight, each over the largest of its block of 64, and the 16 levels that NF4 has for them."""
+
+    # A model directory or a run directory.
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+    # A matrix of the blocks, or a stack of experts.
+    weight: str = "model.layers.1.mlp.experts.gate_up_proj"
+    # The picture to write.
+    out: str = "nf4.png"
+
+    def show(self) -> None:
+        import torch
+
+        from checkpoint import iterate_weights, load_config, resolve_checkpoint
+        from engine.plots import draw_levels
+        from quantization import BLOCK, LEVELS, quantize
+
+        directory = resolve_checkpoint(self.checkpoint)
+        weights = iterate_weights(directory, load_config(directory))
+        weight = next((tensor for name, tensor in weights if name == self.weight), torch.empty(0))
+        right = weight.dim() > 1 and weight.shape[-1] % BLOCK == 0
+        check(right, f"{directory} has no matrix {self.weight} with rows of whole blocks of {BLOCK}")
+        codes, absmax = quantize(weight)
+        scaled = weight.float().view(-1, BLOCK) / absmax.clamp(min=1e-38)[:, None]
+        shares = (codes >> 4).bincount(minlength=16) + (codes & 15).bincount(minlength=16)
+        draw_levels(scaled.flatten().numpy(), LEVELS, (shares / shares.sum()).numpy(), self.weight, self.out)
+        print(f"wrote {self.out}")
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -290,7 +324,7 @@ class Runs:
         print(f"wrote {self.out}")
 
 
-COMMANDS: Any = Data | Complete | Tokens | Rows | Model | Runs
+COMMANDS: Any = Data | Complete | Tokens | Rows | Model | Nf4 | Runs
 
 
 def main() -> None:

@@ -129,6 +129,22 @@ def draw_histograms(values: dict[str, np.ndarray], out: str | Path) -> None:
     save(figure, out, dpi=110)
 
 
+def draw_levels(numbers: np.ndarray, levels: Sequence[float], shares: np.ndarray, name: str, out: str | Path) -> None:
+    """A weight's numbers in [-1, 1], the levels that they are rounded to, and the share of numbers at each level."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.5), layout="constrained", sharex=True)
+    top.hist(numbers, bins=201, range=(-1, 1), color=CONTEXT, edgecolor="#adb5bd", linewidth=0.3)
+    for level in levels:
+        top.axvline(level, color="#52b788", linewidth=1)
+    top.set(title=f"{name}: numbers over the largest of their block of 64, and the 16 levels", yticks=[])
+    edges = (np.array(levels[1:]) + np.array(levels[:-1])) / 2
+    starts, ends = np.array([-1, *edges]), np.array([*edges, 1])
+    bottom.bar(starts, shares, width=ends - starts, align="edge", color=TRAINED, edgecolor="white")
+    bottom.axhline(1 / len(levels), color="#52b788", linewidth=1, linestyle="--")
+    bottom.set(title="share of numbers that go to each level; dashed: equally many", xlabel="number / absmax")
+    bottom.yaxis.set_major_formatter("{x:.0%}")
+    save(figure, out, dpi=110)
+
+
 def draw_packing(sequence_ids: np.ndarray, labels: np.ndarray, out: str | Path) -> None:
     """A packed row, and which token attends to which; both arrays (T,), as in a Batch."""
     same = (sequence_ids[:, None] == sequence_ids[None, :]) & (sequence_ids[:, None] > 0)

@@ -31,6 +31,9 @@ pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(300)]
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVED = 4, 2
 ADAPTED = ("kv_b_proj", "o_proj", "down_proj", "experts.gate_up_proj")
+# Rows of 64 numbers, as NF4 has them.
+WIDE = {f"model_{name}": 64 for name in ("hidden_size", "kv_lora_rank", "intermediate_size", "moe_intermediate_size")}
+WIDE |= {"model_v_head_dim": 32}
 # Six experts split evenly over two ranks, but not over four.
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "packed": (["--packing"], {}),
@@ -40,6 +43,8 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "bf16": ([], {"dtype": "bfloat16", "model_num_experts_per_tok": 6}),
     "muon": ([], {"optimizer": "muon"}),
     "lora": ([], {"lora_rank": 4, "init_from": "packed-1"}),
+    "wide": ([], WIDE),
+    "nf4": (["--lora-target-modules", *ADAPTED], WIDE | {"lora_rank": 4, "init_from": "wide-1", "quantize": "nf4"}),
     "lora-bf16": (
         ["--lora-target-modules", *ADAPTED],
         {"lora_rank": 4, "init_from": "packed-1", "dtype": "bfloat16"},
@@ -50,7 +55,8 @@ FOUR_RANKS = ("packed", "padded", "lora")  # hsdp: as two nodes of two
 # own. Muon's iteration makes them larger.
 TOLERANCES = {"bf16": 5e-3, "muon": 1e-4}
 ENGINES = ("ddp-2", "fsdp-2", "fsdp-4", "hsdp-4")
-OF_ENGINE = {"fsdp-4": FOUR_RANKS, "hsdp-4": ("packed", "bf16")}
+SHARDED = [variant for variant in VARIANTS if variant not in ("wide", "nf4")]
+OF_ENGINE = {"fsdp-2": SHARDED, "fsdp-4": FOUR_RANKS, "hsdp-4": ("packed", "bf16")}
 RUNS = [(variant, engine) for engine in ENGINES for variant in OF_ENGINE.get(engine, VARIANTS)]
 # A run, and the one whose checkpoint of step 2 it goes on from.
 RESUMED = {

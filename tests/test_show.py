@@ -174,6 +174,16 @@ def test_any_row_can_be_looked_at(shown: Callable[..., str], tmp_path: Path) -> 
     assert "Unrecognized options: --rwo" in shown("data", path, *flags, "--rwo", 3)
 
 
+def test_nf4s_levels_are_drawn_over_a_weight(shown: Callable[..., str], tmp_path: Path) -> None:
+    widths = {"hidden_size": 64, "num_attention_heads": 4}
+    save_pretrained(tmp_path / "model", small_model(vocab_size=512, **widths), Tokenizer(vocab_size=512))
+    shown("nf4", tmp_path / "model", "--out", tmp_path / "nf4.png")
+    assert (tmp_path / "nf4.png").read_bytes().startswith(PNG)
+    for weight in ("model.norm.weight", "model.layers.1.mlp.experts.down_proj", "elsewhere"):
+        printed = shown("nf4", tmp_path / "model", "--weight", weight)
+        assert f"has no matrix {weight} with rows of whole blocks of 64" in printed
+
+
 def test_a_histogram_counts_every_value_once() -> None:
     drawn = data_view.histogram(np.array([0, 1, 1, 2, 99, 100]), "title", width=4, bins=2).splitlines()
     assert [line.split()[-1] for line in drawn[1:]] == ["4", "2"]

@@ -1,0 +1,168 @@
+"""DeepSeek-V2-Lite at full size on this machine: 15.7 billion parameters in 4 bits, trained, talked to and merged.
+
+    python benchmarks/full_size.py [--layers 27] [--directory DIR]
+
+Makes a checkpoint of V2-Lite's shape in its published layout with random weights (31.4 GB), runs the README's own
+commands on it, each in a process of its own, prints their seconds and peak memory, and deletes everything. A merged
+model takes as much disk again. Random weights learn nothing; time and memory are those of the real ones. --layers makes
+a thinner one, to try it.
+"""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from checkpoint import hub_parts, write_model
+from config import V2_LITE, ModelConfig, check
+from engine.run_directory import read_metrics
+from model import DeepSeekV2
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass
+class Options:
+    # Of the 27; the first is dense, the others have 585 million parameters each.
+    layers: int = 27
+    # Where the files are made, 63 GB of them at full size; "": the system's place for temporary files.
+    directory: str = ""
+    max_seq_len: int = 512
+    lora_rank: int = 16
+    # Also adapt the routed experts.
+    experts: bool = False
+    # float32 where the processor has no bf16.
+    dtype: str = "auto"
+
+
+def random_parts(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Weights by the Hub's names in bf16: windows into 128 million normal numbers, since drawing all takes minutes."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.empty(2**27, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    with torch.device("meta"):
+        model = DeepSeekV2(config)
+    for name, parameter in model.named_parameters():
+        for part_name, part in hub_parts(name, parameter):
+            if part.dim() == 1:
+                yield part_name, torch.ones(part.shape, dtype=torch.bfloat16)
+                continue
+            tensor = torch.empty(part.numel(), dtype=torch.bfloat16)
+            start = int(torch.randint(len(pool), (), generator=generator))
+            for window in tensor.split(len(pool)):
+                window.copy_(pool.roll(-start) if len(window) == len(pool) else window_of(pool, start, len(window)))
+            yield part_name, tensor.view(part.shape)
+
+
+def window_of(pool: Tensor, start: int, length: int) -> Tensor:
+    start %= len(pool) - length
+    return pool[start : start + length]
+
+
+def make(directory: str, layers: int) -> None:
+    """The checkpoint."""
+    config = replace(V2_LITE.model, num_hidden_layers=layers)
+    write_model(Path(directory), config, Tokenizer(chat_template="deepseek"), random_parts(config), SHARD_BYTES)
+
+
+MAKE = """
+import sys
+from benchmarks.full_size import make
+make(sys.argv[1], int(sys.argv[2]))
+"""
+LOAD = """
+import sys, time, torch
+from checkpoint import load_pretrained
+began = time.perf_counter()
+model = load_pretrained(sys.argv[1], quantize="nf4")
+seconds = time.perf_counter() - began
+size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+print(f"{int(sys.argv[2]) / 2e6 / seconds:.0f} million parameters a second; {size / 1e9:.2f} GB in tensors")
+"""
+
+
+def run(what: str, *command: str) -> str:
+    """A command in a child process. Prints its seconds and its peak memory, and returns what it printed."""
+    began, before, peak = time.perf_counter(), processor_seconds(), 0
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        while child.poll() is None:
+            peak = peak_of(child.pid) or peak
+            time.sleep(0.05)
+        output.seek(0)
+        printed = output.read()
+    check(child.returncode == 0, f"{what} failed: {printed[-2000:]}")
+    seconds, processor = time.perf_counter() - began, processor_seconds() - before
+    print(f"{what:24}{seconds:8.1f} s ({processor:.1f} of a processor), peak {peak / 1e9:.2f} GB", flush=True)
+    return printed
+
+
+def processor_seconds() -> float:
+    """Of all children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def peak_of(process: int) -> int:
+    """The most memory that a process has held so far, in bytes; what it has read of mapped files counts."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def main(options: Options) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="full_size-", dir=options.directory or None))
+    base, run_directory, merged = directory / "base", directory / "run", directory / "merged"
+    try:
+        run("make a checkpoint", "-c", MAKE, str(base), str(options.layers))
+        files = list(base.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        print(f"    {size / 1e9:.1f} GB in {len(files)} files")
+        print("    " + run("load it in NF4", "-c", LOAD, str(base), str(size)).strip())
+        flags = {
+            "init-from": base,
+            "quantize": "nf4",
+            "lora-rank": options.lora_rank,
+            "dataset": "chitchat",
+            "train-split": "train",
+            "max-seq-len": options.max_seq_len,
+            "gradient-accumulation-steps": 1,
+            "eval-steps": 0,
+            "output-dir": run_directory,
+            "dtype": options.dtype,
+        }
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        if options.experts:
+            stacks = ("experts.gate_up_proj", "experts.down_proj")
+            words += ["--lora-target-modules", *V2_LITE.lora.lora_target_modules, *stacks]
+        train = ("train_sft.py", "v2_lite", *words, "--sample-prompts")
+        run("train two steps, save", *train, "--max-steps", "2")
+        run("resume for one more", *train, "--max-steps", "3", "--resume")
+        for line in read_metrics(run_directory):
+            tokens = line["num_tokens"] / line["step"]
+            print(f"    step {line['step']}: {tokens / line['tokens_per_second']:.1f} s, loss {line['loss']:.3f}")
+        chat = ("--prompt", "Hello!", "--max-new-tokens", "8", "--quantize", "nf4")
+        run("chat.py, 8 new tokens", "chat.py", str(run_directory), *chat)
+        run("merge", "export.py", "merge", str(run_directory), str(merged))
+        index = json.loads((merged / "model.safetensors.index.json").read_text())
+        print(f"    {len(index['weight_map'])} tensors in {len(set(index['weight_map'].values()))} files")
+    finally:
+        shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
