@@ -7,13 +7,14 @@ python show.py model tiny                            # the architecture as a tab
 python show.py complete base "Once upon a time"      # how a base model goes on, and what else it might have written
 python show.py nf4 runs/tiny                         # a weight's numbers, and the 16 levels that NF4 has for them
 python show.py runs runs/tiny runs/other             # runs, compared in a picture
+python show.py idea attention                        # labels, attention, experts, ranks: a picture of the idea
 """
 
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -324,7 +325,22 @@ class Runs:
         print(f"wrote {self.out}")
 
 
-COMMANDS: Any = Data | Complete | Tokens | Rows | Model | Nf4 | Runs
+@dataclass
+class Idea:
+    """A picture of: labels shifted under tokens, attention expanded and absorbed, the way to experts, rows of ranks."""
+
+    name: Positional[Literal["labels", "attention", "experts", "ranks"]]
+    # The picture to write.
+    out: str = "idea.png"
+
+    def show(self) -> None:
+        from engine.diagrams import IDEAS
+
+        IDEAS[self.name](self.out)
+        print(f"wrote {self.out}")
+
+
+COMMANDS: Any = Data | Complete | Tokens | Rows | Model | Nf4 | Runs | Idea
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ MAY_IMPORT = {
         "engine.files",
         "engine.hub_config",
     },
+    "engine.diagrams": {"config", "datacollator", "tokenizer", "engine.kernels", "engine.plots"},
     "engine.gguf_file": {"config", "model", "tokenizer", "engine.vocabulary"},
     "engine.model_card": {"config", "engine.run_directory"},
     "engine.trace": {"generation", "model", "tokenizer"},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 import show
 from checkpoint import save_pretrained
 from config import PRESETS
-from engine import data_view
+from engine import data_view, diagrams, prefetch
 from engine.cli import one_line_errors
 from generation import generate
 from model import DeepSeekV2
@@ -211,3 +212,28 @@ def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as leaving, one_line_errors():
         raise BrokenPipeError(32, "Broken pipe")
     assert (leaving.value.code, capsys.readouterr().err) == (2, "error: [Errno 32] Broken pipe\n")
+
+
+# ---------------------------------------------------------------- ideas
+
+
+@pytest.mark.parametrize("name", ["labels", "attention", "experts", "ranks"])
+def test_an_idea_is_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(show.main, ["idea", name, "--out", str(tmp_path / "a.png")], tmp_path) == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+def test_the_picture_of_ranks_has_the_rows_that_each_rank_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[dict[tuple[int, int], range]] = []
+    monkeypatch.setattr(diagrams, "draw_ranks", lambda rows, out: drawn.append(rows))
+    diagrams.rows_of_two_ranks("")
+    taken = {}
+    for rank in range(2):
+        loader = prefetch.StepLoader.__new__(prefetch.StepLoader)
+        loader.batch_size, loader.rows_per_step, loader.world = 4, 24, SimpleNamespace(rank=rank, size=2)
+        loader.rows = SimpleNamespace(counts=lambda rows: None)
+        monkeypatch.setattr(loader, "micro_batch", lambda rows: rows)
+        taken |= {(i, rank): rows for i, rows in enumerate(loader.load(0).micro_batches)}
+    assert drawn == [taken]
