@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import chat
 import checkpoint
 import lora
 import trainer
@@ -21,6 +20,7 @@ from checkpoint import load_model_and_tokenizer, load_pretrained, load_state, ne
 from config import LoraConfig
 from engine.merge import merge_adapter
 from engine.run_directory import read_metrics
+from generation import answers
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
 from small_runs import arguments, conversations, peak_memory, train_here, write_jsonl
@@ -250,8 +250,7 @@ def test_it_answers_as_pefts_model_does(run: Path) -> None:
     options = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     reply = theirs.generate(**prompt, max_new_tokens=30, **options)[0, prompt.input_ids.shape[1] :]
     model, our_tokenizer = load_model_and_tokenizer(run, torch.float32)
-    config = chat.ChatConfig(str(run), max_new_tokens=30, temperature=0)
-    answer = "".join(chat.reply(model.eval(), our_tokenizer, messages, config, torch.Generator()))
+    (answer,) = answers(model.eval(), our_tokenizer, ["one three"], 30)
     assert answer.strip() == tokenizer.decode(reply, skip_special_tokens=True).strip()
 
 
