@@ -40,6 +40,8 @@ class ChatTemplate(NamedTuple):
     start: str
     # One entry for each role.
     turns: dict[str, Turn]
+    # Whether white space around content is cut off, as the template's authors do.
+    trim: bool = False
 
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -57,8 +59,10 @@ CHAT_TEMPLATES = {
         turns={
             role: Turn(header=f"<|start_header_id|>{role}<|end_header_id|>\n\n", end="<|eot_id|>") for role in ROLES
         },
+        trim=True,
     ),
-    # DeepSeek-V2-Chat's. It asks for an answer with "Assistant:", so the space after it is the model's to write.
+    # DeepSeek-V2-Chat's. It asks for an answer with "Assistant:", so the space after it is the model's to write. Theirs
+    # leaves the turns of tools out; here they are written like a user's.
     "deepseek": ChatTemplate(
         control_tokens=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
         start="<｜begin▁of▁sentence｜>",
@@ -132,7 +136,8 @@ class Tokenizer:
             if message["role"] not in self._turns:
                 raise UserError(f"role {message['role']!r} is unknown; use one of {', '.join(self._turns)}")
             header, lead, trail, end, footer, trained = self._turns[message["role"]]
-            content = self.encode(lead + message["content"] + trail)
+            text = message["content"].strip() if self.template.trim else message["content"]
+            content = self.encode(lead + text + trail)
             ids += header
             ids += content
             ids += end
@@ -151,7 +156,8 @@ class Tokenizer:
         branches = ""
         for role, turn in self.template.turns.items():
             header, lead, trail, end, footer = map(json.dumps, turn)
-            body = f"{{{{ {lead} + message['content'] + {trail} + {end} }}}}"
+            content = "message['content'] | trim" if self.template.trim else "message['content']"
+            body = f"{{{{ {lead} + {content} + {trail} + {end} }}}}"
             if role == "assistant":
                 body = f"{{% generation %}}{body}{{% endgeneration %}}"
             keyword = "elif" if branches else "if"
