@@ -130,8 +130,8 @@ def test_epochs_take_the_place_of_the_presets_steps(
     at = command.index("--max-steps")
     del command[at : at + 2]
     assert train_here(command, tmp_path) == 0
-    assert "step 0 to 15 of 2 rows (1.5 epochs)" in capsys.readouterr().out  # 20 conversations
-    assert read_metrics(tmp_path / "run")[-1]["step"] == 15
+    assert "step 0 to 12 of 2 rows (1.6 epochs)" in capsys.readouterr().out  # 15 conversations
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 12
 
 
 @pytest.mark.parametrize("peak", ["1e-5", "0.1"])
