@@ -48,11 +48,11 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
     for source in data.dataset:
         name, weight = parse_source(source)
         splits = sources.open_splits(name)
-        train_split, eval_split = choose_splits(name, splits, data)
+        train_split, eval_split = choose_splits(name, splits, data, want_eval)
         if train_split != data.train_split:
             notes.append(f"{name} has no split {data.train_split!r}; its only one, {train_split!r}, is trained on")
         trained.append(read_part(name, train_split, tokenizer, data, weight))
-        if want_eval and eval_split:
+        if eval_split:
             held_out.append(replace(read_part(name, eval_split, tokenizer, data), held_out=True))
         elif want_eval:
             to_divide.append(trained[-1])
@@ -112,14 +112,14 @@ def parse_source(source: str) -> tuple[str, int]:
     return name, int(weight)
 
 
-def choose_splits(name: str, splits: dict[str, datasets.Dataset], data: DataConfig) -> tuple[str, str]:
+def choose_splits(name: str, splits: dict[str, datasets.Dataset], data: DataConfig, want_eval: bool) -> tuple[str, str]:
     """The split to train on, the only one if there is no other; and that to evaluate on, "" if there is none.
     Raises UserError where they overlap, or do not exist."""
     train, evaluation = data.train_split, data.eval_split
     if len(splits) == 1 and train not in splits and not re.search(r"[\[+]", train):
         (train,) = splits
     named = re.sub(r"\[.*?\]", "", evaluation).split("+")
-    if data.eval_fraction and not splits.keys() & set(named):
+    if not want_eval or (data.eval_fraction and not splits.keys() & set(named)):
         return train, ""
     for trained_split, trained in sources.parts_of(name, splits, train):
         for split, rows in sources.parts_of(name, splits, evaluation):
