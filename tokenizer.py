@@ -51,6 +51,8 @@ class ChatTemplate(NamedTuple):
     start: str
     # One entry for each role.
     turns: dict[str, Turn]
+    # Whether white space around content is cut off, as the template's authors do.
+    trim: bool = False
 
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -68,8 +70,10 @@ CHAT_TEMPLATES = {
         turns={
             role: Turn(header=f"<|start_header_id|>{role}<|end_header_id|>\n\n", end="<|eot_id|>") for role in ROLES
         },
+        trim=True,
     ),
-    # DeepSeek-V2-Chat's. It asks for an answer with "Assistant:", so the space after it is the model's to write.
+    # DeepSeek-V2-Chat's. It asks for an answer with "Assistant:", so the space after it is the model's to write. Theirs
+    # leaves the turns of tools out; here they are written like a user's.
     "deepseek": ChatTemplate(
         control_tokens=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
         start="<｜begin▁of▁sentence｜>",
@@ -181,7 +185,8 @@ class Tokenizer:
         if message["role"] not in self._turns:
             raise UserError(f"role {message['role']!r} is unknown; use one of {', '.join(self._turns)}")
         header, lead, trail, end, footer, trained = self._turns[message["role"]]
-        body = self.encode(lead + message["content"] + trail) + end
+        content = message["content"].strip() if self.template.trim else message["content"]
+        body = self.encode(lead + content + trail) + end
         return RenderedTurn(header, body, footer, int(trained and message.get("weight", 1)))
 
     def jinja_template(self, mark_trained: bool = True) -> str:
@@ -190,7 +195,8 @@ class Tokenizer:
         branches = ""
         for role, turn in self.template.turns.items():
             header, lead, trail, end, footer = map(json.dumps, turn)
-            body = f"{{{{ {lead} + content + {trail} + {end} }}}}"
+            content = "content | trim" if self.template.trim else "content"
+            body = f"{{{{ {lead} + {content} + {trail} + {end} }}}}"
             if role == "assistant" and mark_trained:
                 body = f"{{% generation %}}{body}{{% endgeneration %}}"
             keyword = "elif" if branches else "if"

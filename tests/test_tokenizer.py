@@ -20,7 +20,9 @@ from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
 TEMPLATES = list(CHAT_TEMPLATES)
 CONTROL_TOKENS = [token for template in CHAT_TEMPLATES.values() for token in template.control_tokens]
 
-# The templates as their authors write them, with {% generation %} around what the assistant says.
+# The templates as their authors publish them.
+PUBLISHED = {name: Path(__file__).with_name("data") / f"templates/{name}.jinja" for name in TEMPLATES}
+# The same with {% generation %} around what the assistant says, and a turn for every role.
 HANDWRITTEN = {
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -33,8 +35,8 @@ HANDWRITTEN = {
         "{{ '<|begin_of_text|>' }}{% for message in messages %}"
         "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
         "{% if message['role'] == 'assistant' %}"
-        "{% generation %}{{ message['content'] + '<|eot_id|>' }}{% endgeneration %}"
-        "{% else %}{{ message['content'] + '<|eot_id|>' }}{% endif %}{% endfor %}"
+        "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+        "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
     "deepseek": (
@@ -53,7 +55,7 @@ def literal(template: str, role: str, content: str) -> tuple[str, str, str]:
     if template == "chatml":
         return f"<|im_start|>{role}\n", f"{content}<|im_end|>", "\n"
     if template == "llama3":
-        return f"<|start_header_id|>{role}<|end_header_id|>\n\n", f"{content}<|eot_id|>", ""
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n", f"{content.strip()}<|eot_id|>", ""
     texts = {"system": f"{content}\n\n", "user": f"User: {content}\n\n", "tool": f"Tool: {content}\n\n"}
     return ("Assistant:", f" {content}<｜end▁of▁sentence｜>", "") if role == "assistant" else (texts[role], "", "")
 
@@ -121,6 +123,22 @@ def test_the_generation_prompt_is_what_transformers_writes(small, saved, name):
     for jinja in (HANDWRITTEN[name], None):
         expected = oracle.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True)
         assert small[name].render(messages, add_generation_prompt=True)[0] == expected["input_ids"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_text_is_what_the_published_template_writes(chitchat, small, saved, name, add_generation_prompt):
+    """White space around content, too. Not compared: DeepSeek's leaves tools' turns out, which ours writes."""
+    oracle = transformers.AutoTokenizer.from_pretrained(saved[name])
+    rng = random.Random(0)
+    texts = ["  Hi!  ", "\n\nTwo\n\nlines\n", "\t", "", " x", *(c[0]["content"] for c in chitchat[::200])]
+    roles = [role for role in ROLES if name != "deepseek" or role != "tool"]
+    for _ in range(200):
+        messages = [{"role": rng.choice(roles), "content": rng.choice(texts)} for _ in range(rng.randint(1, 6))]
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        published = oracle.apply_chat_template(messages, chat_template=PUBLISHED[name].read_text(), **options)
+        assert small[name].decode(small[name].render(messages, add_generation_prompt)[0]) == published
+        assert oracle.apply_chat_template(messages, **options) == published  # what is saved with a checkpoint
 
 
 @pytest.mark.parametrize("vocab_size", [300, 8192, None])
