@@ -185,8 +185,8 @@ class Tokenizer:
         if message["role"] not in self._turns:
             raise UserError(f"role {message['role']!r} is unknown; use one of {', '.join(self._turns)}")
         header, lead, trail, end, footer, trained = self._turns[message["role"]]
-        text = message["content"].strip() if self.template.trim else message["content"]
-        body = self.encode(lead + text + trail) + end
+        content = message["content"].strip() if self.template.trim else message["content"]
+        body = self.encode(lead + content + trail) + end
         return RenderedTurn(header, body, footer, int(trained and message.get("weight", 1)))
 
     def jinja_template(self, mark_trained: bool = True) -> str:
