@@ -295,7 +295,7 @@ TINY = TrainConfig(
     batch=BatchConfig(batch_size=4, gradient_accumulation_steps=1, max_steps=1000),
     # Gradients of small batches are noisy: with adam_beta2 0.99 a tenth fewer steps to the same loss than with 0.95.
     optimizer=OptimizerConfig(
-        "muon", learning_rate=4e-3, min_learning_rate_ratio=0.0075, warmup_steps=15, adam_beta2=0.99
+        "muon", learning_rate=3e-3, min_learning_rate_ratio=0.01, warmup_steps=15, adam_beta2=0.99
     ),
     checkpoint=CheckpointConfig(init_from=str(Path(__file__).parent / "base"), save_steps=200),
     watch=WatchConfig(eval_steps=200),
@@ -323,6 +323,7 @@ BASE = TINY.changed(
     init_from=None,
     batch_size=8,
     max_steps=4000,
+    learning_rate=4e-3,
     warmup_steps=100,
     eval_steps=0,
     save_steps=500,

@@ -98,7 +98,8 @@ def run_tiny(arguments: list[str]) -> Curve:
     """`train_sft.py tiny` from scratch; the clock is the sum of its steps' durations."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "train_sft.py", "tiny", "--output-dir", directory, "--sample-prompts"]
-        command += ["--init-from", "none", "--dataset", "chitchat", "--long-conversations", "truncate", *arguments]
+        command += ["--init-from", "none", "--dataset", "chitchat", "--long-conversations", "truncate"]
+        command += ["--learning-rate", "4e-3", *arguments]
         subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])
         lines = read_metrics(directory)
     curve: Curve = []
