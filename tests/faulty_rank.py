@@ -22,7 +22,7 @@ def main() -> None:
     faults = sys.argv.pop(1).split(",")
     kind, step = faults[int(os.environ["TORCHELASTIC_RESTART_COUNT"])].split(":")
     if kind == "begin":
-        train_sft.load_tokenizer = fail
+        train_sft.resolve = fail
     forward = trainer.Trainer.forward
 
     def faulty(self: trainer.Trainer, *arguments: Any) -> Any:
