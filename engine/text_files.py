@@ -78,7 +78,10 @@ def read_csv(file: File, delimiter: str) -> Rows:
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter, strict=True)
-    columns = next(rows, [])
+    try:
+        columns = next(rows, [])
+    except csv.Error as error:
+        raise ValueError(f"line 1: invalid CSV: {error}") from error
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
         raise ValueError(f"line 1 names the column {twice[0]!r} twice")
