@@ -48,8 +48,9 @@ def read_row(row: dict[str, Any]) -> tuple[list[Message] | str, list[str]]:
             content, unused = read(fields, *columns)
             break
     else:
-        known = ", nor ".join(" and ".join(columns) for columns in FORMATS)
-        raise RowError("columns", f"neither {known}", f"there are {', '.join(map(str, row)) or 'none'}")
+        known = ", ".join(" and ".join(columns) for columns in FORMATS)
+        there = ", ".join(map(str, row)) or "none"
+        raise RowError("columns", "of no known format", f"there are {there}; known are {known}")
     if not isinstance(content, str):
         content = add_system(content, fields)
         if all(message["role"] != "assistant" for message in content):

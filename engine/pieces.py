@@ -25,6 +25,7 @@ from tokenizer import ROLES, RenderedTurn, Tokenizer
 INTEGER, STRING = datasets.Value("int32"), datasets.Value("string")
 # Whose tokens a piece holds. A document's are nobody's.
 SPEAKERS = (*ROLES, "text")
+SPEAKER_BYTES = {speaker: bytes([i]) for i, speaker in enumerate(SPEAKERS)}
 PIECE = datasets.Features(
     {
         # Which row of the source it comes from, and the how-manieth piece of that row it is, from 0 on.
@@ -216,7 +217,7 @@ def flatten(messages: list[Message], tokenizer: Tokenizer) -> Conversation:
         mask += [0] * len(header)
         mask += [trained] * len(body)
         mask += [0] * len(footer)
-        speakers += bytes([SPEAKERS.index(message["role"])]) * (len(ids) - len(speakers))
+        speakers += SPEAKER_BYTES[message["role"]] * (len(ids) - len(speakers))
         borders.append(len(ids))
     leading = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     return Conversation(ids, mask, bytes(speakers), borders, turns, borders[leading])

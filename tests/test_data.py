@@ -404,7 +404,7 @@ def test_a_txt_is_one_document(tmp_path: Path) -> None:
         ("a.csv", b"", "is empty"),
         ("a.csv", b'prompt,completion\nx,"y\n', "line 2: line: invalid CSV: unexpected end of data"),
         ("a.csv", b"prompt,completion\nx,\xff\n", "line 2: line: invalid UTF-8"),
-        ("a.csv", b"prompt;completion\nx;y\n", "columns: neither messages"),
+        ("a.csv", b"prompt;completion\nx;y\n", "columns: of no known format (there are prompt;completion"),
         ("a.txt", b"\xff", "byte 1: line: invalid UTF-8"),
         ("a.jsonl.gz", b"not gzip", "cannot be read as a dataset: Not a gzipped file"),
         ("a.json", b'[{"messages": 1}, 2]', "a.json, entry 2: line: not a JSON object"),

@@ -159,3 +159,17 @@ def test_conversations_are_read_from_any_table():
         assert stream.lengths.tolist() == [len(ids) for ids, _ in expected]
         for i, (ids, mask) in enumerate(expected):
             assert [array.tolist() for array in stream.conversation(i)] == [ids, mask]
+
+
+def test_unshuffled_rows_come_in_the_order_of_the_data_and_shuffled_ones_of_any_length():
+    """Best fit makes rows from the longest conversations on; neither what is trained first nor a sample of what is
+    held out may be that."""
+    conversations = numbered_conversations(300)
+    dataset, collator = as_dataset(conversations), DataCollator(CAPACITY, PAD)
+    plain = RowStream(dataset, collator, shuffle=False)
+    firsts = [min(plain.row_indices(i)) for i in range(plain.rows_per_epoch)]
+    assert firsts == sorted(firsts)
+    shuffled = RowStream(dataset, collator, seed=1)
+    sample = [len(shuffled.row(i)) for i in range(shuffled.rows_per_epoch // 4)]
+    everything = [len(shuffled.row(i)) for i in range(shuffled.rows_per_epoch)]
+    assert np.mean(sample) == pytest.approx(np.mean(everything), rel=0.15)

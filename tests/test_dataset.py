@@ -166,7 +166,10 @@ BAD_ROWS = {
     "message no object": ({"messages": ["Hello"]}, r"messages\[0\]: not an object with role and content \(it is str"),
     "sharegpt role": ({"conversations": [{"from": "x", "value": ""}]}, r"conversations\[0\].from: unknown role"),
     "completion null": ({"prompt": "Hello", "completion": None}, "completion: not a list of messages"),
-    "missing columns": ({"words": "Hello", "id": 1}, r"columns: neither messages.* \(there are words, id"),
+    "missing columns": (
+        {"words": "Hello", "id": 1},
+        r"columns: of no known format \(there are words, id; known are messages",
+    ),
     "row no object": ([1], r"line: not a JSON object \(it is list"),
     "truncated json": ('{"messages": [{"role": "us', "line: invalid JSON"),
     "deep json": ("[" * 100_000, "line: invalid JSON"),

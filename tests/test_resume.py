@@ -322,9 +322,7 @@ def test_a_run_from_before_the_configuration_had_groups_goes_on(
     shutil.copytree(written / "run_9a2237a", tmp_path / "run")
     shutil.copy(written / "talk.jsonl", tmp_path)
     monkeypatch.chdir(tmp_path)
-    before_they_were_there = {"long_conversations": "truncate", "eval_fraction": 0.0}
-    command = arguments(Path("talk.jsonl"), Path("run"), RESUME, **before_they_were_there)
-    assert train_here(command, tmp_path) == 0
+    assert train_here(arguments(Path("talk.jsonl"), Path("run"), RESUME), tmp_path) == 0
     expected = [json.loads(line) for line in (written / "run_9a2237a/expected.jsonl").read_text().splitlines()]
     for line, before in zip(numbers(tmp_path / "run"), without_clock(expected), strict=True):
         assert line == pytest.approx(before, rel=1e-6)
@@ -333,6 +331,7 @@ def test_a_run_from_before_the_configuration_had_groups_goes_on(
     assert before.keys() - config.keys() == {"min_learning_rate"}
     assert config["min_learning_rate_ratio"] == pytest.approx(before["min_learning_rate"] / before["learning_rate"])
     assert config["dataset"] == ["talk.jsonl"]
+    assert (config["long_conversations"], config["eval_fraction"]) == ("truncate", 0.0)  # as it was before these fields
     load_pretrained(tmp_path / "run/checkpoints/step-000012")
     load_pretrained(written / "run_9a2237a/checkpoints/step-000006")
 
