@@ -49,13 +49,14 @@ ARRANGEMENTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "lora": (["--packing"], {"lora_rank": 4, "lora_dropout": 0.1}),
 }
 JOBS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "ddp": (["--packing"], {"parallel": "ddp"}),
-    "fsdp": (["--packing"], {"parallel": "fsdp", "optimizer": "muon"}),
+    "ddp": (["--packing"], {"parallel": "ddp", "save_steps": 1}),
+    "fsdp": (["--packing"], {"parallel": "fsdp", "save_steps": 1, "optimizer": "muon"}),
 }
 TRAIN = Path(__file__).resolve().parents[1] / "train_sft.py"
 COUNTED = ("runs", "kills", "kills while saving", "resumes", "losses differing", "weights differing")
 LENGTH = {"max_steps": 30, "save_steps": 2, "eval_steps": 10}
 LONGEST_LIFE, LONGEST_JOB = 0.4, 2.0  # seconds of training before a kill
+KILLS_A_JOB = 5
 
 
 def main() -> int:
@@ -110,11 +111,12 @@ def soak_jobs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[
 
     def disturb(run: Path, flags: list[str], changes: dict[str, Any], totals: dict[str, int]) -> None:
         job, log = begin(run, flags, changes)
+        enough = min(kills, totals["kills"] + KILLS_A_JOB)
         for start in itertools.count(1):
             while job.poll() is None and log.read_text().count("parameters, ") < start:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, LONGEST_JOB))
-            if totals["kills"] >= kills or job.poll() is not None:
+            if totals["kills"] >= enough or job.poll() is not None:
                 break
             ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
             if len(ranks) == 2:  # else they are about to leave
