@@ -1,11 +1,15 @@
 """Kill training runs at random moments, resume them until they are done, and compare them with runs left alone.
 
     python benchmarks/soak.py [--kills 50] [--seed 0]
+    python benchmarks/soak.py --torchrun [--kills 30]
 
 Small runs, which spend about half of their time saving, in four arrangements by turns: packed, padded, accumulating
 gradients under Muon, and LoRA with dropout. Each goes through its data several times. SIGKILL comes at a random moment
 of training or saving. Losses (every line of metrics.jsonl), weights and optimizer state have to come out bit for bit as
 those of the undisturbed run. Exits with 1 if any does not.
+
+With --torchrun they are jobs of two ranks, by turns under DDP and FSDP. One of the ranks, drawn by chance, is killed;
+nobody resumes: torchrun starts the ranks again, as often as it takes.
 """
 
 import argparse
@@ -13,8 +17,11 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +34,10 @@ from small_runs import (
     conversations,
     differing,
     final_tensors,
+    finish_job,
     kill_after,
     numbers,
+    start_job,
     train_in_child,
     write_jsonl,
 )
@@ -39,42 +48,108 @@ ARRANGEMENTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "accumulation, muon": (["--packing"], {"gradient_accumulation_steps": 3, "optimizer": "muon"}),
     "lora": (["--packing"], {"lora_rank": 4, "lora_dropout": 0.1}),
 }
+JOBS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "ddp": (["--packing"], {"parallel": "ddp", "save_steps": 1}),
+    "fsdp": (["--packing"], {"parallel": "fsdp", "save_steps": 1, "optimizer": "muon"}),
+}
+TRAIN = Path(__file__).resolve().parents[1] / "train_sft.py"
 COUNTED = ("runs", "kills", "kills while saving", "resumes", "losses differing", "weights differing")
 LENGTH = {"max_steps": 30, "save_steps": 2, "eval_steps": 10}
-LONGEST_LIFE = 0.4  # seconds of training before a kill
+LONGEST_LIFE, LONGEST_JOB = 0.4, 2.0  # seconds of training before a kill
+KILLS_A_JOB = 5
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which runs are killed")
+    parser.add_argument("--torchrun", action="store_true", help="jobs of two ranks, which torchrun starts again")
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        totals = soak(Path(folder), options.kills, rng)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = write_jsonl(folder / "data.jsonl", conversations(40))
+        soak_some = soak_jobs if options.torchrun else soak_runs
+        totals = soak_some(folder, data, options.kills, rng)
     print(", ".join(f"{number} {what}" for what, number in totals.items()))
     return int(totals["losses differing"] + totals["weights differing"] > 0)
 
 
-def soak(folder: Path, kills: int, rng: random.Random) -> dict[str, int]:
+def soak_runs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[str, int]:
     """Counts of what happened, until there were that many kills."""
-    data, log = write_jsonl(folder / "data.jsonl", conversations(40)), folder / "log"
-    base = folder / "base"  # which LoRA adapts
+    log, base = folder / "log", folder / "base"  # which LoRA adapts
     finish(arguments(data, base, max_steps=5, eval_steps=0), log)
-    totals = dict.fromkeys(COUNTED, 0)
-    for number, (name, (flags, changes)) in enumerate(itertools.cycle(ARRANGEMENTS.items())):
-        if totals["kills"] >= kills:
-            return totals
-        changes = LENGTH | changes | ({"init_from": base} if "lora_rank" in changes else {})
-        reference, run = folder / f"reference-{name}", folder / f"run-{number}"
-        if not reference.exists():
-            finish(arguments(data, reference, *flags, **changes), log)
-        command = arguments(data, run, "--resume", *flags, **changes)
-        before = totals.copy()
+
+    def disturb(run: Path, flags: list[str], changes: dict[str, Any], totals: dict[str, int]) -> None:
+        command = arguments(data, run, *flags, **changes)
         while totals["kills"] < kills and kill_after(rng.uniform(0, LONGEST_LIFE), command, log) == -signal.SIGKILL:
-            totals["kills"] += 1
-            totals["kills while saving"] += any((run / "checkpoints").glob(".step-*"))
+            count_kill(run, totals)
+            command = ["--resume", "--output-dir", str(run)]
         finish(command, log)  # changes nothing if it is done
+
+    def leave_alone(run: Path, flags: list[str], changes: dict[str, Any]) -> None:
+        finish(arguments(data, run, *flags, **changes), log)
+
+    lora = {"init_from": base}
+    arrangements = {n: (f, c | (lora if "lora_rank" in c else {})) for n, (f, c) in ARRANGEMENTS.items()}
+    return soak(folder, arrangements, kills, leave_alone, disturb)
+
+
+def soak_jobs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[str, int]:
+    """The same of jobs under torchrun."""
+
+    def begin(run: Path, flags: list[str], changes: dict[str, Any]) -> tuple[subprocess.Popen, Path]:
+        log = folder / f"{run.name}.log"
+        launcher = ("--standalone", "--max-restarts=1000")
+        words = arguments(data, run, *flags, **changes)
+        return start_job(folder, log, 2, TRAIN, *words, launcher=launcher), log
+
+    def leave_alone(run: Path, flags: list[str], changes: dict[str, Any]) -> None:
+        job, log = begin(run, flags, changes)
+        if finish_job(job) != 0:
+            sys.exit(log.read_text())
+
+    def disturb(run: Path, flags: list[str], changes: dict[str, Any], totals: dict[str, int]) -> None:
+        job, log = begin(run, flags, changes)
+        enough = min(kills, totals["kills"] + KILLS_A_JOB)
+        for start in itertools.count(1):
+            while job.poll() is None and log.read_text().count("parameters, ") < start:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, LONGEST_JOB))
+            if totals["kills"] >= enough or job.poll() is not None:
+                break
+            ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            if len(ranks) == 2:  # else they are about to leave
+                os.kill(int(rng.choice(ranks)), signal.SIGKILL)
+                count_kill(run, totals)
+        if finish_job(job) != 0:
+            sys.exit(log.read_text())
+
+    return soak(folder, JOBS, kills, leave_alone, disturb)
+
+
+def count_kill(run: Path, totals: dict[str, int]) -> None:
+    totals["kills"] += 1
+    totals["kills while saving"] += any((run / "checkpoints").glob(".step-*"))
+
+
+def soak(
+    folder: Path,
+    arrangements: dict[str, tuple[list[str], dict[str, Any]]],
+    kills: int,
+    leave_alone: Callable[..., None],
+    disturb: Callable[..., None],
+) -> dict[str, int]:
+    """Runs that are disturbed against runs that are left alone, in all arrangements by turns, until there were that
+    many kills. Counts of what happened."""
+    totals = dict.fromkeys(COUNTED, 0)
+    for number, (name, (flags, changes)) in enumerate(itertools.cycle(arrangements.items())):
+        if totals["kills"] >= kills:
+            break
+        reference, run, before = folder / f"reference-{name}", folder / f"run-{number}", totals.copy()
+        if not reference.exists():
+            leave_alone(reference, flags, LENGTH | changes)
+        disturb(run, flags, LENGTH | changes, totals)
         ours, theirs = numbers(run), numbers(reference)
         totals["runs"] += 1
         totals["resumes"] += totals["kills"] - before["kills"]
@@ -82,7 +157,7 @@ def soak(folder: Path, kills: int, rng: random.Random) -> dict[str, int]:
         totals["weights differing"] += len(differing(final_tensors(run), final_tensors(reference)))
         change = {what: totals[what] - before[what] for what in totals if what != "runs"}
         print(f"run {totals['runs']}, {name}: " + ", ".join(f"{n} {what}" for what, n in change.items()), flush=True)
-    raise AssertionError("a cycle doesn't end")
+    return totals
 
 
 def finish(command: list[str], log: Path) -> None:

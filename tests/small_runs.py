@@ -206,6 +206,34 @@ def kill_after(seconds: float, arguments: list[str], log: Path) -> int:
     return child.exitcode or 0
 
 
+# ---------------------------------------------------------------- under torchrun
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start_job(
+    folder: Path, log: Path, ranks: int, *words: object, launcher: tuple[str, ...] = (), **options: Any
+) -> subprocess.Popen:
+    """torchrun on a script of ours, which with all its ranks appends to `log` what it prints."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *(launcher or ("--standalone",))]
+    line = [*torchrun, "--nproc-per-node", str(ranks), *(str(word) for word in words)]
+    with log.open("a") as output:
+        return subprocess.Popen(line, env=environment, stdout=output, stderr=subprocess.STDOUT, **options)
+
+
+def finish_job(job: subprocess.Popen) -> int:
+    """Its exit code; nothing of it is left behind."""
+    try:
+        return job.wait(120)
+    except subprocess.TimeoutExpired:
+        job.terminate()  # torchrun passes it on
+        raise
+
+
 # ---------------------------------------------------------------- faults
 
 

@@ -10,8 +10,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from safetensors.torch import load_file
 from checkpoint import load_pretrained, load_state
 from engine.run_directory import read_metrics
 from ranks import take_over
-from small_runs import arguments, conversations, final_tensors, numbers, train_here, write_jsonl
+from small_runs import arguments, conversations, final_tensors, finish_job, numbers, start_job, train_here, write_jsonl
 from trainer import STATE
 
 # One worker of pytest-xdist runs them all, so that the jobs run once.
@@ -85,29 +83,6 @@ def command(folder: Path, variant: str, where: str, output_dir: Path, *more: str
     return arguments(folder / "data.jsonl", output_dir, *flags, *more, **settings)
 
 
-def start(
-    folder: Path, log: Path, ranks: int, *words: object, launcher: tuple[str, ...] = (), **options: Any
-) -> subprocess.Popen:
-    """torchrun on a script of ours, which with all its ranks appends to `log` what it prints."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-    }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *(launcher or ("--standalone",))]
-    line = [*torchrun, "--nproc-per-node", str(ranks), *(str(word) for word in words)]
-    with log.open("a") as output:
-        return subprocess.Popen(line, env=environment, stdout=output, stderr=subprocess.STDOUT, **options)
-
-
-def finish(job: subprocess.Popen) -> int:
-    """Its exit code; nothing of it is left behind."""
-    try:
-        return job.wait(120)
-    except subprocess.TimeoutExpired:
-        job.terminate()  # torchrun passes it on
-        raise
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where every variant has run on one process, and then in each engine, and gone on from each other's checkpoints.
@@ -130,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 runs.append({"arguments": resumed, "continues": str(folder / RESUMED[name])})
         (folder / f"{ranks}.json").write_text(json.dumps(runs))
         log = folder / f"{ranks}.log"
-        code = finish(start(folder, log, ranks, ROOT / "tests/ranks.py", folder / f"{ranks}.json"))
+        code = finish_job(start_job(folder, log, ranks, ROOT / "tests/ranks.py", folder / f"{ranks}.json"))
         assert code == 0, log.read_text()
     for variant in ("packed", "lora"):
         resumed_run = folder / f"{variant}-1-resumed"
@@ -295,8 +270,8 @@ def test_a_restarted_job_goes_on_by_itself_and_a_killed_rank_ends_it(
     words = command(folder, "packed", "fsdp-2", run, max_steps=8, save_steps=3)
     launcher = ("--standalone", "--max-restarts=2")
     faults = "begin:0,raise:4,kill:6"
-    job = start(folder, log, 2, ROOT / "tests/faulty_rank.py", faults, *words, launcher=launcher)
-    assert finish(job) != 0
+    job = start_job(folder, log, 2, ROOT / "tests/faulty_rank.py", faults, *words, launcher=launcher)
+    assert finish_job(job) != 0
     assert time.time() - (run / "failed").stat().st_mtime < 60
     printed = log.read_text()
     assert "error: out of cheese" in printed
@@ -315,7 +290,7 @@ def test_what_a_user_can_mend_is_one_line_whatever_the_number_of_ranks(folder: P
     useless = command(folder, "packed", "ddp-2", tmp_path / "run", lora_alpha=3)
     for words, message in ((missing, "there is no file"), (useless, "lora_alpha has no effect")):
         log = tmp_path / message
-        assert finish(start(folder, log, 2, ROOT / "train_sft.py", *words)) != 0
+        assert finish_job(start_job(folder, log, 2, ROOT / "train_sft.py", *words)) != 0
         lines = log.read_text().splitlines()
         assert [line for line in lines if line.startswith("error: ")] == [line for line in lines if message in line][:1]
         assert not [line for line in lines if str(ROOT) in line and "File" in line]  # tracebacks are torchrun's own
@@ -329,11 +304,11 @@ def test_two_nodes_form_one_job_and_name_the_rank_that_fails(folder: Path, eight
         port = free.getsockname()[1]
     launcher = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
     words = ("raise:5", *command(folder, "packed", "ddp-2", run, max_steps=8))
-    jobs = [start(folder, log, 1, ROOT / "tests/faulty_rank.py", *words, launcher=launcher) for log in logs]
-    assert 0 not in [finish(job) for job in jobs]
+    jobs = [start_job(folder, log, 1, ROOT / "tests/faulty_rank.py", *words, launcher=launcher) for log in logs]
+    assert 0 not in [finish_job(job) for job in jobs]
     assert time.time() - (run / "failed").stat().st_mtime < 60
     printed = "".join(log.read_text() for log in logs)
-    assert re.search(r"8 rows \(.* epochs\) on 2 x cpu", printed)
+    assert re.search(r"of 8 rows \(.* epochs\) on 2 x cpu", printed)
     assert re.search(r"rank +: 1 (.*\n)+? +traceback : error: out of cheese", printed)
     assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=8), folder) == 0
     assert_same_run(run, eight_steps)
@@ -350,8 +325,8 @@ def test_nodes_without_common_files_are_told_so(folder: Path, tmp_path: Path) ->
     for log in logs:
         place = log.with_suffix(".place")
         place.mkdir()
-        jobs.append(start(folder, log, 1, ROOT / "train_sft.py", *words, launcher=launcher, cwd=place))
-    assert 0 not in [finish(job) for job in jobs]
+        jobs.append(start_job(folder, log, 1, ROOT / "train_sft.py", *words, launcher=launcher, cwd=place))
+    assert 0 not in [finish_job(job) for job in jobs]
     printed = "".join(log.read_text() for log in logs)
     assert "error: rank 1 does not see what the first rank writes in" in printed
     assert not list(tmp_path.glob("*.place/runs/*"))
@@ -360,12 +335,12 @@ def test_nodes_without_common_files_are_told_so(folder: Path, tmp_path: Path) ->
 def test_a_signal_reaches_all_ranks_and_saves_once(folder: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     words = command(folder, "packed", "ddp-2", run, max_steps=100_000, save_steps=0, eval_steps=0)
-    job = start(folder, log, 2, ROOT / "tests/faulty_rank.py", "raise:0", *words, start_new_session=True)
+    job = start_job(folder, log, 2, ROOT / "tests/faulty_rank.py", "raise:0", *words, start_new_session=True)
     metrics = run / "metrics.jsonl"
     while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
         time.sleep(0.05)
     os.killpg(job.pid, signal.SIGTERM)  # as schedulers do: torchrun sends it to its ranks once more
-    assert finish(job) == 1  # torchrun's own code
+    assert finish_job(job) == 1  # torchrun's own code
     assert len(re.findall("Sending process .* closing signal SIGTERM", log.read_text())) == 2
     assert "SIGKILL" not in log.read_text()
     last = read_metrics(run)[-1]["step"]
