@@ -17,18 +17,14 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from config import PRESETS
-from engine.cost import parameter_counts, training_cost
+from engine.cost import Traffic, parameter_counts, training_cost
 from model import DeepSeekV2
 
 WARM_UP = COUNTED = 3  # steps
@@ -47,25 +43,6 @@ class Options:
 
 
 # ---------------------------------------------------------------- counting
-
-# Bytes that a rank of N sends, over (N - 1) / N of the whole tensor.
-ON_A_RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
-
-
-class Traffic(TorchDispatchMode):
-    """Adds up in `sent` the bytes that this rank sends, by kind of collective: DDP's and FSDP's pass here too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: dict[str, float] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = func._schema.name.removeprefix("c10d::")
-        if kind in ON_A_RING:
-            whole = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-            ranks = dist.get_world_size()
-            self.sent[kind] = self.sent.get(kind, 0) + ON_A_RING[kind] * (ranks - 1) / ranks * whole
-        return func(*args, **(kwargs or {}))
 
 
 def loopback_bytes() -> int:
