@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+import quantization  # noqa: F401 -- makes tables of numbers, which it couldn't on tensors without them
 from config import TrainConfig
 from engine import kernels
 from engine.cost import Traffic, attention_flops, training_cost
@@ -153,10 +154,10 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         super().__init__()
-        self.model, self.optimizers = model, optimizers
+        self.parameters, self.optimizers = list(model.parameters()), optimizers  # shards: before any is gathered
         self.storages = WeakIdKeyDictionary()  # of live tensors; FSDP empties and refills some
         self.peak, self.at_peak = 0, dict[str, int]()
-        for parameter in model.parameters():
+        for parameter in self.parameters:
             self.storages[local(parameter).untyped_storage()] = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -172,11 +173,10 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def by_kind(self, total: int) -> dict[str, int]:
-        parameters = list(self.model.parameters())
         states = [x for optimizer in self.optimizers for state in optimizer.state.values() for x in state.values()]
         kinds = {
-            "weights": sum(local(p).nbytes for p in parameters),
-            "gradients": sum(local(p.grad).nbytes for p in parameters if p.grad is not None),
+            "weights": sum(local(p).nbytes for p in self.parameters),
+            "gradients": sum(local(p.grad).nbytes for p in self.parameters if p.grad is not None),
             "optimizer": sum(local(x).nbytes for x in states),
         }
         return kinds | {"activations": total - sum(kinds.values())}

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "engine.plots": set(),
     "engine.cost": {"config", "model"},
     "engine.dry_run": {
-        *("config", "model", "optimizer", "parallel"),
+        *("config", "model", "optimizer", "parallel", "quantization"),
         *("engine.cost", "engine.documents", "engine.kernels"),
     },
     "engine.job": {"config", "parallel", "engine.run_directory"},
