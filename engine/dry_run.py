@@ -79,9 +79,10 @@ def dry_run(config: TrainConfig, plan: Plan, parts: Parts, ranks: int = 1) -> Dr
             model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
             optimizers = make_optimizers(model, config.optimizer, dtype)
             moved = {name: move(fake, x) for name, x in batch.items()}
-            with LiveMemory(model, optimizers) as live:
-                for _ in range(2):  # the first one's backward pass has no optimizer state beside it yet
-                    sent = step(model, optimizers, moved, config, dtype)
+            live = LiveMemory(model, optimizers)
+            step(model, optimizers, moved, config, dtype)  # in which optimizer state, and DTensor's plans, come to be
+            with live:
+                sent = step(model, optimizers, moved, config, dtype)
     if ranks > 1 and mesh is None:  # DDP reduces every gradient once
         sent = 2 * (ranks - 1) / ranks * sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     length, rows = config.data.max_seq_len, config.batch.batch_size * config.batch.gradient_accumulation_steps
@@ -157,8 +158,14 @@ class LiveMemory(TorchDispatchMode):
         self.parameters, self.optimizers = list(model.parameters()), optimizers  # shards: before any is gathered
         self.storages = WeakIdKeyDictionary()  # of live tensors; FSDP empties and refills some
         self.peak, self.at_peak = 0, dict[str, int]()
-        for parameter in self.parameters:
-            self.storages[local(parameter).untyped_storage()] = None
+
+    def __enter__(self) -> "LiveMemory":
+        for tensor in (*self.parameters, *self.states()):
+            self.storages[local(tensor).untyped_storage()] = None
+        return super().__enter__()
+
+    def states(self) -> list[Tensor]:
+        return [x for optimizer in self.optimizers for state in optimizer.state.values() for x in state.values()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
@@ -173,11 +180,10 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def by_kind(self, total: int) -> dict[str, int]:
-        states = [x for optimizer in self.optimizers for state in optimizer.state.values() for x in state.values()]
         kinds = {
             "weights": sum(local(p).nbytes for p in self.parameters),
             "gradients": sum(local(p.grad).nbytes for p in self.parameters if p.grad is not None),
-            "optimizer": sum(local(x).nbytes for x in states),
+            "optimizer": sum(local(x).nbytes for x in self.states()),
         }
         return kinds | {"activations": total - sum(kinds.values())}
 
