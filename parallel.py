@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Dtype, UserError
+from config import Dtype, UserError, check
 
 Value = TypeVar("Value")
 Optimizers = list[torch.optim.Optimizer]
@@ -71,12 +71,13 @@ def choose_device(name: str) -> str:
 
 def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
     """ "auto": bfloat16 where the hardware multiplies in it, else float32. Without it torch is up to a hundred times
-    slower in bf16 than in fp32."""
-    if name != "auto":
-        return name
+    slower in bf16 than in fp32, and FlashAttention refuses. Raises UserError for bfloat16 on such a GPU."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+        check(fast or name != "bfloat16", "this GPU does not multiply in bfloat16; take float32")
+    if name != "auto":
+        return name
+    if device.type != "cuda":
         abilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         fast = any(abilities.get(ability) for ability in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
     return "bfloat16" if fast else "float32"
