@@ -155,12 +155,13 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         super().__init__()
-        self.parameters, self.optimizers = list(model.parameters()), optimizers  # shards: before any is gathered
+        self.weights = [*model.parameters(), *model.buffers()]  # shards: before any is gathered; NF4's are buffers
+        self.optimizers = optimizers
         self.storages = WeakIdKeyDictionary()  # of live tensors; FSDP empties and refills some
         self.peak, self.at_peak = 0, dict[str, int]()
 
     def __enter__(self) -> "LiveMemory":
-        for tensor in (*self.parameters, *self.states()):
+        for tensor in (*self.weights, *self.states()):
             self.storages[local(tensor).untyped_storage()] = None
         return super().__enter__()
 
@@ -181,8 +182,8 @@ class LiveMemory(TorchDispatchMode):
 
     def by_kind(self, total: int) -> dict[str, int]:
         kinds = {
-            "weights": sum(local(p).nbytes for p in self.parameters),
-            "gradients": sum(local(p.grad).nbytes for p in self.parameters if p.grad is not None),
+            "weights": sum(local(p).nbytes for p in self.weights),
+            "gradients": sum(local(p.grad).nbytes for p in self.weights if p.grad is not None),
             "optimizer": sum(local(x).nbytes for x in self.states()),
         }
         return kinds | {"activations": total - sum(kinds.values())}
