@@ -231,7 +231,8 @@ class WatchConfig:
     # Prompts answered at each evaluation, so that one sees the model learn.
     sample_prompts: tuple[str, ...] = ("Hello! How are you?", "What did you do today?", "Do you like music?")
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # tracker that gets the metrics too
-    dry_run: bool = False  # train nothing: say what the run would see
+    dry_run: bool = False  # train nothing: say what the run would see, and take of memory, network and time
+    dry_run_ranks: int = 1  # on so many processes, eight a node
     debug: bool = False  # show Python's traceback with an error
 
     def validate(self) -> None:

@@ -28,13 +28,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Dtype, UserError
+from config import Dtype, UserError, check
 
 Value = TypeVar("Value")
 Optimizers = list[torch.optim.Optimizer]
@@ -71,12 +71,13 @@ def choose_device(name: str) -> str:
 
 def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
     """ "auto": bfloat16 where the hardware multiplies in it, else float32. Without it torch is up to a hundred times
-    slower in bf16 than in fp32."""
-    if name != "auto":
-        return name
+    slower in bf16 than in fp32, and FlashAttention refuses. Raises UserError for bfloat16 on such a GPU."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+        check(fast or name != "bfloat16", "this GPU does not multiply in bfloat16; take float32")
+    if name != "auto":
+        return name
+    if device.type != "cuda":
         abilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         fast = any(abilities.get(ability) for ability in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
     return "bfloat16" if fast else "float32"
@@ -146,26 +147,30 @@ class Part(NamedTuple):
     dtype: torch.dtype | None = None  # that they are gathered in; None: their own
 
 
-def parallelize(model: nn.Module, parts: Iterable[Part], engine: str, world: World) -> nn.Module:
-    """Give memory to a model that is still on the meta device: to this rank's shard of it (fsdp, hsdp), or to a copy
-    (ddp). What is in none of the parts is the root's; a part may lie within one that comes later.
+def make_mesh(engine: str, world: World) -> DeviceMesh | None:
+    """Who shards with whom: all ranks (fsdp), or those of a node, with a replica in each (hsdp), so that only gradients
+    travel between nodes. None: nobody."""
+    if world.size == 1 or engine == "ddp":
+        return None
+    shape: tuple[int, ...] = (world.size,)
+    if engine == "hsdp" and world.node_size < world.size:
+        shape = (world.size // world.node_size, world.node_size)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
 
-    hsdp shards within a node and keeps a replica in each, so that only gradients travel between nodes. Gradients are
-    summed in fp32, whatever they were computed in.
-    """
-    sharded = world.node_size if engine == "hsdp" else world.size
+
+def parallelize(model: nn.Module, parts: Iterable[Part], mesh: DeviceMesh | None) -> None:
+    """Leave this rank its shard of a model that has no memory yet. What is in none of the parts is the root's; a part
+    may lie within one that comes later. Gradients are summed in fp32, whatever they were computed in."""
+    if mesh is None:
+        return
 
     def place(parameter: nn.Parameter) -> Shard | None:
         """Along the first dimension that splits evenly: 6 experts would leave 4 ranks with 2, 2, 2 and 0."""
-        return next((Shard(i) for i, size in enumerate(parameter.shape) if size % sharded == 0), None)
+        return next((Shard(i) for i, size in enumerate(parameter.shape) if size % mesh.shape[-1] == 0), None)
 
-    if world.size > 1 and engine in ("fsdp", "hsdp"):
-        shape = (world.size,) if sharded == world.size else (world.size // sharded, sharded)
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
-        for modules, dtype in (*parts, Part([model])):
-            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            fully_shard(modules, mesh=mesh, shard_placement_fn=place, mp_policy=policy)
-    return model.to_empty(device=world.device)
+    for modules, dtype in (*parts, Part([model])):
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(modules, mesh=mesh, shard_placement_fn=place, mp_policy=policy)
 
 
 def replicate(model: nn.Module, engine: str, world: World) -> nn.Module:

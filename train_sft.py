@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datacollator import RowStream
     from model import DeepSeekV2
     from parallel import Part, World
+    from quantization import NF4
     from tokenizer import Tokenizer
     from trainer import Trainer
 
@@ -41,6 +42,7 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
 
     from checkpoint import resolve_model
     from engine.data_report import write_skipped
+    from engine.dry_run import report
     from engine.job import agents, check_shared_files, is_own_run, look_up
     from engine.run_directory import check_changes, check_start, open_run
     from parallel import replicate
@@ -59,6 +61,8 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
         check_changes(config)
     train_rows, held_out, skipped = load_rows(config, tokenizer, world)
     if config.watch.dry_run:
+        if world.size == 1:
+            print(report(config, plan_model, gathered_parts, config.watch.dry_run_ranks))
         return
 
     torch.manual_seed(config.compute.seed)
@@ -169,28 +173,17 @@ def build_model(
     import torch
 
     import lora
-    import quantization
     from checkpoint import iterate_weights
     from engine.adapter_base import find_base
     from engine.hub_config import load_config
     from engine.new_tokens import with_new_rows
-    from model import DeepSeekV2
-    from parallel import load_weights, parallelize
+    from parallel import load_weights, make_mesh, parallelize
 
-    adapters, compute, quantized = config.lora, config.compute, {}
+    adapters, compute = config.lora, config.compute
     with torch.device("meta"):
-        model = DeepSeekV2(config.model)
-        if adapters.lora_rank:
-            model.requires_grad_(False)
-            if compute.dtype == "bfloat16":
-                model.to(torch.bfloat16)
-            if adapters.quantize:
-                quantization.plan(model)
-                quantized = quantization.quantized_weights(model)
-            lora.add_lora(
-                model, adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_target_modules
-            )
-    parallelize(model, gathered_parts(model, compute.dtype), compute.parallel, world)
+        model, quantized = plan_model(config)
+    parallelize(model, gathered_parts(model, compute.dtype), make_mesh(compute.parallel, world))
+    model.to_empty(device=world.device)
     generator = torch.Generator().manual_seed(compute.seed)
     base = config.checkpoint.init_from
     if adapters.lora_rank and checkpoint:
@@ -208,6 +201,27 @@ def build_model(
         for block in model.model.layers:
             block.compile()
     return model
+
+
+def plan_model(config: TrainConfig) -> tuple["DeepSeekV2", dict[str, "NF4"]]:
+    """The model with its adapters, on torch's default device and with whatever weights; and those in 4 bits."""
+    import torch
+
+    import lora
+    import quantization
+    from model import DeepSeekV2
+
+    model, adapters, quantized = DeepSeekV2(config.model), config.lora, {}
+    if adapters.lora_rank:
+        for parameter in model.requires_grad_(False).parameters():
+            if config.compute.dtype == "bfloat16":  # `model.to` cannot do that to a dry run's tensors
+                parameter.data = parameter.data.to(torch.bfloat16)
+        if adapters.quantize:
+            quantization.plan(model)
+            quantized = quantization.quantized_weights(model)
+        settings = (adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_target_modules)
+        lora.add_lora(model, *settings)
+    return model, quantized
 
 
 def gathered_parts(model: "DeepSeekV2", dtype: str) -> "list[Part]":

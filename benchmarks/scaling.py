@@ -17,18 +17,14 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from config import PRESETS
-from engine.cost import parameter_counts, training_cost
+from engine.cost import Traffic, parameter_counts, training_cost
 from model import DeepSeekV2
 
 WARM_UP = COUNTED = 3  # steps
@@ -47,25 +43,6 @@ class Options:
 
 
 # ---------------------------------------------------------------- counting
-
-# Bytes that a rank of N sends, over (N - 1) / N of the whole tensor.
-ON_A_RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
-
-
-class Traffic(TorchDispatchMode):
-    """Adds up in `sent` the bytes that this rank sends, by kind of collective: DDP's and FSDP's pass here too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: dict[str, float] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = func._schema.name.removeprefix("c10d::")
-        if kind in ON_A_RING:
-            whole = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-            ranks = dist.get_world_size()
-            self.sent[kind] = self.sent.get(kind, 0) + ON_A_RING[kind] * (ranks - 1) / ranks * whole
-        return func(*args, **(kwargs or {}))
 
 
 def loopback_bytes() -> int:
@@ -143,10 +120,12 @@ INSIDE, BETWEEN = 350e9, 40e9  # bytes a second and GPU: NVLink within a node of
 
 
 def calculate(preset: str, micro_batches: int) -> None:
-    """Print how long a step computes and sends, at the slowest link, and what is left of perfect scaling.
+    """Print how long a step computes and sends, and what is left of perfect scaling. benchmarks/dry_run.py counts the
+    same bytes in the engines' own calls.
 
-    FSDP sends beside all of the computation, DDP beside the last micro-batch's backward pass, two thirds of its work.
-    Gradients and gathered weights are fp32.
+    Each micro-batch, FSDP gathers bf16 weights twice and scatters fp32 gradients, beside all of the computation; HSDP
+    so within a node. What is reduced once a step, all gradients (DDP) or those of a shard between nodes (HSDP), goes
+    beside the last micro-batch's backward pass, two thirds of its work.
     """
     size = 4 * sum(total for total, _ in parameter_counts(PRESETS[preset].model).values())
     tokens = TOKENS * micro_batches
@@ -155,16 +134,22 @@ def calculate(preset: str, micro_batches: int) -> None:
     computing = flops / FLOPS
     print(f"\nCalculated, not measured: {preset}, {micro_batches} micro-batches of {TOKENS:,} tokens a GPU and step")
     print(f"{'GPUs':>4} {'engine':6}{'sent per GPU':>14}{'compute':>10}{'send':>10}{'beside it':>11}{'efficiency':>12}")
-    for ranks, bandwidth in ((8, INSIDE), (64, BETWEEN)):
-        for engine, times in (("ddp", 2), ("fsdp", 2 * micro_batches + 1)):
-            sent = times * (ranks - 1) / ranks * size
-            sending = sent / bandwidth
-            beside = computing if engine == "fsdp" else 2 / 3 * computing / micro_batches
-            efficiency = computing / (computing + max(0, sending - beside))
-            print(
-                f"{ranks:4} {engine:6}{sent / 1e9:11.2f} GB{computing * 1e3:7.0f} ms{sending * 1e3:7.0f} ms"
-                f"{min(beside, sending) * 1e3:8.0f} ms{efficiency:12.0%}"
-            )
+    last = 2 / 3 * computing / micro_batches
+    for ranks, engine in ((8, "ddp"), (8, "fsdp"), (64, "ddp"), (64, "fsdp"), (64, "hsdp")):
+        shards = {"ddp": 1, "fsdp": ranks, "hsdp": 8}[engine]
+        replicas = ranks // shards
+        sharding = 2 * micro_batches * (shards - 1) / shards * size
+        reducing = 2 * (replicas - 1) / replicas * size / shards
+        parts = [
+            (sharding / (INSIDE if shards <= 8 else BETWEEN), computing),
+            (reducing / (INSIDE if ranks <= 8 else BETWEEN), last),
+        ]
+        sending, waiting = sum(time for time, _ in parts), sum(max(0.0, time - beside) for time, beside in parts)
+        sent = (sharding + reducing) / 1e9
+        print(
+            f"{ranks:4} {engine:6}{sent:11.2f} GB{computing * 1e3:7.0f} ms{sending * 1e3:7.0f} ms"
+            f"{(sending - waiting) * 1e3:8.0f} ms{computing / (computing + waiting):12.0%}"
+        )
 
 
 def main() -> None:

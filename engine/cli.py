@@ -189,11 +189,16 @@ def useless_flags(config: TrainConfig, given: Collection[str], world_size: int) 
     start, lora, steps = config.checkpoint.init_from, config.lora, config.batch.max_steps
     without_lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
     quiet, prompts = not config.watch.eval_steps, config.watch.sample_prompts
-    alone = world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+    alone = world_size == config.watch.dry_run_ranks == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
     reasons = [
         (("tokenizer",), start, f"init_from brings its own tokenizer, that of {start}"),
         (("model.initializer_range",), start, f"init_from brings its own weights, those of {start}"),
-        (("parallel",), alone, "this is one process; start several: torchrun --nproc_per_node N train_sft.py ..."),
+        (("dry_run_ranks",), not config.watch.dry_run, "this is no dry run; add --dry-run"),
+        (
+            ("parallel",),
+            alone and config.watch.dry_run_ranks == 1,
+            "this is one process; start several: torchrun --nproc_per_node N train_sft.py ...",
+        ),
         (without_lora, not lora.lora_rank, "lora_rank is 0: there are no adapters"),
         (("eval_split", "eval_max_rows"), quiet, "eval_steps is 0: nothing is evaluated"),
         (("sample_prompts",), quiet and prompts, "eval_steps is 0, and samples are shown at evaluations"),

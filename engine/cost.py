@@ -1,10 +1,13 @@
 """What a run costs: parameters, FLOPs, and the most FLOP/s that the machine could do."""
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from config import ModelConfig
 from model import DeepSeekV2
@@ -71,6 +74,13 @@ def training_cost(model: nn.Module) -> TrainingCost:
     return TrainingCost(token, target)
 
 
+def attention_flops(config: ModelConfig, length: int) -> int:
+    """Products of activations with activations, forward and backward, for a conversation of that many tokens, of which
+    each meets itself and all before it."""
+    widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    return 6 * config.num_hidden_layers * config.num_attention_heads * widths * (length * (length + 1) // 2)
+
+
 def measure_peak(device: torch.device, dtype: torch.dtype, largest: int | None = None) -> float:
     """FLOP/s of large matrix products: the most that this machine is seen to do. Larger ones are tried while it's
     quick, up to `largest` rows; None: 8192, on a CPU 2048. Elsewhere than on a CPU several are sent off before one is
@@ -88,3 +98,29 @@ def measure_peak(device: torch.device, dtype: torch.dtype, largest: int | None =
             best = max(best, 2 * size**3 / seconds)
         size *= 2
     return best
+
+
+# Bytes that a rank of N sends in a collective on a ring, over (N - 1) / N of the whole tensor.
+ON_A_RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up in `sent` the bytes that this rank sends, by kind of collective: DDP's and FSDP's pass here too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, float] = {}
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.sent.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = func._schema.name.removeprefix("c10d::")
+        if kind in ON_A_RING:
+            leaves = tree_leaves(args)
+            whole = max(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+            (group,) = (leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf))
+            ranks = dist.ProcessGroup.unbox(group).size()
+            self.sent[kind] = self.sent.get(kind, 0) + ON_A_RING[kind] * (ranks - 1) / ranks * whole
+        return func(*args, **(kwargs or {}))

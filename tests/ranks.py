@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 import parallel
 import train_sft
 import trainer
-from benchmarks.scaling import Traffic
 from engine.cli import given_fields
+from engine.cost import Traffic
 from engine.documents import MicroBatch
 from engine.prefetch import Step
 from model import LossOutput

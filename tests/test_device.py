@@ -3,6 +3,7 @@
 The path is the one that kernels.PATHS names; FlashAttention's kernel is stood in for by the plain form.
 """
 
+import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,8 +15,12 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import varlen
 
+import train_sft
+from config import TrainConfig
 from engine import kernels
+from engine.cost import parameter_counts
 from engine.documents import CHUNK, Documents, find_documents, in_one_piece, taken_apart
+from engine.dry_run import DryRun, dry_run
 from engine.kernels import document_attention, plain_attention, sum_cross_entropy
 from model import DeepSeekV2, LossOutput
 from small_models import make_batch, relative_difference, small_config, small_model
@@ -34,12 +39,15 @@ def packed_batch(seed: int) -> dict[str, Tensor]:
     return make_batch(rows, seed, width=WIDTH)
 
 
-def on_path(model: DeepSeekV2, batch: dict[str, Tensor], documents: Documents | None = None) -> LossOutput:
+def on_path(
+    model: DeepSeekV2, batch: dict[str, Tensor], documents: Documents | None = None, backward: bool = True
+) -> LossOutput:
     """The model in bf16, forward and backward; with documents: as a trainer calls it."""
     names = ("input_ids", "position_ids") if documents else tuple(batch)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**{name: batch[name] for name in names}, documents=documents)
-    (output.loss_sum + output.balance_loss).backward()
+    if backward:
+        (output.loss_sum + output.balance_loss).backward()
     return output
 
 
@@ -213,7 +221,7 @@ def test_packed_batches_are_compiled_once() -> None:
         batch = packed_batch(seed)
         documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS)
         shapes.add((documents.lengths, documents.num_targets))
-        on_path(model, batch, documents)
+        on_path(model, batch, documents, backward=seed < 5)
     assert len(shapes) > 40
     assert documents.targets is not None and len(documents.targets) % CHUNK == 0
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
@@ -224,3 +232,60 @@ def test_more_documents_than_there_is_room_for_are_refused() -> None:
     batch = make_batch([[1, 1, 1]])
     with pytest.raises(ValueError, match="3 documents in a batch that has room for 2"):
         find_documents(batch["sequence_ids"], batch["labels"], slots=2)
+
+
+# ---------------------------------------------------------------- what a run will take
+
+
+PLANNED = small_config(
+    num_hidden_layers=2, hidden_size=192, moe_intermediate_size=256, n_routed_experts=32, vocab_size=2048
+)
+
+
+@functools.cache
+def planned(ranks: int = 1, **changes: Any) -> DryRun:
+    """Of a model with 20 million parameters, most of them experts'."""
+    settings = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 3, "max_seq_len": 512}
+    config = TrainConfig().changed(**settings | {"model": PLANNED} | changes)
+    return dry_run(config, train_sft.plan_model, train_sft.gathered_parts, ranks)
+
+
+def test_weights_gradients_and_moments_take_what_they_take() -> None:
+    size = 4 * sum(total for total, _ in parameter_counts(PLANNED).values())
+    whole = planned()
+    assert whole.memory["weights"] == pytest.approx(size, rel=0.01)
+    assert whole.memory["gradients"] == pytest.approx(size, rel=0.01)
+    assert whole.memory["optimizer"] == pytest.approx(2 * size, rel=0.01)
+    assert whole.sent == 0
+    larger, largest = (planned(batch_size=size) for size in (4, 6))
+    assert largest.peak - larger.peak == pytest.approx(larger.peak - whole.peak, rel=0.02)
+    assert planned(batch_size=6, gradient_checkpointing=True).peak < 0.95 * largest.peak
+    assert larger.flops == pytest.approx(2 * whole.flops)
+
+
+@pytest.mark.parametrize(("ranks", "engine", "shards"), [(64, "fsdp", 64), (512, "hsdp", 8)])
+def test_ranks_hold_their_share_and_send_what_theory_has(ranks: int, engine: str, shards: int) -> None:
+    """In a group of so many ranks that isn't there. Experts are gathered in bf16, twice a micro-batch; their gradients
+    scattered in fp32 with each; and of a replica's, all reduced once a step."""
+    whole, rank = planned(), planned(ranks, parallel=engine)
+    for kind in ("weights", "optimizer", *(["gradients"] if engine == "fsdp" else [])):  # hsdp's wait in buffers
+        assert rank.memory[kind] == pytest.approx(whole.memory[kind] / shards, rel=0.05), kind
+    size = whole.memory["weights"]
+    expected = (shards - 1) / shards * size * 3 * (2 / 2 + 1)
+    if engine == "hsdp":
+        replicas = ranks // shards
+        expected += 2 * (replicas - 1) / replicas * size / shards
+    assert rank.sent == pytest.approx(expected, rel=0.1)
+
+
+def test_ddp_sends_each_gradient_once() -> None:
+    whole = planned()
+    assert planned(64, parallel="ddp").sent == pytest.approx(2 * 63 / 64 * whole.memory["gradients"], rel=0.01)
+
+
+def test_lora_needs_little_of_it() -> None:
+    whole, adapters = planned(), planned(lora_rank=4)
+    assert adapters.memory["weights"] < 0.55 * whole.memory["weights"]  # bf16
+    assert adapters.memory["optimizer"] < 0.1 * whole.memory["optimizer"]
+    assert planned(64, parallel="fsdp", lora_rank=4).memory["weights"] < 1.1 * adapters.memory["weights"] / 64
+    assert adapters.flops * 6 > whole.flops * 4 > adapters.flops * 4

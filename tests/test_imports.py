@@ -27,6 +27,10 @@ MAY_IMPORT = {
     "engine.kernels": {"engine.documents"},
     "engine.plots": set(),
     "engine.cost": {"config", "model"},
+    "engine.dry_run": {
+        *("config", "model", "optimizer", "parallel", "quantization"),
+        *("engine.cost", "engine.documents", "engine.kernels"),
+    },
     "engine.job": {"config", "parallel", "engine.run_directory"},
     "engine.prefetch": {"config", "datacollator", "parallel", "engine.documents"},
     "engine.questions": {

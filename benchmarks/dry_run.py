@@ -1,0 +1,99 @@
+"""What do the presets take on GPUs, and does a run take what --dry-run says? The latter on this machine's CPU.
+
+    python benchmarks/dry_run.py [--dtype bfloat16] [--lengths 512 1024 2048] [--presets mini v2_lite]
+
+Each line of the second table is a process of its own that takes the same steps on real tensors; its most resident
+memory, beyond its libraries', is counted. What is freed is given back at once: else C's allocator keeps a fifth of it.
+"""
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}  # for the processes to come
+
+import tyro
+from rivals import benchmark_config, in_child, peak_memory  # first: sets the environment
+
+import train_sft
+from config import PRESETS, Dtype, TrainConfig
+from engine.dry_run import dry_run, full_rows, step
+from optimizer import make_optimizers
+
+
+@dataclass
+class Options:
+    dtype: Dtype = "bfloat16"
+    # Tokens of a row.
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    presets: tuple[str, ...] = ("mini", "v2_lite")
+
+
+plan = functools.partial(dry_run, plan=train_sft.plan_model, parts=train_sft.gathered_parts)
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "LoRA": {"lora_rank": 16},
+    "LoRA on NF4": {"lora_rank": 16, "quantize": "nf4"},
+}
+
+
+def print_plans(preset: str) -> None:
+    """For one GPU, a node of eight and eight nodes; bf16."""
+    print(f"\n{preset:14}{'GPUs':>5} {'engine':7}{'state':>10}{'the rest':>10}{'peak':>10}{'sent':>10}{'TFLOP':>9}")
+    for kind, changes in KINDS.items():
+        for ranks, engine in ((1, "-"), (8, "fsdp"), (64, "fsdp"), (64, "hsdp")):
+            if ranks > 1 and "quantize" in changes:  # with ddp only, where each has what one has
+                continue
+            settings = {"dtype": "bfloat16", "parallel": engine.replace("-", "ddp")}
+            result = plan(PRESETS[preset].changed(**settings | changes), ranks=ranks)
+            rest = result.memory["activations"]
+            sizes = "".join(f"{size / 1e9:7.1f} GB" for size in (result.peak - rest, rest, result.peak, result.sent))
+            print(f"{kind:14}{ranks:5} {engine:7}{sizes}{result.flops / 1e12:9,.0f}", flush=True)
+
+
+def configuration(dtype: Dtype, length: int, checkpointing: bool) -> TrainConfig:
+    return TrainConfig().changed(
+        model=benchmark_config(),
+        device="cpu",
+        dtype=dtype,
+        max_seq_len=length,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=checkpointing,
+    )
+
+
+def measure(config: TrainConfig) -> int:
+    """Bytes that two steps hold at most. Runs in a process of its own."""
+    import torch
+
+    libraries = peak_memory()
+    dtype = getattr(torch, config.compute.dtype)
+    model, _ = train_sft.plan_model(config)
+    model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
+    optimizers = make_optimizers(model, config.optimizer, dtype)
+    inputs = full_rows(config.batch.batch_size, config.data.max_seq_len)
+    for _ in range(2):
+        step(model, optimizers, inputs, config, dtype)
+    return int(peak_memory() - libraries)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    for preset in options.presets:
+        print_plans(preset)
+    print(f"\n{'tokens':>8}{'checkpointing':>15}{'said':>12}{'taken':>12}{'more':>8}")
+    for length in options.lengths:
+        for checkpointing in (False, True):
+            config = configuration(options.dtype, length, checkpointing)
+            said, taken = plan(config).peak, in_child(measure, config)
+            name = "yes" if checkpointing else "no"
+            print(
+                f"{4 * length:8,}{name:>15}{said / 1e6:9,.0f} MB{taken / 1e6:9,.0f} MB{taken / said - 1:8.1%}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
