@@ -144,12 +144,17 @@ def test_the_table_counts_what_a_run_sees(shown: Callable[..., str], tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_prints_the_same_table(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_same_table_and_then_what_the_run_takes(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = [str(data), "--max-seq-len", "96", "--batch-size", "2", "--num-proc", "1"]
     assert run_main(show.main, ["data", str(data), "tiny", *flags[1:]], tmp_path) == 0
     table = capsys.readouterr().out.partition("\n\ntokens of a piece")[0]
     assert train_here(["tiny", "--dataset", *flags, "--dry-run", "--device", "cpu"], tmp_path) == 0
-    assert capsys.readouterr().out == table + "\n"
+    printed, _, cost = capsys.readouterr().out.partition("\n1 rank; ")
+    assert printed == table
+    assert cost.startswith("2 rows of 96 tokens")
+    assert "at the peak" in cost
     assert "held out" in table
 
 
