@@ -8,7 +8,7 @@ Without a preset: mini where there is CUDA, else tiny. All fields, their default
 
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,7 @@ from engine.cli import given_fields, one_line_errors, parse_arguments, useless_f
 
 if TYPE_CHECKING:
     from datacollator import RowStream
-    from model import DeepSeekV2
-    from parallel import Part, World
-    from quantization import NF4
+    from parallel import World
     from tokenizer import Tokenizer
     from trainer import Trainer
 
@@ -41,12 +39,12 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     import torch
 
     from checkpoint import resolve_model
+    from engine.build import build_model, describe
     from engine.data_report import write_skipped
     from engine.dry_run import report
     from engine.job import agents, check_shared_files, is_own_run, look_up
     from engine.run_directory import check_changes, check_start, open_run
     from parallel import replicate
-    from quantization import quantized_weights
     from tokenizer import load_tokenizer
     from trainer import Trainer
 
@@ -62,7 +60,7 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     train_rows, held_out, skipped = load_rows(config, tokenizer, world)
     if config.watch.dry_run:
         if world.size == 1:
-            print(report(config, plan_model, gathered_parts, config.watch.dry_run_ranks))
+            print(report(config, config.watch.dry_run_ranks))
         return
 
     torch.manual_seed(config.compute.seed)
@@ -77,16 +75,11 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
         open_run(config, job)
         if skipped:
             print(write_skipped(config.checkpoint.output_dir, skipped))
-        in_4_bits = sum(weight.numel() for weight in quantized_weights(model).values())
-        parameters = sum(p.numel() for p in model.parameters()) + in_4_bits
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         to_come = (trainer.total_steps - trainer.step) * trainer.rows_per_step
         epochs = (trainer.rows_seen + to_come) / train_rows.rows_per_epoch
         print(
-            f"{parameters / 1e6:,.1f} M parameters, {f'{in_4_bits / 1e6:,.1f} M of them in 4 bits, ' * bool(in_4_bits)}"
-            f"{trained / 1e6:,.1f} M of them trained; step {trainer.step} to "
-            f"{trainer.total_steps} of {trainer.rows_per_step} rows ({epochs:.3g} epochs) on {world.size} x "
-            f"{world.device} in {config.compute.dtype} into {config.checkpoint.output_dir}"
+            f"{describe(model)}; step {trainer.step} to {trainer.total_steps} of {trainer.rows_per_step} rows "
+            f"({epochs:.3g} epochs) on {world.size} x {world.device} in {config.compute.dtype} into {run}"
         )
     trainer.train()
 
@@ -160,85 +153,6 @@ def checkpoint_to_resume(config: TrainConfig, world: "World") -> Path | None:
     damaged = resume and checkpoint is None and checkpoints(run)
     check(not damaged, f"{run} has no checkpoint left that is whole; start without --resume")
     return checkpoint
-
-
-def build_model(
-    config: TrainConfig, checkpoint: Path | None, world: "World", new_ids: Sequence[int] = ()
-) -> "DeepSeekV2":
-    """The model on its device, with the weights of `checkpoint`, from which the run goes on; else those of init_from,
-    and rows for new_ids; else new ones. With LoRA, init_from has the base's weights and `checkpoint` the adapters'.
-
-    It is planned on the meta device and filled one tensor at a time, so that a rank never holds more than its share.
-    """
-    import torch
-
-    import lora
-    from checkpoint import iterate_weights
-    from engine.adapter_base import find_base
-    from engine.hub_config import load_config
-    from engine.new_tokens import with_new_rows
-    from parallel import load_weights, make_mesh, parallelize
-
-    adapters, compute = config.lora, config.compute
-    with torch.device("meta"):
-        model, quantized = plan_model(config)
-    parallelize(model, gathered_parts(model, compute.dtype), make_mesh(compute.parallel, world))
-    model.to_empty(device=world.device)
-    generator = torch.Generator().manual_seed(compute.seed)
-    base = config.checkpoint.init_from
-    if adapters.lora_rank and checkpoint:
-        base = str(find_base(checkpoint)[0])
-    source = base if adapters.lora_rank else checkpoint or base
-    stored = iterate_weights(source, config.model, quantized) if source else None
-    if new_ids and base and not checkpoint:
-        stored = with_new_rows(iterate_weights(base, load_config(base)), config.model.vocab_size, new_ids)
-    load_weights(model, stored or model.initial_weights(generator))
-    if adapters.lora_rank:
-        start = lora.read_adapter(model, checkpoint) if checkpoint else lora.initial_weights(model, generator)
-        load_weights(model, start)
-    model.model.gradient_checkpointing = compute.gradient_checkpointing
-    if compute.compile:
-        for block in model.model.layers:
-            block.compile()
-    return model
-
-
-def plan_model(config: TrainConfig) -> tuple["DeepSeekV2", dict[str, "NF4"]]:
-    """The model with its adapters, on torch's default device and with whatever weights; and those in 4 bits."""
-    import torch
-
-    import lora
-    import quantization
-    from model import DeepSeekV2
-
-    model, adapters, quantized = DeepSeekV2(config.model), config.lora, {}
-    if adapters.lora_rank:
-        for parameter in model.requires_grad_(False).parameters():
-            if config.compute.dtype == "bfloat16":  # `model.to` cannot do that to a dry run's tensors
-                parameter.data = parameter.data.to(torch.bfloat16)
-        if adapters.quantize:
-            quantization.plan(model)
-            quantized = quantization.quantized_weights(model)
-        settings = (adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_target_modules)
-        lora.add_lora(model, *settings)
-    return model, quantized
-
-
-def gathered_parts(model: "DeepSeekV2", dtype: str) -> "list[Part]":
-    """What sharding engines gather together: a block's weights, in the dtype that they are multiplied in. Norms and
-    routers compute in fp32, so that in bf16 theirs come on their own."""
-    import torch
-
-    from model import RMSNorm, Router
-    from parallel import Part
-
-    if dtype != "bfloat16":
-        return [Part([block]) for block in model.model.layers]
-    parts = []
-    for block in model.model.layers:
-        parts += [Part([module for module in block.modules() if isinstance(module, RMSNorm | Router)])]
-        parts += [Part([block], torch.bfloat16)]
-    return parts
 
 
 def main() -> None:

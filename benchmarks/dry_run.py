@@ -6,7 +6,6 @@ Each line of the second table is a process of its own that takes the same steps 
 memory, beyond its libraries', is counted. What is freed is given back at once: else C's allocator keeps a fifth of it.
 """
 
-import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,8 @@ os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}  
 import tyro
 from rivals import benchmark_config, in_child, peak_memory  # first: sets the environment
 
-import train_sft
 from config import PRESETS, Dtype, TrainConfig
+from engine.build import plan_model
 from engine.dry_run import dry_run, full_rows, step
 from optimizer import make_optimizers
 
@@ -30,7 +29,6 @@ class Options:
     presets: tuple[str, ...] = ("mini", "v2_lite")
 
 
-plan = functools.partial(dry_run, plan=train_sft.plan_model, parts=train_sft.gathered_parts)
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": {"lora_rank": 16},
@@ -46,7 +44,7 @@ def print_plans(preset: str) -> None:
             if ranks > 1 and "quantize" in changes:  # with ddp only, where each has what one has
                 continue
             settings = {"dtype": "bfloat16", "parallel": engine.replace("-", "ddp")}
-            result = plan(PRESETS[preset].changed(**settings | changes), ranks=ranks)
+            result = dry_run(PRESETS[preset].changed(**settings | changes), ranks=ranks)
             rest = result.memory["activations"]
             sizes = "".join(f"{size / 1e9:7.1f} GB" for size in (result.peak - rest, rest, result.peak, result.sent))
             print(f"{kind:14}{ranks:5} {engine:7}{sizes}{result.flops / 1e12:9,.0f}", flush=True)
@@ -70,7 +68,7 @@ def measure(config: TrainConfig) -> int:
 
     libraries = peak_memory()
     dtype = getattr(torch, config.compute.dtype)
-    model, _ = train_sft.plan_model(config)
+    model, _ = plan_model(config)
     model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
     optimizers = make_optimizers(model, config.optimizer, dtype)
     inputs = full_rows(config.batch.batch_size, config.data.max_seq_len)
@@ -87,7 +85,7 @@ def main() -> None:
     for length in options.lengths:
         for checkpointing in (False, True):
             config = configuration(options.dtype, length, checkpointing)
-            said, taken = plan(config).peak, in_child(measure, config)
+            said, taken = dry_run(config).peak, in_child(measure, config)
             name = "yes" if checkpointing else "no"
             print(
                 f"{4 * length:8,}{name:>15}{said / 1e6:9,.0f} MB{taken / 1e6:9,.0f} MB{taken / said - 1:8.1%}",

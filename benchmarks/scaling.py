@@ -66,6 +66,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     import train_sft
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
+    from engine.build import build_model
     from parallel import join_world, leave_world, replicate
     from tokenizer import Tokenizer
     from trainer import Trainer
@@ -80,7 +81,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     width = config.data.max_seq_len
     data, _ = load_dataset_split("chitchat", "train", tokenizer, width)
     rows = RowStream(data, DataCollator(width, tokenizer.pad_token_id), config.compute.seed)
-    model = train_sft.build_model(config, None, world)
+    model = build_model(config, None, world)
     trainer = Trainer(config, replicate(model, engine, world), tokenizer, rows, None, world)
     traffic = Traffic()
     with contextlib.closing(trainer.batches.steps(0, trainer.total_steps)) as batches:

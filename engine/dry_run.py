@@ -6,7 +6,7 @@ gathered together.) Left out is what no tensor shows: CUDA's context (half a GB)
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -20,17 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-import quantization  # noqa: F401 -- makes tables of numbers, which it couldn't on tensors without them
 from config import TrainConfig
 from engine import kernels
+from engine.build import gathered_parts, plan_model
 from engine.cost import Traffic, attention_flops, training_cost
 from engine.documents import Documents, find_documents
 from model import DeepSeekV2
 from optimizer import make_optimizers
-from parallel import Part, World, make_mesh, parallelize, synchronize_gradients
-
-Plan = Callable[[TrainConfig], tuple[DeepSeekV2, Any]]
-Parts = Callable[[DeepSeekV2, str], list[Part]]
+from parallel import World, make_mesh, parallelize, synchronize_gradients
 
 NODE_SIZE = 8  # GPUs
 PEAK, SHARE = 989e12, 0.4  # FLOP/s of an H100 in bf16, and what of it a good run reaches
@@ -48,11 +45,9 @@ class DryRun(NamedTuple):
         return sum(self.memory.values())
 
 
-def report(
-    config: TrainConfig, plan: Plan, parts: Parts, ranks: int = 1, peak: float = PEAK, share: float = SHARE
-) -> str:
-    """A table for people. plan and parts: train_sft.py's `plan_model` and `gathered_parts`."""
-    result = dry_run(config, plan, parts, ranks)
+def report(config: TrainConfig, ranks: int = 1, peak: float = PEAK, share: float = SHARE) -> str:
+    """A table for people."""
+    result = dry_run(config, ranks)
     batch, compute = config.batch, config.compute
     engine = f"{ranks} ranks, {compute.parallel}" if ranks > 1 else "1 rank"
     rows = batch.batch_size * batch.gradient_accumulation_steps
@@ -66,7 +61,7 @@ def report(
     return "\n".join(lines)
 
 
-def dry_run(config: TrainConfig, plan: Plan, parts: Parts, ranks: int = 1) -> DryRun:
+def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
     """Whatever the configuration says of LoRA, checkpointing, sharding, on the device that it names; "auto" is CUDA."""
     world = World(0, ranks, torch.device("cpu"), min(ranks, NODE_SIZE))
     dtype = torch.float32 if config.compute.dtype == "float32" else torch.bfloat16
@@ -74,8 +69,8 @@ def dry_run(config: TrainConfig, plan: Plan, parts: Parts, ranks: int = 1) -> Dr
         mesh = make_mesh(config.compute.parallel, world)
         batch = full_rows(config.batch.batch_size, config.data.max_seq_len)
         with FakeTensorMode() as fake:
-            model, _ = plan(config)
-            parallelize(model, parts(model, str(dtype).removeprefix("torch.")), mesh)
+            model, _ = plan_model(config)
+            parallelize(model, gathered_parts(model, str(dtype).removeprefix("torch.")), mesh)
             model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
             optimizers = make_optimizers(model, config.optimizer, dtype)
             moved = {name: move(fake, x) for name, x in batch.items()}

@@ -15,7 +15,6 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import varlen
 
-import train_sft
 from config import TrainConfig
 from engine import kernels
 from engine.cost import parameter_counts
@@ -247,7 +246,7 @@ def planned(ranks: int = 1, **changes: Any) -> DryRun:
     """Of a model with 20 million parameters, most of them experts'."""
     settings = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 3, "max_seq_len": 512}
     config = TrainConfig().changed(**settings | {"model": PLANNED} | changes)
-    return dry_run(config, train_sft.plan_model, train_sft.gathered_parts, ranks)
+    return dry_run(config, ranks)
 
 
 def test_weights_gradients_and_moments_take_what_they_take() -> None:

@@ -27,9 +27,13 @@ MAY_IMPORT = {
     "engine.kernels": {"engine.documents"},
     "engine.plots": set(),
     "engine.cost": {"config", "model"},
+    "engine.build": {
+        *("config", "model", "lora", "quantization", "checkpoint", "parallel"),
+        *("engine.adapter_base", "engine.hub_config", "engine.new_tokens"),
+    },
     "engine.dry_run": {
-        *("config", "model", "optimizer", "parallel", "quantization"),
-        *("engine.cost", "engine.documents", "engine.kernels"),
+        *("config", "model", "optimizer", "parallel"),
+        *("engine.build", "engine.cost", "engine.documents", "engine.kernels"),
     },
     "engine.job": {"config", "parallel", "engine.run_directory"},
     "engine.prefetch": {"config", "datacollator", "parallel", "engine.documents"},

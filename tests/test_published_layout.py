@@ -270,7 +270,7 @@ import lora, model, parallel
 from checkpoint import load_config
 from config import TrainConfig
 from parallel import World
-from train_sft import build_model
+from engine.build import build_model
 changes = {"lora_rank": 4, "dtype": "bfloat16", "init_from": sys.argv[1], "model": load_config(sys.argv[1])}
 config = TrainConfig().changed(**changes)
 """

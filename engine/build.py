@@ -1,0 +1,83 @@
+"""A run's model: planned without memory, divided among the ranks, filled one tensor at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import lora
+import quantization
+from checkpoint import iterate_weights
+from config import TrainConfig
+from engine.adapter_base import find_base
+from engine.hub_config import load_config
+from engine.new_tokens import with_new_rows
+from model import DeepSeekV2, RMSNorm, Router
+from parallel import Part, World, load_weights, make_mesh, parallelize
+from quantization import NF4
+
+
+def build_model(config: TrainConfig, checkpoint: Path | None, world: World, new_ids: Sequence[int] = ()) -> DeepSeekV2:
+    """The model on its device, with the weights of `checkpoint`, from which the run goes on; else those of init_from,
+    and rows for new_ids; else new ones. With LoRA, init_from has the base's weights and `checkpoint` the adapters'.
+
+    Memory: never more than the rank's share and the tensor at hand.
+    """
+    adapters, compute = config.lora, config.compute
+    with torch.device("meta"):
+        model, quantized = plan_model(config)
+    parallelize(model, gathered_parts(model, compute.dtype), make_mesh(compute.parallel, world))
+    model.to_empty(device=world.device)
+    generator = torch.Generator().manual_seed(compute.seed)
+    base = config.checkpoint.init_from
+    if adapters.lora_rank and checkpoint:
+        base = str(find_base(checkpoint)[0])
+    source = base if adapters.lora_rank else checkpoint or base
+    stored = iterate_weights(source, config.model, quantized) if source else None
+    if new_ids and base and not checkpoint:
+        stored = with_new_rows(iterate_weights(base, load_config(base)), config.model.vocab_size, new_ids)
+    load_weights(model, stored or model.initial_weights(generator))
+    if adapters.lora_rank:
+        start = lora.read_adapter(model, checkpoint) if checkpoint else lora.initial_weights(model, generator)
+        load_weights(model, start)
+    model.model.gradient_checkpointing = compute.gradient_checkpointing
+    if compute.compile:
+        for block in model.model.layers:
+            block.compile()
+    return model
+
+
+def plan_model(config: TrainConfig) -> tuple[DeepSeekV2, dict[str, NF4]]:
+    """The model with its adapters, on torch's default device and with whatever weights; and those in 4 bits."""
+    model, adapters, quantized = DeepSeekV2(config.model), config.lora, {}
+    if adapters.lora_rank:
+        for parameter in model.requires_grad_(False).parameters():
+            if config.compute.dtype == "bfloat16":  # `model.to` cannot do that to a dry run's tensors
+                parameter.data = parameter.data.to(torch.bfloat16)
+        if adapters.quantize:
+            quantization.plan(model)
+            quantized = quantization.quantized_weights(model)
+        settings = (adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_target_modules)
+        lora.add_lora(model, *settings)
+    return model, quantized
+
+
+def gathered_parts(model: DeepSeekV2, dtype: str) -> list[Part]:
+    """What sharding engines gather together: a block's weights, in the dtype that they are multiplied in. Norms and
+    routers compute in fp32, so that in bf16 theirs come on their own."""
+    if dtype != "bfloat16":
+        return [Part([block]) for block in model.model.layers]
+    parts = []
+    for block in model.model.layers:
+        parts += [Part([module for module in block.modules() if isinstance(module, RMSNorm | Router)])]
+        parts += [Part([block], torch.bfloat16)]
+    return parts
+
+
+def describe(model: DeepSeekV2) -> str:
+    """How many parameters there are, in 4 bits and trained."""
+    quantized = sum(weight.numel() for weight in quantization.quantized_weights(model).values())
+    parameters = sum(p.numel() for p in model.parameters()) + quantized
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_4_bits = f", {quantized / 1e6:,.1f} M of them in 4 bits" if quantized else ""
+    return f"{parameters / 1e6:,.1f} M parameters{in_4_bits}, {trained / 1e6:,.1f} M of them trained"
