@@ -29,6 +29,7 @@ from engine.files import (
     write_tensors,
 )
 from engine.hub_config import hub_config, load_config
+from engine.hub_tokenizer import save_tokenizer
 from model import DeepSeekV2
 from quantization import NF4, plan, quantized_weights
 from tokenizer import Tokenizer
@@ -94,7 +95,7 @@ def write_model(
     on_hub = hub_config(config) | special_ids | {"torch_dtype": dtype, "dtype": dtype}
     write_json(directory / "config.json", on_hub)
     write_json(directory / "generation_config.json", special_ids)
-    tokenizer.save_pretrained(directory, config.max_position_embeddings)
+    save_tokenizer(directory, tokenizer, config.max_position_embeddings)
 
 
 def write_weights(directory: Path, parts: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:

@@ -6,7 +6,6 @@ tables below and from nowhere else: what people write is always encoded as ordin
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -85,13 +84,6 @@ CHAT_TEMPLATES = {
         },
     ),
 }
-
-# In Jinja: `content` as one text, from whichever form it comes in.
-JINJA_CONTENT = (
-    "{% set content = message['content'] %}{% if content is not string %}"
-    "{% for part in content if part['type'] != 'text' %}{{ raise_exception('not text: ' + part['type']) }}{% endfor %}"
-    "{% set content = content | map(attribute='text') | join %}{% endif %}"
-)
 
 
 class Tokenizer:
@@ -189,45 +181,6 @@ class Tokenizer:
         body = self.encode(lead + content + trail) + end
         return RenderedTurn(header, body, footer, int(trained and message.get("weight", 1)))
 
-    def jinja_template(self, mark_trained: bool = True) -> str:
-        """The template for transformers' `apply_chat_template`, which takes a content as text or as a list of text
-        parts. mark_trained: with `{% generation %}`, which not every engine knows, around what is trained on."""
-        branches = ""
-        for role, turn in self.template.turns.items():
-            header, lead, trail, end, footer = map(json.dumps, turn)
-            content = "content | trim" if self.template.trim else "content"
-            body = f"{{{{ {lead} + {content} + {trail} + {end} }}}}"
-            if role == "assistant" and mark_trained:
-                body = f"{{% generation %}}{body}{{% endgeneration %}}"
-            keyword = "elif" if branches else "if"
-            branches += f"{{% {keyword} message['role'] == '{role}' %}}{{{{ {header} }}}}{body}{{{{ {footer} }}}}"
-        branches += "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
-        prompt = json.dumps(self.template.turns["assistant"].header)
-        return (
-            f"{{{{ {json.dumps(self.template.start)} }}}}{{% for message in messages %}}{JINJA_CONTENT}{branches}"
-            f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {prompt} }}}}{{% endif %}}"
-        )
-
-    def save_pretrained(self, directory: str | Path, max_length: int | None = None) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer and `Tokenizer` read.
-        max_length: the model's context, in tokens."""
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "chat_template": self.jinja_template(),
-            "chat_template_name": self.chat_template,
-            "eos_token": self.eos_token,
-            "pad_token": self.pad_token,
-            "padding_side": "left",  # a batch is continued at its right end
-            "clean_up_tokenization_spaces": False,
-        }
-        if max_length is not None:
-            config["model_max_length"] = max_length
-        if self.template.start:
-            config["bos_token"] = self.template.start
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
-        Path(directory, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
     def fingerprint(self) -> str:
         """Changes when ids could: a key for caches."""
         return hashlib.sha256(repr((self.to_json(), self.vocab_size, self.template)).encode()).hexdigest()
@@ -263,7 +216,7 @@ def check_control_tokens(name: str, template: ChatTemplate, known: Collection[st
 
 
 def choose_template(directory: Path, control_tokens: Collection[str], chat_template: str | None, add: bool) -> str:
-    """For a directory: the template asked for, else the one that `save_pretrained` noted, else the first whose control
+    """For a directory: the template asked for, else the one that `save_tokenizer` noted, else the first whose control
     tokens exist; with `add`, which adds what is missing, else chatml. Raises UserError."""
     config = directory / "tokenizer_config.json"
     noted = read_json(config).get("chat_template_name") if config.is_file() else None

@@ -18,6 +18,7 @@ from engine.adapter_base import describe_base, record_base
 from engine.cli import STOP_SIGNALS, StopSignal
 from engine.cost import measure_peak, training_cost
 from engine.documents import MicroBatch
+from engine.hub_tokenizer import save_tokenizer
 from engine.prefetch import Step, StepLoader
 from engine.run_directory import NO_EVALUATION, RunLog, lowest
 from generation import answers
@@ -261,7 +262,7 @@ class Trainer:
             if self.base:
                 save_adapter(directory, self.plain_model, str(self.base.directory), weights)
                 record_base(directory, self.base)
-                self.tokenizer.save_pretrained(directory, self.config.model.max_position_embeddings)
+                save_tokenizer(directory, self.tokenizer, self.config.model.max_position_embeddings)
             else:
                 save_pretrained(directory, self.plain_model, self.tokenizer, weights)
             save_state(directory / STATE, state)

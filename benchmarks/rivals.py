@@ -31,6 +31,7 @@ from torch import nn
 from config import ModelConfig, OptimizerConfig
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream, pack_best_fit
 from engine.cost import measure_peak
+from engine.hub_tokenizer import save_tokenizer
 from model import DeepSeekV2, LossOutput
 from optimizer import make_optimizers
 from tokenizer import Tokenizer
@@ -223,7 +224,7 @@ def transformers_tokenizer(tokenizer: Tokenizer, directory: str) -> Any:
     """Our vocabulary and chat template as transformers' tokenizer."""
     from transformers import AutoTokenizer
 
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(directory, tokenizer)
     return AutoTokenizer.from_pretrained(directory)
 
 

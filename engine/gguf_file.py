@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from config import ModelConfig, check
+from engine.hub_tokenizer import jinja_template
 from engine.vocabulary import BYTE_TO_CHAR, CL100K_PATTERN
 from model import DeepSeekV2
 from tokenizer import Tokenizer
@@ -128,7 +129,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int
     writer.add_add_bos_token(False)  # the template writes it
     if tokenizer.template.start:
         writer.add_bos_token_id(tokenizer.control_ids[tokenizer.template.start])
-    writer.add_chat_template(tokenizer.jinja_template(mark_trained=False))
+    writer.add_chat_template(jinja_template(tokenizer.template, mark_trained=False))
 
 
 def gguf_tensors(model: DeepSeekV2) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from checkpoint import save_pretrained
+from engine.hub_tokenizer import save_tokenizer
 from generation import generate
 from model import DeepSeekV2
 from small_models import small_model
@@ -66,7 +67,7 @@ def test_everyone_may_read_a_saved_model(saved: Path) -> None:
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_content_may_come_in_parts(name: str, tmp_path: Path) -> None:
     ours = Tokenizer(vocab_size=512, chat_template=name)
-    ours.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, ours)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for messages in conversations(10):
         rendered = theirs.apply_chat_template(

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "engine.data_report": {"engine.files"},
     "engine.data_view": {"config", "dataset", "datacollator", "engine.data_report"},
     "engine.hub_config": {"config", "engine.files"},
+    "engine.hub_tokenizer": {"tokenizer", "engine.files"},
     "engine.adapter_base": {"config", "engine.files", "engine.hub_config"},
     "engine.documents": set(),
     "engine.kernels": {"engine.documents"},
@@ -66,7 +67,7 @@ MAY_IMPORT = {
         "engine.hub_config",
     },
     "engine.diagrams": {"config", "datacollator", "tokenizer", "engine.kernels", "engine.plots"},
-    "engine.gguf_file": {"config", "model", "tokenizer", "engine.vocabulary"},
+    "engine.gguf_file": {"config", "model", "tokenizer", "engine.hub_tokenizer", "engine.vocabulary"},
     "engine.model_card": {"config", "engine.run_directory"},
     "engine.trace": {"generation", "model", "tokenizer"},
     "engine.web": {"config", "model", "tokenizer", "engine.cost", "engine.kernels", "engine.trace"},
@@ -74,11 +75,18 @@ MAY_IMPORT = {
     "parallel": {"config"},
     "checkpoint": {
         *("config", "model", "quantization", "tokenizer", "lora"),
-        *("engine.adapter_base", "engine.files", "engine.hub_config"),
+        *("engine.adapter_base", "engine.files", "engine.hub_config", "engine.hub_tokenizer"),
     },
     "trainer": {
         *("config", "tokenizer", "datacollator", "model", "lora", "generation", "checkpoint", "optimizer", "parallel"),
-        *("engine.adapter_base", "engine.cli", "engine.cost", "engine.documents", "engine.prefetch"),
+        *(
+            "engine.adapter_base",
+            "engine.cli",
+            "engine.cost",
+            "engine.documents",
+            "engine.hub_tokenizer",
+            "engine.prefetch",
+        ),
         "engine.run_directory",
     },
 }

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from config import UserError
 from engine import vocabulary
+from engine.hub_tokenizer import save_tokenizer
 from engine.sources import read_chitchat
 from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
 
@@ -75,7 +76,7 @@ def saved(small, tmp_path_factory) -> dict[str, Path]:
     """Each small tokenizer as a directory."""
     folder = tmp_path_factory.mktemp("saved")
     for name, tokenizer in small.items():
-        tokenizer.save_pretrained(folder / name)
+        save_tokenizer(folder / name, tokenizer)
     return {name: folder / name for name in TEMPLATES}
 
 
@@ -144,7 +145,7 @@ def test_text_is_what_the_published_template_writes(chitchat, small, saved, name
 @pytest.mark.parametrize("vocab_size", [300, 8192, None])
 def test_a_saved_tokenizer_gives_the_same_ids_in_transformers_and_here(chitchat, tmp_path, vocab_size):
     ours = Tokenizer(vocab_size=vocab_size)
-    ours.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, ours)
     oracle = transformers.AutoTokenizer.from_pretrained(tmp_path)
     reloaded = Tokenizer(str(tmp_path), vocab_size=ours.vocab_size)
     texts = [message["content"] for conversation in chitchat for message in conversation][:: len(chitchat) // 61]
@@ -163,7 +164,7 @@ def test_a_saved_tokenizer_gives_the_same_ids_in_transformers_and_here(chitchat,
 
 def test_saving_what_was_loaded_changes_nothing(saved, tmp_path):
     for name, directory in saved.items():
-        Tokenizer(str(directory)).save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name, Tokenizer(str(directory)))
         for file in ("tokenizer.json", "tokenizer_config.json"):
             assert (tmp_path / name / file).read_bytes() == (directory / file).read_bytes()
 
