@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.types import Device
 
-import lora
 from config import ModelConfig, Quantization, UserError, check
+from engine import peft_files
 from engine.adapter_base import ADAPTER_CONFIG, find_base
 from engine.files import (
     damaged_files,
@@ -148,27 +148,25 @@ def iterate_weights(
     Memory: the tensor at hand, twice while it is put together; a quantised one is never whole. Raises UserError, before
     anything is read, where tensors are missing, extra or of another shape.
     """
-    directory = Path(directory)
-    with torch.device("meta"):
-        expected = dict(DeepSeekV2(config).named_parameters())
-    files = find_tensors(directory, expected)
-    for name, parameter in expected.items():
-        parts = (read_tensor(files[part_name], part_name) for part_name, _ in hub_parts(name, parameter))
+    for name, shape, parts in stored_parts(Path(directory), config):
+        tensors = (part for _, part in parts)
         if quantized and name in quantized:
-            for buffer, value in quantized[name].quantized(parts).items():
+            for buffer, value in quantized[name].quantized(tensors).items():
                 yield f"{name}.{buffer}", value
         else:
-            yield name, torch.cat([part.flatten() for part in parts]).view(parameter.shape)
+            yield name, torch.cat([tensor.flatten() for tensor in tensors]).view(shape)
 
 
-def iterate_parts(directory: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """As `iterate_weights`, but by the Hub's names: each expert's matrices on their own."""
+def stored_parts(
+    directory: Path, config: ModelConfig
+) -> Iterator[tuple[str, torch.Size, Iterator[tuple[str, Tensor]]]]:
+    """Our names and shapes, each with what the Hub stores for it: names and tensors, read one by one."""
     with torch.device("meta"):
         expected = dict(DeepSeekV2(config).named_parameters())
     files = find_tensors(directory, expected)
     for name, parameter in expected.items():
-        for part_name, _ in hub_parts(name, parameter):
-            yield part_name, read_tensor(files[part_name], part_name)
+        part_names = [part_name for part_name, _ in hub_parts(name, parameter)]
+        yield name, parameter.shape, ((part_name, read_tensor(files[part_name], part_name)) for part_name in part_names)
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -247,7 +245,7 @@ def load_model_and_tokenizer(
         base = resolve_checkpoint(base)
     model = load_pretrained(base, dtype, device, config, quantize)
     if base != directory:
-        lora.load_adapter(model, directory)
+        peft_files.load_adapter(model, directory)
     return model, load_tokenizer(directory, base)
 
 

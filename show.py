@@ -12,7 +12,6 @@ python show.py idea attention                        # labels, attention, expert
 
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,17 +21,12 @@ from config import PRESETS, ModelConfig, TrainConfig, check
 from engine.cli import one_line_errors, parse_arguments, parse_flags
 
 if TYPE_CHECKING:
-    from tokenizer import Tokenizer
+    pass
 
 # torch, datasets and matplotlib take a while to import, so each command imports what it needs.
 
 
 # ---------------------------------------------------------------- tokens
-
-# Two shades each, so that neighbouring tokens can be told apart.
-TRAINED, CONTEXT = ("\x1b[30;42m", "\x1b[30;102m"), ("\x1b[37;100m", "\x1b[37;40m")
-FAINT, RESET = "\x1b[2m", "\x1b[0m"
-LEGEND = f"{TRAINED[0]} trained {TRAINED[1]} on {RESET} {CONTEXT[0]} only {CONTEXT[1]} read {RESET}"
 
 
 @dataclass
@@ -45,6 +39,7 @@ class Tokens:
     out: str = ""
 
     def show(self) -> None:
+        from engine.data_view import LEGEND, colour, printable
         from tokenizer import Tokenizer
 
         texts = [*self.texts, *["Hello! How can I help you?"] * (len(self.texts) % 2)]
@@ -58,26 +53,6 @@ class Tokens:
 
         draw_tokens([printable(tokenizer, [i]) for i in ids], mask, self.out)
         print(f"wrote {self.out}")
-
-
-def printable(tokenizer: "Tokenizer", ids: list[int]) -> str:
-    return tokenizer.decode(ids).replace("\n", "↵")
-
-
-def colour(tokenizer: "Tokenizer", ids: Iterable[int], mask: Iterable[int], show_ids: bool = False) -> str:
-    """A conversation for the terminal. The tokens that a character is cut into are shown together."""
-    blocks: list[str] = []
-    together: list[int] = []
-    for i, trained in zip(ids, mask, strict=True):
-        together.append(int(i))
-        text = printable(tokenizer, together)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(together) < 4:
-            continue
-        number = f"{FAINT}{'+'.join(map(str, together))}{RESET} " if show_ids else ""
-        line_break = "\n" if "↵" in text else ""
-        blocks.append(f"{(TRAINED if trained else CONTEXT)[len(blocks) % 2]}{text}{RESET}{number}{line_break}")
-        together = []
-    return "".join(blocks) + printable(tokenizer, together)
 
 
 # ---------------------------------------------------------------- a run's data
@@ -105,7 +80,7 @@ class Data:
         from checkpoint import resolve_model
         from datacollator import DataCollator, RowStream
         from dataset import column, load_data
-        from engine.data_view import histogram, pick, pieces_of, table
+        from engine.data_view import LEGEND, colour, histogram, pick, pieces_of, table
         from tokenizer import load_tokenizer
 
         base, options, seed = config.checkpoint.init_from, config.data, config.compute.seed
@@ -170,6 +145,7 @@ class Rows:
 
         from datacollator import DataCollator, RowStream
         from dataset import load_dataset_split
+        from engine.data_view import LEGEND, colour, draw_row
         from engine.sources import open_splits
         from tokenizer import Tokenizer
 
@@ -193,17 +169,6 @@ class Rows:
             print(draw_row(rows.lengths[rows.row_indices(i)].tolist(), self.max_seq_len))
 
 
-def draw_row(lengths: Sequence[int], capacity: int, width: int = 100) -> str:
-    """A packed row for the terminal: a block for each conversation with its length, and dots for padding."""
-    ends = [round(end * width / capacity) for end in itertools.accumulate(lengths)]
-    blocks, start = "", 0
-    for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
-        text = str(length) if len(str(length)) <= end - start else ""
-        blocks += f"\x1b[30;{46 if i % 2 else 42}m{text:^{end - start}}{RESET}"
-        start = end
-    return blocks + "·" * (width - start)
-
-
 # ---------------------------------------------------------------- a text, continued
 
 
@@ -222,6 +187,7 @@ class Complete:
         import torch
 
         from checkpoint import load_model_and_tokenizer
+        from engine.data_view import colour, printable
         from generation import continuations, room_for_answer
 
         model, tokenizer = load_model_and_tokenizer(self.checkpoint)

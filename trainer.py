@@ -19,10 +19,10 @@ from engine.cli import STOP_SIGNALS, StopSignal
 from engine.cost import measure_peak, training_cost
 from engine.documents import MicroBatch
 from engine.hub_tokenizer import save_tokenizer
+from engine.peft_files import save_adapter
 from engine.prefetch import Step, StepLoader
 from engine.run_directory import NO_EVALUATION, RunLog, lowest
 from generation import answers
-from lora import save_adapter
 from model import DeepSeekV2, LossOutput
 from optimizer import learning_rate, make_optimizers
 from parallel import World

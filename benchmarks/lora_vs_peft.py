@@ -28,6 +28,7 @@ from checkpoint import load_model_and_tokenizer, load_pretrained, resolve_checkp
 from config import LoraConfig, OptimizerConfig, check
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
 from dataset import load_dataset_split
+from engine import peft_files
 from engine.cli import one_line_errors
 from optimizer import make_optimizers
 from tokenizer import Tokenizer
@@ -75,8 +76,8 @@ def build_full(base: Path, adapter: str) -> Contender:
 
 def build_lora(base: Path, adapter: str) -> Contender:
     model = load_pretrained(base, torch.float32)
-    lora.load_adapter(model, adapter)
-    save = partial(lora.save_adapter, model=model, base=str(base))
+    peft_files.load_adapter(model, adapter)
+    save = partial(peft_files.save_adapter, model=model, base=str(base))
     return Contender(model, pack, lambda batch: model(**batch).loss_sum, save)
 
 
@@ -96,7 +97,7 @@ def new_adapter(base: Path, directory: str) -> None:
     torch.manual_seed(0)
     model = load_pretrained(base, torch.float32)
     lora.add_lora(model, RANK, ALPHA, 0.0, LoraConfig.lora_target_modules)
-    lora.save_adapter(directory, model, str(base))
+    peft_files.save_adapter(directory, model, str(base))
 
 
 # ---------------------------------------------------------------- measuring

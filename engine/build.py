@@ -9,6 +9,7 @@ import lora
 import quantization
 from checkpoint import iterate_weights
 from config import TrainConfig
+from engine import peft_files
 from engine.adapter_base import find_base
 from engine.hub_config import load_config
 from engine.new_tokens import with_new_rows
@@ -38,7 +39,7 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: World, new_
         stored = with_new_rows(iterate_weights(base, load_config(base)), config.model.vocab_size, new_ids)
     load_weights(model, stored or model.initial_weights(generator))
     if adapters.lora_rank:
-        start = lora.read_adapter(model, checkpoint) if checkpoint else lora.initial_weights(model, generator)
+        start = peft_files.read_adapter(model, checkpoint) if checkpoint else lora.initial_weights(model, generator)
         load_weights(model, start)
     model.model.gradient_checkpointing = compute.gradient_checkpointing
     if compute.compile:

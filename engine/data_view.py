@@ -1,8 +1,8 @@
-"""What a run sees of its data, for a person to look at: a table, histograms, and where to find a row."""
+"""What a run sees of its data, for a person at a terminal: a table, histograms, coloured tokens and rows."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from datacollator import RowStream
     from dataset import Data
+    from tokenizer import Tokenizer
 
 
 # ---------------------------------------------------------------- the table
@@ -118,3 +119,42 @@ def pick(lengths: Sequence[int] | np.ndarray, longest: bool, shortest: bool, ran
     number = min(random, len(lengths))
     found += np.random.default_rng(seed).choice(len(lengths), number, replace=False).tolist()
     return found or [int(np.abs(lengths - 150).argmin())]
+
+
+# ---------------------------------------------------------------- tokens in colour
+
+# Two shades each, so that neighbouring tokens can be told apart.
+TRAINED, CONTEXT = ("\x1b[30;42m", "\x1b[30;102m"), ("\x1b[37;100m", "\x1b[37;40m")
+FAINT, RESET = "\x1b[2m", "\x1b[0m"
+LEGEND = f"{TRAINED[0]} trained {TRAINED[1]} on {RESET} {CONTEXT[0]} only {CONTEXT[1]} read {RESET}"
+
+
+def printable(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    return tokenizer.decode(ids).replace("\n", "↵")
+
+
+def colour(tokenizer: "Tokenizer", ids: Iterable[int], mask: Iterable[int], show_ids: bool = False) -> str:
+    """A conversation for the terminal. The tokens that a character is cut into are shown together."""
+    blocks: list[str] = []
+    together: list[int] = []
+    for i, trained in zip(ids, mask, strict=True):
+        together.append(int(i))
+        text = printable(tokenizer, together)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(together) < 4:
+            continue
+        number = f"{FAINT}{'+'.join(map(str, together))}{RESET} " if show_ids else ""
+        line_break = "\n" if "↵" in text else ""
+        blocks.append(f"{(TRAINED if trained else CONTEXT)[len(blocks) % 2]}{text}{RESET}{number}{line_break}")
+        together = []
+    return "".join(blocks) + printable(tokenizer, together)
+
+
+def draw_row(lengths: Sequence[int], capacity: int, width: int = 100) -> str:
+    """A packed row for the terminal: a block for each conversation with its length, and dots for padding."""
+    ends = [round(end * width / capacity) for end in itertools.accumulate(lengths)]
+    blocks, start = "", 0
+    for i, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        text = str(length) if len(str(length)) <= end - start else ""
+        blocks += f"\x1b[30;{46 if i % 2 else 42}m{text:^{end - start}}{RESET}"
+        start = end
+    return blocks + "·" * (width - start)

@@ -10,12 +10,13 @@ import lora
 from checkpoint import (
     ADAPTER_CONFIG,
     hub_parts,
-    iterate_parts,
     load_tokenizer,
     resolve_checkpoint,
+    stored_parts,
     write_model,
 )
 from config import ModelConfig, check
+from engine import peft_files
 from engine.adapter_base import find_base
 from engine.files import disk_errors, write_directory
 from engine.hub_config import load_config
@@ -35,11 +36,12 @@ def merge_adapter(adapter: str | Path, out: str | Path, max_shard_bytes: int = 1
     base = resolve_checkpoint(place)
     config, tokenizer = recorded or load_config(base), load_tokenizer(directory, base)
     adapters = dict(adapter_parts(directory, config))
-    scaling = lora.read_scaling(directory / ADAPTER_CONFIG)
+    scaling = peft_files.read_scaling(directory / ADAPTER_CONFIG)
 
     def merged_parts() -> Iterator[tuple[str, Tensor]]:
-        for name, part in iterate_parts(base, config):
-            yield name, lora.merged(part, *adapters[name], scaling) if name in adapters else part
+        for _, _, parts in stored_parts(base, config):
+            for name, part in parts:
+                yield name, lora.merged(part, *adapters[name], scaling) if name in adapters else part
 
     def write(place: Path) -> None:
         write_model(place, config, tokenizer, merged_parts(), max_shard_bytes)
@@ -53,10 +55,10 @@ def adapter_parts(directory: Path, config: ModelConfig) -> Iterator[tuple[str, t
     expert's gate and up share an A."""
     with torch.device("meta"):
         model = DeepSeekV2(config)
-    lora.attach_like(model, directory)
-    values = dict(lora.read_adapter(model, directory))
+    peft_files.attach_like(model, directory)
+    values = dict(peft_files.read_adapter(model, directory))
     for name in [name for name in values if name.endswith("lora_A")]:
         a, b = values.pop(name), values.pop(f"{name[:-1]}B")
-        parts = list(hub_parts(lora.adapted_weight(name), b))
+        parts = list(hub_parts(peft_files.adapted_weight(name), b))
         for i, (part_name, part_b) in enumerate(parts):
             yield part_name, (a if a.dim() == 2 else a[i * len(a) // len(parts)], part_b)

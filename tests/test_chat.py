@@ -21,6 +21,7 @@ import generation
 import lora
 from chat import ChatConfig, Reply, Writer
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
+from engine import peft_files
 from engine.questions import columns
 from generation import generate
 from model import DeepSeekV2
@@ -114,7 +115,7 @@ def test_an_adapters_directory_answers_with_the_adapter(
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.3)
-    lora.save_adapter(tmp_path / "adapter", adapted, str(base))
+    peft_files.save_adapter(tmp_path / "adapter", adapted, str(base))
     flags = ("--prompt", QUESTION, "--temperature", 0, "--max-new-tokens", 20)
     answer = say(tmp_path / "adapter", *flags, directory=tmp_path, capsys=capsys)
     assert answer != say(base, *flags, directory=tmp_path, capsys=capsys)

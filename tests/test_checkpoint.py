@@ -32,6 +32,7 @@ from checkpoint import (
     save_state,
 )
 from config import RopeScaling, UserError
+from engine import peft_files
 from generation import generate
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
@@ -608,7 +609,7 @@ def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path: Path, tokeni
         save_pretrained(tmp_path / "merged", model, tokenizer)
         save_checkpoint(tmp_path, 1, lambda directory: save_pretrained(directory, model, tokenizer), limit=1)
         lora.add_lora(model, 2, 4.0, 0.0, ("o_proj",))
-        lora.save_adapter(tmp_path / "adapter", model, None)
+        peft_files.save_adapter(tmp_path / "adapter", model, None)
     finally:
         os.umask(before)
     modes = {oct(file.stat().st_mode & 0o777) for file in tmp_path.rglob("*") if file.is_file()}

@@ -18,6 +18,7 @@ import export
 import lora
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
 from config import RopeScaling, UserError
+from engine import peft_files
 from engine.cli import parse_arguments
 from engine.run_directory import read_metrics
 from model import DeepSeekV2
@@ -39,7 +40,7 @@ def adapted(tmp_path: Path) -> DeepSeekV2:
         for parameter in lora.adapters(model).values():
             parameter.normal_(std=0.2)
     base = str(tmp_path / "base")
-    save_checkpoint(tmp_path / "run", 5, lambda place: lora.save_adapter(place, model, base), limit=1)
+    save_checkpoint(tmp_path / "run", 5, lambda place: peft_files.save_adapter(place, model, base), limit=1)
     return model
 
 

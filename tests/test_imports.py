@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "engine.sources": {"config", "engine.text_files"},
     "engine.pieces": {"tokenizer", "engine.formats", "engine.text_files"},
     "engine.data_report": {"engine.files"},
-    "engine.data_view": {"config", "dataset", "datacollator", "engine.data_report"},
+    "engine.data_view": {"config", "tokenizer", "dataset", "datacollator", "engine.data_report"},
     "engine.hub_config": {"config", "engine.files"},
     "engine.hub_tokenizer": {"tokenizer", "engine.files"},
     "engine.adapter_base": {"config", "engine.files", "engine.hub_config"},
@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "engine.kernels": {"engine.documents"},
     "engine.plots": set(),
     "engine.cost": {"config", "model"},
+    "engine.peft_files": {"config", "lora", "engine.files"},
     "engine.build": {
         *("config", "model", "lora", "quantization", "checkpoint", "parallel"),
-        *("engine.adapter_base", "engine.hub_config", "engine.new_tokens"),
+        *("engine.adapter_base", "engine.hub_config", "engine.new_tokens", "engine.peft_files"),
     },
     "engine.dry_run": {
         *("config", "model", "optimizer", "parallel"),
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     "datacollator": set(),
     "model": {"config", "engine.documents", "engine.kernels"},
     "quantization": {"config", "model", "engine.kernels"},
-    "lora": {"config", "model", "quantization", "engine.files", "engine.kernels"},
+    "lora": {"config", "model", "quantization", "engine.kernels"},
     "generation": {"config", "model", "tokenizer", "engine.kernels"},
     "engine.merge": {
         "config",
@@ -65,6 +66,7 @@ MAY_IMPORT = {
         "checkpoint",
         "engine.files",
         "engine.hub_config",
+        "engine.peft_files",
     },
     "engine.diagrams": {"config", "datacollator", "tokenizer", "engine.kernels", "engine.plots"},
     "engine.gguf_file": {"config", "model", "tokenizer", "engine.hub_tokenizer", "engine.vocabulary"},
@@ -74,11 +76,11 @@ MAY_IMPORT = {
     "optimizer": {"config"},
     "parallel": {"config"},
     "checkpoint": {
-        *("config", "model", "quantization", "tokenizer", "lora"),
-        *("engine.adapter_base", "engine.files", "engine.hub_config", "engine.hub_tokenizer"),
+        *("config", "model", "quantization", "tokenizer"),
+        *("engine.adapter_base", "engine.files", "engine.hub_config", "engine.hub_tokenizer", "engine.peft_files"),
     },
     "trainer": {
-        *("config", "tokenizer", "datacollator", "model", "lora", "generation", "checkpoint", "optimizer", "parallel"),
+        *("config", "tokenizer", "datacollator", "model", "generation", "checkpoint", "optimizer", "parallel"),
         *(
             "engine.adapter_base",
             "engine.cli",

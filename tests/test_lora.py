@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import lora
 from config import MINI, OptimizerConfig, UserError
+from engine import peft_files
 from generation import generate
 from model import DeepSeekV2, Experts
 from optimizer import make_optimizers
@@ -77,7 +78,7 @@ def tokens(rows: int = 3, length: int = 21, seed: int = 0) -> Tensor:
 def peft_parameters(model: DeepSeekV2, theirs: PeftModel) -> dict[str, nn.Parameter]:
     """PEFT's parameter for each of our adapters."""
     parameters = dict(theirs.named_parameters())
-    names = lora.peft_names(model)
+    names = peft_files.peft_names(model)
     return {name: parameters[names[name].replace(".weight", ".default.weight")] for name in names}
 
 
@@ -144,7 +145,7 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
 def test_peft_reads_our_adapters(case: tuple[tuple[str, ...], int, dict[str, Any]], tmp_path: Path) -> None:
     targets, rank, changes = case
     model = adapted_model(targets, rank, **changes)
-    lora.save_adapter(tmp_path, model, "base")
+    peft_files.save_adapter(tmp_path, model, "base")
     ours = model(tokens())
     assert relative_difference(open_with_peft(tmp_path, **changes)(tokens()).logits, ours) < 1e-5
     assert relative_difference(small_model(**changes)(tokens()), ours) > 1e-2  # the adapters matter
@@ -181,10 +182,10 @@ MADE_BY_PEFT: dict[str, dict[str, Any]] = {
 def test_we_read_pefts_adapters_and_give_them_back(settings: dict[str, Any], tmp_path: Path) -> None:
     theirs = made_by_peft(tmp_path / "theirs", {"lora_alpha": 8} | settings)(tokens()).logits
     model = small_model()
-    lora.load_adapter(model, tmp_path / "theirs")
+    peft_files.load_adapter(model, tmp_path / "theirs")
     assert relative_difference(model(tokens()), theirs) < 1e-5
     assert relative_difference(small_model()(tokens()), theirs) > 1e-2
-    lora.save_adapter(tmp_path / "ours", model, "base")
+    peft_files.save_adapter(tmp_path / "ours", model, "base")
     with warnings.catch_warnings():
         # our file names q_proj for all layers; PEFT notes those that it then leaves at zero
         warnings.filterwarnings("ignore", "Found missing adapter keys")
@@ -195,16 +196,16 @@ def test_we_read_pefts_adapters_and_give_them_back(settings: dict[str, Any], tmp
 def test_files_hold_adapters_alone_and_give_back_every_bit(tmp_path: Path) -> None:
     model = adapted_model((*DEFAULT, *EXPERTS), rank=3)
     weights = {name: parameter.detach().clone() for name, parameter in lora.adapters(model).items()}
-    lora.save_adapter(tmp_path / "whole", model, "base")
+    peft_files.save_adapter(tmp_path / "whole", model, "base")
     for parameter in lora.adapters(model).values():
         parameter.data.zero_()
     # as under FSDP: the model's own values are not looked at
-    lora.save_adapter(tmp_path / "gathered", model, "base", weights)
+    peft_files.save_adapter(tmp_path / "gathered", model, "base", weights)
     for kind in ("whole", "gathered"):
-        read = dict(lora.read_adapter(model, tmp_path / kind))
+        read = dict(peft_files.read_adapter(model, tmp_path / kind))
         assert all(torch.equal(read[name], weights[name]) for name in weights)
-        assert len(load_file(tmp_path / kind / lora.ADAPTER_WEIGHTS)) == len(weights)
-    config = json.loads((tmp_path / "whole" / lora.ADAPTER_CONFIG).read_text())
+        assert len(load_file(tmp_path / kind / peft_files.ADAPTER_WEIGHTS)) == len(weights)
+    config = json.loads((tmp_path / "whole" / peft_files.ADAPTER_CONFIG).read_text())
     assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 6.0, "base")
 
@@ -227,11 +228,11 @@ UNSUPPORTED: dict[str, Any] = {
 
 @pytest.mark.parametrize("option", UNSUPPORTED)
 def test_adapters_that_mean_something_else_are_refused(option: str, tmp_path: Path) -> None:
-    lora.save_adapter(tmp_path, adapted_model(("q_proj",)), "base")
-    path = tmp_path / lora.ADAPTER_CONFIG
+    peft_files.save_adapter(tmp_path, adapted_model(("q_proj",)), "base")
+    path = tmp_path / peft_files.ADAPTER_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {option: UNSUPPORTED[option]}))
     with pytest.raises(UserError, match=r"adapter_config\.json"):
-        lora.load_adapter(small_model(), tmp_path)
+        peft_files.load_adapter(small_model(), tmp_path)
 
 
 def truncated(path: Path) -> None:
@@ -258,12 +259,12 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_adapters_that_do_not_fit_are_refused(damage: str, tmp_path: Path) -> None:
     model = adapted_model(("q_proj", "experts.down_proj"))
-    lora.save_adapter(tmp_path, model, "base")
-    DAMAGE[damage](tmp_path / lora.ADAPTER_WEIGHTS)
+    peft_files.save_adapter(tmp_path, model, "base")
+    DAMAGE[damage](tmp_path / peft_files.ADAPTER_WEIGHTS)
     with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
-        lora.load_adapter(small_model(), tmp_path)
+        peft_files.load_adapter(small_model(), tmp_path)
     with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
-        list(lora.read_adapter(model, tmp_path))
+        list(peft_files.read_adapter(model, tmp_path))
 
 
 # ---------------------------------------------------------------- merging and generating
@@ -329,7 +330,7 @@ def test_only_adapters_get_gradients_and_optimizer_state() -> None:
 def test_gradients_are_pefts(case: tuple[tuple[str, ...], int, dict[str, Any]], tmp_path: Path) -> None:
     targets, rank, changes = case
     model = adapted_model(targets, rank, **changes)
-    lora.save_adapter(tmp_path, model, "base")
+    peft_files.save_adapter(tmp_path, model, "base")
     reference = open_with_peft(tmp_path, trainable=True, **changes)
     model(tokens(), labels=tokens(seed=1)).loss_sum.backward()
     F.cross_entropy(reference(tokens()).logits.flatten(0, 1), tokens(seed=1).flatten(), reduction="sum").backward()
@@ -337,7 +338,7 @@ def test_gradients_are_pefts(case: tuple[tuple[str, ...], int, dict[str, Any]], 
     largest = max(parameter.grad.abs().max().item() for parameter in theirs.values())
     assert theirs.keys() == lora.adapters(model).keys()
     for name, adapter in lora.adapters(model).items():
-        wanted = lora.from_peft(theirs[name].grad, adapter.shape, name)
+        wanted = peft_files.from_peft(theirs[name].grad, adapter.shape, name)
         scale = max(wanted.abs().max().item(), 1e-2 * largest)
         assert (adapter.grad - wanted).abs().max() < 2e-5 * scale, name
 
@@ -396,7 +397,7 @@ def test_losses_stay_pefts_for_fifty_steps(targets: tuple[str, ...], tmp_path: P
     """Same base, same adapters to start from, same batches, AdamW, fp32; right padding on both sides."""
     model = small_model()
     lora.add_lora(model, 8, 16.0, 0.0, targets)
-    lora.save_adapter(tmp_path, model, "base")
+    peft_files.save_adapter(tmp_path, model, "base")
     reference = open_with_peft(tmp_path, trainable=True)
     decay = OptimizerConfig(weight_decay=0.1)
     optimizers = [make_optimizers(one, decay, torch.float32)[0] for one in (model, reference)]

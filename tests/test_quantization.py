@@ -23,7 +23,7 @@ import lora
 import quantization
 from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint, save_pretrained
 from config import MINI, OptimizerConfig, UserError
-from engine import kernels
+from engine import kernels, peft_files
 from engine.kernels import GroupedProduct, RowProduct
 from engine.merge import merge_adapter
 from generation import generate
@@ -297,7 +297,7 @@ def test_losses_stay_pefts_for_twenty_steps(targets: tuple[str, ...], tmp_path: 
     """PEFT on transformers' model with the weights that bitsandbytes gives back, opened from our own file."""
     model = quantized_model()
     lora.add_lora(model, 8, 16.0, 0.0, targets)
-    lora.save_adapter(tmp_path, model, "base")
+    peft_files.save_adapter(tmp_path, model, "base")
     reference = PeftModel.from_pretrained(transformers_model(rounded_model()), tmp_path, is_trainable=True)
     optimizers = [make_optimizers(one, OptimizerConfig(), torch.float32)[0] for one in (model, reference)]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -378,7 +378,7 @@ def test_its_adapter_opens_in_peft_on_the_original_base(folder: Path) -> None:
     """What it was trained on is a directory with full weights, which it names."""
     adapter, base = newest_checkpoint(folder / "adapted"), newest_checkpoint(folder / "base")
     assert adapter is not None
-    assert json.loads((adapter / lora.ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(base)
+    assert json.loads((adapter / peft_files.ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(base)
     ids = torch.randint(0, 512, (2, 30))
     theirs = PeftModel.from_pretrained(transformers_model(load_pretrained(base)), adapter)(ids).logits
     model, _ = load_model_and_tokenizer(folder / "adapted")
@@ -437,7 +437,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora.add_lora(model, 2, 4.0, 0.0, ("q_proj", "experts.down_proj", "experts.gate_up_proj"))
     for adapter in lora.adapters(model).values():
         nn.init.normal_(adapter, std=0.1)
-    lora.save_adapter(directory / "adapted", model, str(directory / "base"))
+    peft_files.save_adapter(directory / "adapted", model, str(directory / "base"))
     return directory
 
 
@@ -476,7 +476,7 @@ def test_merging_holds_the_adapter_and_a_file_whatever_the_models_size(
 ) -> None:
     merge_adapter(large / "adapted", tmp_path / "merged", max_shard_bytes=10**6)
     whole = sum(file.stat().st_size for file in (large / "base").glob("*.safetensors"))
-    adapter = (large / "adapted" / lora.ADAPTER_WEIGHTS).stat().st_size
+    adapter = (large / "adapted" / peft_files.ADAPTER_WEIGHTS).stat().st_size
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 10
     assert max(read) < 2 * adapter + 3 * 10**6 < 0.5 * whole
     ids = tokens()

@@ -58,9 +58,9 @@ def test_tokens_are_shown_with_their_ids(shown: Callable[..., str], tmp_path: Pa
 
 def test_colours_say_what_is_trained_on() -> None:
     tokenizer = Tokenizer(vocab_size=512)
-    coloured = show.colour(tokenizer, *tokenizer.render([{"role": "assistant", "content": "a"}]))
-    pieces = [piece.strip() for piece in coloured.split(show.RESET)]
-    assert [piece.split("m", 1)[1] for piece in pieces if piece.startswith(show.TRAINED)] == ["a", "<|im_end|>"]
+    coloured = data_view.colour(tokenizer, *tokenizer.render([{"role": "assistant", "content": "a"}]))
+    pieces = [piece.strip() for piece in coloured.split(data_view.RESET)]
+    assert [piece.split("m", 1)[1] for piece in pieces if piece.startswith(data_view.TRAINED)] == ["a", "<|im_end|>"]
 
 
 def test_rows_are_shown_as_they_are_packed(shown: Callable[..., str], data: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_rows_are_shown_as_they_are_packed(shown: Callable[..., str], data: Path
 
 
 def test_a_drawn_row_is_as_wide_as_the_row() -> None:
-    blocks = show.draw_row([50, 25], 100, width=20).replace(show.RESET, "|").split("|")
+    blocks = data_view.draw_row([50, 25], 100, width=20).replace(data_view.RESET, "|").split("|")
     assert blocks == ["\x1b[30;42m    50    ", "\x1b[30;46m 25  ", "·" * 5]
 
 
