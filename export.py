@@ -49,8 +49,9 @@ class Hub:
     license: str = "unknown"
 
     def export(self) -> None:
-        from checkpoint import ADAPTER_CONFIG, resolve_checkpoint
-        from engine.files import CHECKSUMS, disk_errors, read_json, write_directory, write_json
+        from checkpoint import resolve_checkpoint
+        from engine.adapter_base import ADAPTER_CONFIG, publish_base
+        from engine.files import CHECKSUMS, disk_errors, write_directory
         from engine.model_card import model_card, run_of
         from engine.plots import plot_runs
         from engine.run_directory import read_metrics
@@ -67,8 +68,7 @@ class Hub:
                 if file.suffix in (".json", ".safetensors") and file.name != CHECKSUMS:
                     shutil.copyfile(file, directory / file.name)
             if is_adapter:
-                config = read_json(checkpoint / ADAPTER_CONFIG) | {"base_model_name_or_path": self.base_name}
-                write_json(directory / ADAPTER_CONFIG, config)
+                publish_base(directory, self.base_name)
             card = model_card(checkpoint, out.name, self.base_name, self.license)
             (directory / "README.md").write_text(card, encoding="utf-8")
             if run := run_of(checkpoint):

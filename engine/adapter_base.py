@@ -43,6 +43,13 @@ def record_base(adapter: Path, base: Base) -> None:
     write_json(adapter / BASE, places | {"weights": base.weights, "config": hub_config(base.config)})
 
 
+def publish_base(adapter: Path, name: str) -> None:
+    """Have an adapter's files say what its base is called on the Hub, and no longer where it lies here."""
+    write_json(adapter / ADAPTER_CONFIG, read_json(adapter / ADAPTER_CONFIG) | {"base_model_name_or_path": name})
+    if (adapter / BASE).is_file():
+        write_json(adapter / BASE, read_json(adapter / BASE) | {"absolute": name, "relative": name})
+
+
 def find_base(adapter: Path) -> tuple[Path, ModelConfig | None]:
     """The directory of the model that an adapter was trained on, and the configuration it was trained with; None where
     only PEFT's file tells of it. Raises UserError where the model is missing, or is no longer the same."""

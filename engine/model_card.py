@@ -5,6 +5,7 @@ Paths of this machine are in a run's configuration, and never in its card.
 
 import json
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ import yaml
 
 from config import PRESETS
 from engine.run_directory import CONFIG, METRICS, flatten, read_configuration, read_metrics
+from engine.sources import KINDS
+from engine.text_files import file_kind
 
+# Settings that name a place: of this machine, or on the Hub.
+PLACES = {"dataset", "tokenizer", "init_from"}
 # Settings that say where things lie, or that change nothing about the result.
 LOCAL = {"output_dir", "resume", "num_proc", "device", "save_steps", "save_total_limit", "report_to", "debug"}
 
@@ -50,8 +55,10 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def public(source: str) -> str:
-    """A dataset as others may know it: of a local path, the last part."""
-    return Path(source).name if Path(source.partition(":")[0]).exists() else source
+    """A dataset or a model as others may know it: of a local path, which may lead nowhere by now, the last part."""
+    path = Path(re.sub(r":\d+$", "", source))
+    local = path.is_absolute() or path.exists() or len(path.parts) > 2 or file_kind(path) in KINDS
+    return Path(source).name if local else source
 
 
 def how_it_was_trained(
@@ -89,8 +96,9 @@ def command(config: dict[str, Any], base_name: str) -> str:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{flag}", *(json.dumps(v) if " " in str(v) else public(str(v)) for v in values)]
+            values = map(str, value if isinstance(value, list) else [value])
+            shown = map(public, values) if key in PLACES else values
+            words += [f"--{flag}", *(json.dumps(text) if " " in text else text for text in shown)]
     return " ".join(words)
 
 

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import export
 import lora
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
-from config import RopeScaling, UserError
+from config import PRESETS, RopeScaling, UserError
 from engine import peft_files
 from engine.cli import parse_arguments
+from engine.files import write_tensors
+from engine.model_card import command
 from engine.run_directory import read_metrics
 from model import DeepSeekV2
 from small_models import relative_difference, small_model
@@ -83,17 +85,19 @@ def test_merging_what_is_no_adapter_is_refused(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a model of 24 thousand parameters."""
+    """The run of a model of 24 thousand parameters, whose data is gone by now."""
     directory = tmp_path_factory.mktemp("trained")
     data = write_jsonl(directory / "private.jsonl", conversations(20))
     assert train_here(arguments(data, directory / "run", max_steps=4, eval_steps=2), directory) == 0
+    data.unlink()
     return directory / "run"
 
 
-def published(directory: Path) -> set[str]:
+def published(directory: Path, *private: Path) -> set[str]:
+    """The names of the files, in which no private place is named."""
     assert {oct(file.stat().st_mode)[-3:] for file in directory.iterdir()} == {"644"}
-    for file in directory.glob("*.json"):
-        assert str(directory.parent) not in file.read_text()
+    for file in directory.iterdir():
+        assert not [place for place in private if str(place).encode() in file.read_bytes()], file
     return {file.name for file in directory.iterdir()}
 
 
@@ -106,14 +110,13 @@ def test_a_run_is_published_with_a_card(trained: Path, tmp_path: Path, capsys: p
     """huggingface_hub reads its front matter; its command, its losses and its code for transformers are right."""
     flags = ["hub", str(trained), str(tmp_path / "small"), "--license", "mit", "--base-name", "org/base"]
     assert run_main(export.main, flags, tmp_path) == 0
-    assert published(tmp_path / "small") == {
+    assert published(tmp_path / "small", tmp_path, trained.parent) == {
         *("README.md", "loss.png", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     card = ModelCard.load(tmp_path / "small" / "README.md")
     assert (card.data.license, card.data.base_model, card.data.library_name) == ("mit", "org/base", "transformers")
     _, text = read_card(tmp_path / "small")
-    assert str(trained.parent) not in text
     metrics = read_metrics(trained)
     losses = [line["loss"] for line in metrics if "loss" in line]
     assert f"| {losses[0]:.4f}, {losses[-1]:.4f} |" in text
@@ -130,24 +133,61 @@ def test_a_run_is_published_with_a_card(trained: Path, tmp_path: Path, capsys: p
 
 
 def test_an_adapter_is_published_with_its_bases_public_name(
-    adapted: DeepSeekV2, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["hub", str(tmp_path / "run"), str(tmp_path / "public")]
-    assert run_main(export.main, command, tmp_path) == 2
+    """And with nothing of where it lies here; what it answers stays the same, and so does what it is refused with."""
+    data = write_jsonl(tmp_path / "private.jsonl", conversations(20))
+    changes = {"init_from": trained, "lora_rank": 2, "learning_rate": 0.1, "max_steps": 2}
+    assert train_here(arguments(data, tmp_path / "run", **changes), tmp_path) == 0
+    hub = ["hub", str(tmp_path / "run"), str(tmp_path / "public")]
+    capsys.readouterr()
+    assert run_main(export.main, hub, tmp_path) == 2
     assert capsys.readouterr().err == "error: name the adapter's base on the Hub: --base-name ORG/MODEL\n"
-    assert run_main(export.main, [*command, "--base-name", "org/base"], tmp_path) == 0
-    assert published(tmp_path / "public") == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert (
-        json.loads((tmp_path / "public" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
-    )
+    assert run_main(export.main, [*hub, "--base-name", "org/base"], tmp_path) == 0
+    assert published(tmp_path / "public", tmp_path, trained.parent) == {
+        *("README.md", "loss.png", "adapter_config.json", "adapter_model.safetensors", "base.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    config = json.loads((tmp_path / "public" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
     front, _ = read_card(tmp_path / "public")
     assert (front["base_model"], front["library_name"]) == ("org/base", "peft")
     # as downloaded beside it, the base is found by that name
-    (tmp_path / "org").mkdir()
-    (tmp_path / "base").rename(tmp_path / "org" / "base")
+    assert run_main(export.main, ["hub", str(trained), str(tmp_path / "org" / "base")], tmp_path) == 0
+    adapted, _ = load_model_and_tokenizer(tmp_path / "run")
     with contextlib.chdir(tmp_path):
         loaded, _ = load_model_and_tokenizer("public")
-    torch.testing.assert_close(loaded(TOKENS), adapted(TOKENS))
+        torch.testing.assert_close(loaded(TOKENS), adapted(TOKENS))
+        write_tensors(Path("org/base/model.safetensors"), {"other": torch.zeros(1)})
+        with pytest.raises(UserError, match="its base model org/base has changed"):
+            load_model_and_tokenizer("public")
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("chitchat:3", "chitchat:3"),
+        ("org/data", "org/data"),
+        ("org/data:2", "org/data:2"),
+        ("/gone/chats", "chats"),
+        ("/gone/my chats.jsonl:2", "my chats.jsonl:2"),
+        ("gone/chats.csv.gz", "chats.csv.gz"),
+        ("gone/runs/base", "base"),
+        ("here/chats", "chats"),
+    ],
+)
+def test_of_a_local_place_the_card_has_the_last_part(
+    source: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is still there or not, as data and as what the model was trained from; a prompt is no place."""
+    (tmp_path / "here" / "chats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = PRESETS["tiny"].changed(dataset=(source,), init_from=source, sample_prompts=("/a/b", "/c/d e")).flat()
+    line = shlex.split(command(json.loads(json.dumps(config)), ""))
+    flags = ("--dataset", shown), ("--init-from", shown), ("--sample-prompts", "/a/b", "/c/d e")
+    for flag in flags:
+        place = line.index(flag[0])
+        assert tuple(line[place : place + len(flag)]) == flag
 
 
 # ---------------------------------------------------------------- GGUF (llama.cpp itself: benchmarks/clients.py)
