@@ -128,8 +128,8 @@ class Reply:
     """What a model writes: iterate over its pieces as they come. Then `text` has all of it, and `cut` why it stopped
     before its end, if it did."""
 
-    def __init__(self, writer: "Writer", prompt: list[int], stops: tuple[int, ...], strip: bool) -> None:
-        self.writer, self.prompt, self.stops, self.strip = writer, prompt, stops, strip
+    def __init__(self, writer: "Writer", prompt: list[int], strip: bool) -> None:
+        self.writer, self.prompt, self.strip = writer, prompt, strip
         self.text = self.cut = ""
 
     def __iter__(self) -> Iterator[str]:
@@ -140,8 +140,9 @@ class Reply:
         room = room_for_answer(model, self.prompt, config.max_new_tokens)
         sampling = (config.temperature, config.top_k, config.top_p, self.writer.generator)
         tokens: list[int] = []
-        for (token,) in generate(model, [self.prompt], room, self.stops, *sampling):
-            if token in self.stops:
+        stops = self.writer.tokenizer.stop_ids
+        for (token,) in generate(model, [self.prompt], room, stops, *sampling):
+            if token in stops:
                 break
             tokens.append(token)
             text = self.decode(tokens)
@@ -174,12 +175,11 @@ class Writer:
     def answer(self, messages: Messages) -> Reply:
         """The assistant's next turn."""
         prompt, _ = self.tokenizer.render(messages, add_generation_prompt=True)
-        return Reply(self, prompt, (self.tokenizer.eos_token_id,), strip=True)
+        return Reply(self, prompt, strip=True)
 
     def complete(self, text: str) -> Reply:
         """How a text goes on, up to the end of the document."""
-        stops = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-        return Reply(self, self.tokenizer.encode(text), stops, strip=False)
+        return Reply(self, self.tokenizer.encode(text), strip=False)
 
     def forget(self, messages: Messages) -> Messages:
         """The conversation without its oldest turns, where they leave no room for an answer; never without the system

@@ -95,7 +95,7 @@ def answers(
     room = model.config.max_position_embeddings - max(map(len, prompts))
     if room < 1:
         return [""] * len(questions)
-    replies = continuations(model, prompts, min(max_new_tokens, room), (tokenizer.eos_token_id,), **options)
+    replies = continuations(model, prompts, min(max_new_tokens, room), tokenizer.stop_ids, **options)
     return [tokenizer.decode(tokens) for tokens, _ in replies]
 
 

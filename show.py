@@ -194,7 +194,7 @@ class Complete:
         model.eval()
         given = tokenizer.encode(self.text)
         room = room_for_answer(model, given, self.max_new_tokens)
-        ((written, _),) = continuations(model, [given], room, (tokenizer.eos_token_id, tokenizer.pad_token_id))
+        ((written, _),) = continuations(model, [given], room, tokenizer.stop_ids)
         ids = given + written
         print(f"{colour(tokenizer, ids, [0] * len(given) + [1] * len(written))}\n")
         with torch.inference_mode():

@@ -130,6 +130,8 @@ class Tokenizer:
         # The collator masks padding, so any id will do.
         self.pad_token = "<|endoftext|>" if "<|endoftext|>" in self.control_ids else self.eos_token
         self.pad_token_id = self.control_ids[self.pad_token]
+        # What ends whatever a model writes: the assistant's turn, or a document, as a base model has it.
+        self.stop_ids = (self.eos_token_id, self.pad_token_id)
         control = set(self.control_ids.values())
         self.token_num_bytes = [0 if i in control else len(token) for i, token in enumerate(self.tokens)]
         self.max_token_bytes = max(self.token_num_bytes)

@@ -39,8 +39,6 @@ class Prompt(NamedTuple):
 
     question: Question
     ids: list[int]
-    # Tokens that end the answer.
-    stops: tuple[int, ...]
 
 
 # ---------------------------------------------------------------- reading them
@@ -89,25 +87,25 @@ def read_question(line: int, row: dict[str, Any], system: str | None = None) -> 
 
 
 def as_prompt(question: Question, tokenizer: "Tokenizer") -> Prompt:
-    """An answer ends with the assistant's turn; a text may end with its document, too."""
-    if isinstance(question.asked, list):
-        ids, _ = tokenizer.render(question.asked, add_generation_prompt=True)
-        return Prompt(question, ids, (tokenizer.eos_token_id,))
-    return Prompt(question, tokenizer.encode(question.asked), (tokenizer.eos_token_id, tokenizer.pad_token_id))
+    """A text stands alone; in a conversation the assistant is next."""
+    if isinstance(question.asked, str):
+        return Prompt(question, tokenizer.encode(question.asked))
+    ids, _ = tokenizer.render(question.asked, add_generation_prompt=True)
+    return Prompt(question, ids)
 
 
 # ---------------------------------------------------------------- answering them
 
 
 def batches(prompts: Sequence[Prompt], context: int, max_new_tokens: int, batch_size: int) -> Iterator[list[Prompt]]:
-    """Prompts of like length together, the longest first; those of a batch have the same room and the same stops, so
-    that each is answered as it would be alone."""
+    """Prompts of like length together, the longest first; those of a batch have the same room, so that each is answered
+    as it would be alone."""
 
-    def kind(prompt: Prompt) -> tuple[int, tuple[int, ...]]:
-        return min(max_new_tokens, context - len(prompt.ids)), prompt.stops
+    def room(prompt: Prompt) -> int:
+        return min(max_new_tokens, context - len(prompt.ids))
 
-    ordered = sorted(prompts, key=lambda prompt: (prompt.stops, -len(prompt.ids)))
-    for _, alike in itertools.groupby(ordered, kind):
+    ordered = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+    for _, alike in itertools.groupby(ordered, room):
         group = list(alike)
         yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
@@ -183,7 +181,7 @@ def answer_questions(
     context, settings = model.config.max_position_embeddings, file.settings
     sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p")}
     prompts = [as_prompt(question, tokenizer) for question in file.questions.values()]
-    for question, ids, _ in prompts:
+    for question, ids in prompts:
         fits = 0 < len(ids) < context
         check(fits, f"line {question.line} has {len(ids):,} tokens, but {checkpoint} a context of {context:,}")
     with tqdm(total=len(prompts), desc=checkpoint, unit="answer", disable=None) as bar:
@@ -193,7 +191,7 @@ def answer_questions(
                 seed = hash((settings["seed"], number)) % 2**63
                 generator = torch.Generator(model.output_weight.device).manual_seed(seed)
                 inputs = [prompt.ids for prompt in batch]
-                found = continuations(model, inputs, room, batch[0].stops, generator=generator, **sampling)
+                found = continuations(model, inputs, room, tokenizer.stop_ids, generator=generator, **sampling)
                 for prompt, (tokens, ended) in zip(batch, found, strict=True):
                     file.add(prompt.question, checkpoint, as_answer(tokenizer.decode(tokens), prompt.question), ended)
             bar.update(len(batch))

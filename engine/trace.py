@@ -78,8 +78,7 @@ def write(
 ) -> Iterator[tuple[str, tuple[Seen, ...]]]:
     """Continue a prompt, yielding after each token the text so far and what was seen. Raises UserError if it doesn't
     fit."""
-    trace, answer = Trace(model, tokenizer), []
-    stops = (tokenizer.eos_token_id, tokenizer.pad_token_id)  # a turn's end, a document's end
+    trace, answer, stops = Trace(model, tokenizer), [], tokenizer.stop_ids
     generator = torch.Generator(model.output_weight.device).manual_seed(seed)
     room = room_for_answer(model, prompt, max_new_tokens)
     with trace.watching_routers():

@@ -21,7 +21,7 @@ import generation
 import lora
 from chat import ChatConfig, Reply, Writer
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
-from engine import peft_files
+from engine import peft_files, trace
 from engine.questions import columns
 from generation import generate
 from model import DeepSeekV2
@@ -61,8 +61,8 @@ def say(*arguments: Any, directory: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def text_of(ids: list[int], tokenizer: Tokenizer) -> str:
-    ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-    return tokenizer.decode(ids).lstrip()
+    end = next((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), len(ids))
+    return tokenizer.decode(ids[:end]).lstrip()
 
 
 # ---------------------------------------------------------------- one answer
@@ -208,6 +208,32 @@ def test_control_tokens_that_are_typed_stay_text(template: str) -> None:
     asked, harmless = ([token for token in prompt if token in control] for prompt in model.prompts)
     assert asked == harmless
     assert hostile in tokenizer.decode(model.prompts[0])
+
+
+def test_an_answer_ends_with_its_document_whoever_asks(
+    model: DeepSeekV2, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base model ends what it writes with the document's end. Here it stands where `model` has a word."""
+    prompt, _ = tokenizer.render([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
+    spoken = [token for (token,) in generate(model, [prompt], 10)]
+    end = next(i for i in range(3, 10) if spoken[i] not in spoken[:i])
+    base = small_model(vocab_size=512, max_position_embeddings=CONTEXT).eval()
+    with torch.no_grad():
+        base.output_weight[[spoken[end], tokenizer.pad_token_id]] = base.output_weight[
+            [tokenizer.pad_token_id, spoken[end]]
+        ]
+    save_pretrained(tmp_path / "base", base, tokenizer)
+    expected = tokenizer.decode(spoken[:end])
+    assert generation.answers(base, tokenizer, [QUESTION], 10) == [expected]
+    *_, (traced, _) = trace.write(base, tokenizer, prompt, 10, 0, temperature=0.0)
+    assert traced == expected
+    answered = say(tmp_path / "base", "--prompt", QUESTION, *GREEDY, directory=tmp_path, capsys=capsys)
+    assert answered == expected.lstrip() + "\n"
+    (tmp_path / "q.txt").write_text(QUESTION)
+    command = (tmp_path / "base", "--prompts", tmp_path / "q.txt", "--out", tmp_path / "a.jsonl", *GREEDY)
+    say(*command, directory=tmp_path, capsys=capsys)
+    (record,) = read(tmp_path / "a.jsonl")
+    assert (record["answer"], record["cut"]) == (expected.lstrip(), False)
 
 
 # ---------------------------------------------------------------- a conversation
@@ -489,10 +515,10 @@ def test_a_conversation_is_asked_up_to_its_last_answer_and_a_text_continued(
     flags = ("--prompts", tmp_path / "q.jsonl", "--out", tmp_path / "a.jsonl", "--system", "Be kind.", *GREEDY)
     say(run, *flags, directory=tmp_path, capsys=capsys)
     chat_prompt = prompt_of(tokenizer, "Hi", "Ho", "Why?", system="Be kind.")
-    stops = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    continued = generate(model, [tokenizer.encode("Once upon")], 10, tokenizer.stop_ids)
     expected = [
         text_of([token for (token,) in generate(model, [chat_prompt], 10)], tokenizer),
-        tokenizer.decode(token for (token,) in generate(model, [tokenizer.encode("Once upon")], 10, stops)),
+        tokenizer.decode(token for (token,) in continued),
     ]
     assert [record["answer"] for record in read(tmp_path / "a.jsonl")] == expected
     completed = say(run, "--complete", "Once upon", *GREEDY, directory=tmp_path, capsys=capsys)
