@@ -181,17 +181,6 @@ class Writer:
         """How a text goes on, up to the end of the document."""
         return Reply(self, self.tokenizer.encode(text), strip=False)
 
-    def forget(self, messages: Messages) -> Messages:
-        """The conversation without its oldest turns, where they leave no room for an answer; never without the system
-        message and the last turn."""
-        context = self.model.config.max_position_embeddings
-        room = min(self.config.max_new_tokens, context // 4)
-        start = int(messages[0]["role"] == "system")
-        kept = list(messages)
-        while len(kept) > start + 1 and len(self.tokenizer.render(kept, True)[0]) + room > context:
-            del kept[start : start + 2]
-        return kept
-
 
 def print_reply(reply: Reply) -> None:
     for piece in reply:
@@ -234,12 +223,11 @@ def converse(writer: Writer) -> None:
 def take_turn(writer: Writer, messages: Messages) -> Messages:
     """Answer the last message; the conversation with the answer, as far as the model still knows it. A question that
     is too long for the context is taken back."""
-    kept = writer.forget(messages)
-    if len(kept) < len(messages):
-        note(
-            f"the context of {writer.model.config.max_position_embeddings:,} tokens is full: the oldest "
-            f"{len(messages) - len(kept)} messages are forgotten"
-        )
+    from generation import fit_into_context
+
+    kept, forgotten = fit_into_context(writer.model, writer.tokenizer, messages, writer.config.max_new_tokens)
+    if forgotten:
+        note(forgotten)
     reply = writer.answer(kept)
     try:
         print_reply(reply)

@@ -73,6 +73,22 @@ def room_for_answer(model: DeepSeekV2, prompt: list[int], max_new_tokens: int) -
     return min(max_new_tokens, context - len(prompt))
 
 
+def fit_into_context(
+    model: DeepSeekV2, tokenizer: Tokenizer, messages: list[dict[str, str]], max_new_tokens: int
+) -> tuple[list[dict[str, str]], str]:
+    """The conversation without its oldest turns, where they leave no room for an answer, and a line that says so, or
+    "". The system message and the last turn are always kept."""
+    context = model.config.max_position_embeddings
+    room = min(max_new_tokens, context // 4)
+    start = int(messages[0]["role"] == "system")
+    kept = list(messages)
+    while len(kept) > start + 1 and len(tokenizer.render(kept, add_generation_prompt=True)[0]) + room > context:
+        del kept[start : start + 2]
+    forgotten = len(messages) - len(kept)
+    said = f"the context of {context:,} tokens is full: the oldest {forgotten} messages are forgotten"
+    return kept, said if forgotten else ""
+
+
 def continuations(
     model: DeepSeekV2, prompts: list[list[int]], max_new_tokens: int, stop_token_ids: tuple[int, ...], **options: Any
 ) -> list[tuple[list[int], bool]]:

@@ -17,6 +17,7 @@ from config import UserError
 from engine.cost import cache_entries
 from engine.kernels import compute_dtype
 from engine.trace import Seen, write
+from generation import fit_into_context
 from model import DeepSeekV2
 from tokenizer import Tokenizer
 
@@ -94,9 +95,10 @@ def svg(width: int, height: int, content: str) -> str:
 
 
 class Talk(NamedTuple):
-    """One checkpoint's conversation, and what was seen of its newest answer."""
+    """One checkpoint's conversation as far as the model still knows it, and what was seen of its newest answer."""
 
     messages: tuple[dict[str, str], ...] = ()
+    forgotten: str = ""  # what is to be said of older messages
     seen: tuple[Seen, ...] = ()
     prompt_length: int = 0
     planned: int = 1  # tokens of the prompt and of the longest answer
@@ -137,7 +139,8 @@ class Page:
                     self.build_question()
                     self.build_settings(settings)
                 with gr.Row():
-                    self.panels = [self.build_panel(chat) for chat in chats]
+                    whose = [f"{name} · " for name in names] if len(names) > 1 else [""]  # the chats may be far above
+                    self.panels = [self.build_panel(*each) for each in zip(chats, whose, strict=True)]
             self.connect()
 
     def build_question(self) -> None:
@@ -164,10 +167,10 @@ class Page:
                     min(settings["max_new_tokens"], longest), label="New tokens", precision=0, minimum=1, min_width=90
                 )
 
-    def build_panel(self, chat: gr.Chatbot) -> Panel:
+    def build_panel(self, chat: gr.Chatbot, whose: str) -> Panel:
         with gr.Column():
             tokens = gr.HighlightedText(
-                label="The answer's tokens by the probability the model gave them: click on one",
+                label=f"{whose}The answer's tokens by the probability the model gave them: click on one",
                 color_map={name: colour for _, name, colour in BANDS},
                 show_legend=True,
                 show_inline_category=False,
@@ -175,11 +178,12 @@ class Page:
                 elem_classes="tokens",
             )
             with gr.Row():
-                likeliest = gr.Label(label="That token (▸), and the likeliest others there", show_heading=False)
+                likeliest = gr.Label(label=f"{whose}That token (▸), and the likeliest others there", show_heading=False)
                 with gr.Column():
                     framed: dict[str, Any] = {"show_label": True, "container": True, "js_on_load": None}
-                    experts = gr.HTML(label="Experts it was sent to", elem_classes="experts", **framed)
-                    cache = gr.HTML(label="The cache, and multi-head attention's", elem_classes="cache", **framed)
+                    experts = gr.HTML(label=f"{whose}Experts it was sent to", elem_classes="experts", **framed)
+                    cached = f"{whose}The cache, and multi-head attention's"
+                    cache = gr.HTML(label=cached, elem_classes="cache", **framed)
             return Panel(chat, tokens, likeliest, experts, cache, gr.State(Talk()))
 
     def connect(self) -> None:
@@ -197,6 +201,8 @@ class Page:
 
     def respond(self, fields: dict[Any, Any]) -> Iterator[list[Any]]:
         """The page's outputs again and again, while the models write side by side."""
+        # An emptied number is None: then it is what it was at first.
+        fields = {field: field.value if value is None else value for field, value in fields.items()}
         talks = [fields[panel.talk] for panel in self.panels]
         shown = 0.0
         with self.lock:
@@ -214,23 +220,30 @@ class Page:
     def answer(self, model_and_tokenizer: tuple[DeepSeekV2, Tokenizer], talk: Talk, fields: dict) -> Iterator[Talk]:
         """A model's conversation with its answer as it grows. A text to be continued stands alone."""
         model, tokenizer = model_and_tokenizer
-        messages = (*talk.messages, {"role": "user", "content": fields[self.question]})
+        told = [{"role": "system", "content": fields[self.system]}] if fields[self.system] else []
+        messages = [*told, *talk.messages, {"role": "user", "content": fields[self.question]}]
+        forgotten = ""
         if fields[self.continues]:
             prompt = tokenizer.encode(fields[self.question])
         else:
-            told = [{"role": "system", "content": fields[self.system]}] if fields[self.system] else []
-            prompt, _ = tokenizer.render([*told, *messages], add_generation_prompt=True)
+            messages, forgotten = fit_into_context(model, tokenizer, messages, fields[self.max_new_tokens])
+            prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
         sampling = {"temperature": fields[self.temperature], "top_p": fields[self.top_p], "top_k": fields[self.top_k]}
         longest = len(prompt) + fields[self.max_new_tokens]
         for text, seen in write(model, tokenizer, prompt, fields[self.max_new_tokens], fields[self.seed], **sampling):
             reply = {"role": "assistant", "content": text if fields[self.continues] else text.lstrip()}
-            yield Talk((*messages, reply), seen, len(prompt), min(longest, model.config.max_position_embeddings))
+            known = (*messages[len(told) :], reply)
+            yield Talk(known, forgotten, seen, len(prompt), min(longest, model.config.max_position_embeddings))
 
     def outputs(self, talks: Sequence[Talk]) -> list[Any]:
         """An empty question box, and each Panel's values."""
         outputs: list[Any] = [""]
         for (model, _), talk in zip(self.models, talks, strict=True):
-            messages = [message | {"content": as_text(message["content"])} for message in talk.messages]
+            messages: list[dict[str, Any]] = [
+                message | {"content": as_text(message["content"])} for message in talk.messages
+            ]
+            if talk.forgotten:
+                messages.insert(-1, {"role": "assistant", "content": "", "metadata": {"title": talk.forgotten}})
             tokens = [(seen.text.replace("\n", "↵\n"), band(seen.probability)) for seen in talk.seen]
             read = talk.prompt_length + max(len(talk.seen) - 1, 0)  # no layer has read the newest yet
             size = compute_dtype(model.output_weight).itemsize

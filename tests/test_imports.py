@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "engine.gguf_file": {"config", "model", "tokenizer", "engine.hub_tokenizer", "engine.vocabulary"},
     "engine.model_card": {"config", "engine.run_directory", "engine.sources", "engine.text_files"},
     "engine.trace": {"generation", "model", "tokenizer"},
-    "engine.web": {"config", "model", "tokenizer", "engine.cost", "engine.kernels", "engine.trace"},
+    "engine.web": {"config", "model", "tokenizer", "generation", "engine.cost", "engine.kernels", "engine.trace"},
     "optimizer": {"config"},
     "parallel": {"config"},
     "checkpoint": {

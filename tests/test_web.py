@@ -39,9 +39,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(vocab_size=512)
 
 
-def talkative_model(tokenizer: Tokenizer, seed: int = 0) -> DeepSeekV2:
+def talkative_model(tokenizer: Tokenizer, seed: int = 0, context: int = 512) -> DeepSeekV2:
     """The likeliest is always a token of letters, so that answers can be compared by eye and never end early."""
-    model = small_model(seed, vocab_size=512, max_position_embeddings=512).eval()
+    model = small_model(seed, vocab_size=512, max_position_embeddings=context).eval()
     unspoken = [i for i, token in enumerate(tokenizer.tokens) if not token.strip().isalpha()]
     with torch.no_grad():
         model.output_weight[unspoken] = 0
@@ -186,6 +186,52 @@ def test_the_command_serves_this_machine_only(run: Path, tmp_path: Path, monkeyp
     (models, names, host, settings), (_, _, asked_for, _) = served
     assert (len(models), list(names), host, asked_for) == (2, [str(run)] * 2, "127.0.0.1", "0.0.0.0")
     assert settings["temperature"] == 0
+
+
+# ---------------------------------------------------------------- the page, without a browser
+
+
+def respond(page: web.Page, question: str, *talks: web.Talk, **typed: Any) -> list[Any]:
+    """What the page shows in the end; typed: fields that no longer hold what they held at first."""
+    names = ("system", "continues", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
+    fields = {getattr(page, name): typed.get(name, getattr(page, name).value) for name in names}
+    states = {panel.talk: talk for panel, talk in zip(page.panels, talks or (web.Talk(),), strict=True)}
+    *_, outputs = page.respond({page.question: question} | fields | states)
+    return outputs
+
+
+def test_a_full_context_forgets_the_oldest_turns_as_in_the_terminal(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = talkative_model(tokenizer, context=128)
+    page = web.Page([(narrow, tokenizer)], ["narrow"], SETTINGS | {"system": "Be kind."})
+    writer = chat.Writer(narrow, tokenizer, chat.ChatConfig(("",), **SETTINGS), torch.Generator())
+    talk, messages, forgotten = web.Talk(), chat.first_messages("Be kind."), []
+    for question in ("One?", "Two?", "Three?", "Four?"):
+        messages = chat.take_turn(writer, [*messages, {"role": "user", "content": question}])
+        _, shown, *_, talk = respond(page, question, talk)
+        assert list(talk.messages) == messages[1:]
+        notes = [line for line in capsys.readouterr().err.splitlines() if "forgotten" in line]
+        assert notes == [f"({message['metadata']['title']})" for message in shown if "metadata" in message]
+        forgotten += notes
+    assert forgotten == ["(the context of 128 tokens is full: the oldest 2 messages are forgotten)"] * len(forgotten)
+    assert forgotten
+
+
+def test_each_view_of_two_checkpoints_says_whose_it_is(model: DeepSeekV2, tokenizer: Tokenizer) -> None:
+    names = ["runs/left", "runs/right"]
+    two = web.Page([(model, tokenizer)] * 2, names, SETTINGS)
+    one = web.Page([(model, tokenizer)], names[:1], SETTINGS)
+    for name, panel in zip(names, two.panels, strict=True):
+        assert [view.label.partition(" · ")[0] for view in panel[1:5]] == [name] * 4
+        assert [view.label.partition(" · ")[2] for view in panel[1:5]] == [view.label for view in one.panels[0][1:5]]
+
+
+@pytest.mark.parametrize("name", ["seed", "max_new_tokens", "top_k", "temperature", "top_p"])
+def test_an_emptied_number_is_what_it_was_at_first(name: str, model: DeepSeekV2, tokenizer: Tokenizer) -> None:
+    settings = SETTINGS | {"seed": 5, "max_new_tokens": 7, "top_k": 3, "temperature": 1.5, "top_p": 0.8}
+    page = web.Page([(model, tokenizer)], ["model"], settings)
+    assert respond(page, QUESTION, **{name: None}) == respond(page, QUESTION)
 
 
 # ---------------------------------------------------------------- what a person sees
