@@ -87,6 +87,7 @@ MAY_IMPORT = {
             "engine.cost",
             "engine.documents",
             "engine.hub_tokenizer",
+            "engine.peft_files",
             "engine.prefetch",
         ),
         "engine.run_directory",
