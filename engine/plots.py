@@ -131,16 +131,19 @@ def draw_histograms(values: dict[str, np.ndarray], out: str | Path) -> None:
 
 def draw_levels(numbers: np.ndarray, levels: Sequence[float], shares: np.ndarray, name: str, out: str | Path) -> None:
     """A weight's numbers in [-1, 1], the levels that they are rounded to, and the share of numbers at each level."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.5), layout="constrained", sharex=True)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), layout="constrained", sharex=True)
     top.hist(numbers, bins=201, range=(-1, 1), color=CONTEXT, edgecolor="#adb5bd", linewidth=0.3)
     for level in levels:
         top.axvline(level, color="#52b788", linewidth=1)
-    top.set(title=f"{name}: numbers over the largest of their block of 64, and the 16 levels", yticks=[])
+    over = "numbers over the largest of their block of 64, which itself sits at ±1; green: the 16 levels"
+    top.set_title(f"{name}\n{over}", fontsize=11)
+    top.set(yticks=[])
     edges = (np.array(levels[1:]) + np.array(levels[:-1])) / 2
     starts, ends = np.array([-1, *edges]), np.array([*edges, 1])
     bottom.bar(starts, shares, width=ends - starts, align="edge", color=TRAINED, edgecolor="white")
     bottom.axhline(1 / len(levels), color="#52b788", linewidth=1, linestyle="--")
-    bottom.set(title="share of numbers that go to each level; dashed: equally many", xlabel="number / absmax")
+    bottom.set_title("share of numbers that go to each level; dashed: equally many", fontsize=11)
+    bottom.set(xlabel="number / absmax")
     bottom.yaxis.set_major_formatter("{x:.0%}")
     save(figure, out, dpi=110)
 

@@ -8,15 +8,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import show
 from checkpoint import save_pretrained
 from config import PRESETS
-from engine import data_view, diagrams, prefetch
+from engine import data_view, diagrams, plots, prefetch
 from engine.cli import one_line_errors
 from generation import generate
 from model import DeepSeekV2
@@ -185,6 +188,13 @@ def test_nf4s_levels_are_drawn_over_a_weight(shown: Callable[..., str], tmp_path
     save_pretrained(tmp_path / "model", small_model(vocab_size=512, **widths), Tokenizer(vocab_size=512))
     shown("nf4", tmp_path / "model", "--out", tmp_path / "nf4.png")
     assert (tmp_path / "nf4.png").read_bytes().startswith(PNG)
+    kept: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", lambda figure, out, **_: kept.append(figure))
+        shown("nf4", tmp_path / "model")
+    (figure,) = kept
+    assert "±1" in figure.axes[0].get_title()  # where the block's largest number is
+    plt.close(figure)
     for weight in ("model.norm.weight", "model.layers.1.mlp.experts.down_proj", "elsewhere"):
         printed = shown("nf4", tmp_path / "model", "--weight", weight)
         assert f"has no matrix {weight} with rows of whole blocks of 64" in printed
@@ -226,6 +236,45 @@ def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_idea_is_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(show.main, ["idea", name, "--out", str(tmp_path / "a.png")], tmp_path) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("name", ["labels", "attention", "experts", "ranks"])
+def test_an_idea_can_be_read_in_the_readme(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shown 850 pixels wide: letters of 13 pixels, nothing cut, nothing out of its box, and no blank margin."""
+    kept: list[tuple[Figure, int]] = []
+    monkeypatch.setattr(diagrams, "save", lambda figure, out, dpi: kept.append((figure, dpi)))
+    diagrams.IDEAS[name]("")
+    ((figure, dpi),) = kept
+    figure.set_dpi(dpi)
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    shown = min(1.0, 850 / figure.bbox.width)
+    texts = [text for text in axis.texts if text.get_text()]
+    assert min(text.get_fontsize() for text in texts) * dpi / 72 * shown >= 13
+    boxes = [patch.get_window_extent() for patch in axis.patches]
+    extents = [text.get_window_extent() for text in texts]
+    for extent in (*extents, *boxes):
+        assert extent.x0 >= 1 and extent.y0 >= 1
+        assert extent.x1 <= figure.bbox.x1 - 1 and extent.y1 <= figure.bbox.y1 - 1
+    assert max(box.x1 for box in boxes) > 0.98 * figure.bbox.x1
+    for extent in extents:
+        middle = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
+        for box in boxes:
+            assert not box.contains(*middle) or (box.x0 < extent.x0 and extent.x1 < box.x1)
+    plt.close(figure)
+
+
+def test_the_picture_of_experts_sums_what_comes_back_with_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `Experts` does it: a row is a token's choice, in order."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(diagrams, "draw_experts", lambda *parts: drawn.append(parts))
+    diagrams.experts_of_three_tokens("")
+    ((tokens, experts, weights, places, _),) = drawn
+    assert len(tokens) == len(experts) == len(weights)
+    flat = [expert for row in experts for expert in row]
+    by_place = [expert for _, expert in sorted(zip(places, flat, strict=True))]
+    assert by_place == sorted(flat)
+    assert all(row == sorted(row, reverse=True) and 0 < sum(row) <= 1 for row in weights)
 
 
 def test_the_picture_of_ranks_has_the_rows_that_each_rank_takes(
