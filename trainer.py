@@ -49,7 +49,9 @@ class Trainer:
         train: RowStream,
         held_out: RowStream | None,
         world: World,
+        base: Path | None = None,
     ) -> None:
+        """base: the directory of the model that adapters are trained on."""
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
         self.train_rows = train
         self.plain_model = cast(DeepSeekV2, getattr(model, "module", model))
@@ -67,8 +69,8 @@ class Trainer:
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
         self.base = None
-        if config.lora.lora_rank and config.checkpoint.init_from and world.is_main:
-            self.base = describe_base(config.checkpoint.init_from, config.model)
+        if base and config.lora.lora_rank and world.is_main:
+            self.base = describe_base(base, config.model)
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
         self.cost = training_cost(self.plain_model)
         self.peak = measure_peak(world.device, self.dtype) * world.size

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "engine.cost": {"config", "model"},
     "engine.build": {
         *("config", "model", "lora", "quantization", "checkpoint", "parallel"),
-        *("engine.adapter_base", "engine.hub_config", "engine.new_tokens"),
+        *("engine.hub_config", "engine.new_tokens"),
     },
     "engine.dry_run": {
         *("config", "model", "optimizer", "parallel"),
