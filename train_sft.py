@@ -134,7 +134,7 @@ def resolve(
     dtype = choose_dtype(config.compute.dtype, world.device)
     config = config.changed(dtype=dtype, chat_template=tokenizer.chat_template)
     if source:
-        kept = {f"model.{name}" for name in vars(config.model)} if "resume" in given else set()
+        kept = {f"model.{name}" for name in vars(config.model)} if config.checkpoint.resume else set()
         loaded = load_config(source)
         if tokenizer.new_ids:
             loaded = replace(loaded, vocab_size=max(loaded.vocab_size, tokenizer.vocab_size))

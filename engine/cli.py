@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import signal
 import stat
 import sys
@@ -165,7 +166,7 @@ def parse_fields(default: TrainConfig, flags: list[str], preset: str, descriptio
 def given_fields(flags: list[str]) -> frozenset[str]:
     """The fields that a command line names, whatever their values: {"packing", "model.hidden_size"}."""
     names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
-    return frozenset(name.removeprefix("no_") for name in names)
+    return frozenset(re.sub(r"(^|\.)no_", r"\1", name) for name in names)
 
 
 def hints(flags: list[str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """A flag has an effect in the run that it starts, or it is refused with the reason; what is misspelt gets a hint."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint
 from config import OptimizerConfig, RopeScaling
 from engine.cli import given_fields, parse_arguments
+from engine.files import write_json
 from engine.run_directory import read_metrics
 from optimizer import learning_rate
 from small_runs import arguments, conversations, train_here, write_jsonl
@@ -57,6 +59,23 @@ def test_what_weights_allow_is_changed_in_a_loaded_model(data: Path, base: Path,
     assert read_metrics(tmp_path / "run")[-1]["balance_loss"] == 0
     assert train_here(["--resume", "--output-dir", str(tmp_path / "run"), "--max-steps", "2"], tmp_path) == 0
     assert load_pretrained(newest_checkpoint(tmp_path / "run") or "").config == model
+
+
+def test_a_switch_of_the_models_is_turned_off_in_a_loaded_model(data: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(newest_checkpoint(base) or base, tmp_path / "normed")
+    config = json.loads((tmp_path / "normed/config.json").read_text())
+    write_json(tmp_path / "normed/config.json", config | {"norm_topk_prob": True})
+    changes = {"init_from": tmp_path / "normed", "max_steps": 1, "eval_steps": 0}
+    for flags, expected in (([], True), (["--model.no-norm-topk-prob"], False)):
+        run = tmp_path / f"run-{expected}"
+        assert train_here(arguments(data, run, *flags, **changes), tmp_path) == 0
+        assert load_pretrained(newest_checkpoint(run) or run).config.norm_topk_prob == expected
+
+
+def test_a_run_that_is_told_not_to_be_resumed_has_its_bases_shape(data: Path, base: Path, tmp_path: Path) -> None:
+    """The preset's fields are not what the command line asks for."""
+    command = arguments(data, tmp_path / "run", "--no-resume", init_from=base, max_steps=1, eval_steps=0)
+    assert train_here(command, tmp_path) == 0
 
 
 def test_an_adapter_is_used_with_the_model_that_it_was_trained_with(data: Path, base: Path, tmp_path: Path) -> None:
@@ -151,7 +170,8 @@ def test_a_floor_above_the_peak_is_refused(refused: Callable[..., str]) -> None:
 
 def test_the_command_line_knows_what_was_given() -> None:
     flags = ["--no-packing", "--model.hidden-size", "3", "--seed=4", "--lora_rank", "2", "--sample-prompts", "--no!"]
-    named = {"packing", "model.hidden_size", "seed", "lora_rank", "sample_prompts"}
+    flags = ["--model.no-norm-topk-prob", *flags]
+    named = {"model.norm_topk_prob", "packing", "model.hidden_size", "seed", "lora_rank", "sample_prompts"}
     assert given_fields(flags[:-1]) == named
 
 
