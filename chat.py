@@ -129,18 +129,20 @@ class Reply:
     before its end, if it did."""
 
     def __init__(self, writer: "Writer", prompt: list[int], stops: tuple[int, ...], strip: bool) -> None:
+        """Raises UserError if the prompt fills the context."""
+        from generation import room_for_answer
+
         self.writer, self.prompt, self.stops, self.strip = writer, prompt, stops, strip
+        self.room = room_for_answer(writer.model, prompt, writer.config.max_new_tokens)
         self.text = self.cut = ""
 
     def __iter__(self) -> Iterator[str]:
-        """Raises UserError if the prompt fills the context."""
-        from generation import generate, room_for_answer
+        from generation import generate
 
-        model, config = self.writer.model, self.writer.config
-        room = room_for_answer(model, self.prompt, config.max_new_tokens)
+        config = self.writer.config
         sampling = (config.temperature, config.top_k, config.top_p, self.writer.generator)
         tokens: list[int] = []
-        for (token,) in generate(model, [self.prompt], room, self.stops, *sampling):
+        for (token,) in generate(self.writer.model, [self.prompt], self.room, self.stops, *sampling):
             if token in self.stops:
                 break
             tokens.append(token)
@@ -148,8 +150,8 @@ class Reply:
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character's first bytes; the others will come
                 yield self.grow(text)
         else:
-            limit = "--max-new-tokens" if room == config.max_new_tokens else "the end of the model's context"
-            self.cut = f"cut after {room} tokens by {limit}"
+            limit = "--max-new-tokens" if self.room == config.max_new_tokens else "the end of the model's context"
+            self.cut = f"cut after {self.room} tokens by {limit}"
         yield self.grow(self.decode(tokens))
 
     def decode(self, tokens: list[int]) -> str:
@@ -235,20 +237,21 @@ def take_turn(writer: Writer, messages: Messages) -> Messages:
     """Answer the last message; the conversation with the answer, as far as the model still knows it. A question that
     is too long for the context is taken back."""
     kept = writer.forget(messages)
+    try:
+        reply = writer.answer(kept)
+    except UserError as error:
+        note(str(error))
+        return messages[:-1]
     if len(kept) < len(messages):
         note(
             f"the context of {writer.model.config.max_position_embeddings:,} tokens is full: the oldest "
             f"{len(messages) - len(kept)} messages are forgotten"
         )
-    reply = writer.answer(kept)
     try:
         print_reply(reply)
     except KeyboardInterrupt:
         print()
         note("interrupted")
-    except UserError as error:
-        note(str(error))
-        return kept[:-1]
     return [*kept, {"role": "assistant", "content": reply.text}]
 
 

@@ -308,12 +308,13 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(conversation: Any, 
 
 
 def test_a_question_beyond_the_context_is_taken_back(conversation: Any, tokenizer: Tokenizer) -> None:
+    """And nothing but the question: what was said before is still known."""
     spoken = [*tokenizer.encode("x"), tokenizer.eos_token_id]
-    model = Scripted(spoken, context=60)
-    out, error = conversation(model, "a " * 60, "b")
-    assert (out, error.count("\n")) == ("x\n", 1)
-    assert "but the model's context is 60" in error
-    assert model.prompts == [prompt_of(tokenizer, "b")]
+    model = Scripted(spoken, spoken, context=100)
+    out, error = conversation(model, "a", "b " * 100, "c")
+    assert (out, error.count("\n")) == ("x\nx\n", 1)
+    assert "but the model's context is 100" in error
+    assert model.prompts == [prompt_of(tokenizer, "a"), prompt_of(tokenizer, "a", "x", "c")]
 
 
 def test_commands(conversation: Any, tokenizer: Tokenizer) -> None:
