@@ -97,13 +97,18 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # ---------------------------------------------------------------- its directory
 
 
+def holds_a_run(directory: Path) -> bool:
+    """Or what is left of one that somebody has tidied."""
+    return (directory / CONFIG).exists() or (directory / "checkpoints").exists()
+
+
 def check_start(config: TrainConfig) -> None:
     """What has to be right before anything changes on disk. Raises UserError where a tracker is missing, or where the
     earlier run that `open_run` would move aside holds what this one starts from."""
     if config.watch.report_to != "none":
         import_tracker(config.watch.report_to)
     directory = Path(config.checkpoint.output_dir)
-    if config.checkpoint.resume or not (directory / CONFIG).exists():
+    if config.checkpoint.resume or not holds_a_run(directory):
         return
     needed = (config.checkpoint.init_from, config.data.tokenizer, *config.data.dataset)
     inside = [place for place in needed if place and Path(place).resolve().is_relative_to(directory.resolve())]
@@ -114,8 +119,7 @@ def open_run(config: TrainConfig, agents: Iterable[str] = ()) -> None:
     """Make the run directory, and write the configuration into it and the job's agents (engine/job.py). A run that is
     there and is not resumed moves aside: nothing is overwritten."""
     directory = Path(config.checkpoint.output_dir)
-    there = (directory / CONFIG).exists() or (directory / "checkpoints").exists()
-    if there and not config.checkpoint.resume:
+    if holds_a_run(directory) and not config.checkpoint.resume:
         number = next(n for n in range(1, sys.maxsize) if not Path(f"{directory}.{n}").exists())
         directory.rename(f"{directory}.{number}")
         print(f"{directory} held an earlier run, which is now {directory}.{number} (--resume would have continued it)")
