@@ -42,7 +42,7 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     from engine.data_report import write_skipped
     from engine.dry_run import report
     from engine.job import agents, check_shared_files, is_own_run
-    from engine.run_directory import check_changes, check_start, open_run
+    from engine.run_directory import NO_TRACKER, check_changes, check_start, open_run, start_tracker
     from parallel import replicate
     from tokenizer import load_tokenizer
     from trainer import Trainer
@@ -71,9 +71,10 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     if checkpoint:
         trainer.resume(checkpoint)
     check_length(config, given, trainer)
-    job = agents(world)
+    job, tracker = agents(world), NO_TRACKER
     if world.is_main:
-        open_run(config, job)
+        tracker = start_tracker(config, trainer.step)
+        open_run(config, job, tracker)
         if skipped:
             print(write_skipped(config.checkpoint.output_dir, skipped))
         to_come = (trainer.total_steps - trainer.step) * trainer.rows_per_step
@@ -82,7 +83,7 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
             f"{describe(model)}; step {trainer.step} to {trainer.total_steps} of {trainer.rows_per_step} rows "
             f"({epochs:.3g} epochs) on {world.size} x {world.device} in {config.compute.dtype} into {run}"
         )
-    trainer.train()
+    trainer.train(tracker)
 
 
 def checkpoint_to_resume(run: str, world: "World") -> Path | None:

@@ -20,7 +20,7 @@ from engine.cost import measure_peak, training_cost
 from engine.documents import MicroBatch
 from engine.hub_tokenizer import save_tokenizer
 from engine.prefetch import Step, StepLoader
-from engine.run_directory import NO_EVALUATION, RunLog, lowest
+from engine.run_directory import NO_EVALUATION, NO_TRACKER, RunLog, Tracker, lowest
 from generation import answers
 from lora import save_adapter
 from model import DeepSeekV2, LossOutput
@@ -93,13 +93,14 @@ class Trainer:
 
     # ---------------------------------------------------------------- the loop
 
-    def train(self) -> None:
-        """Run to the last step. Exits with 128 + signal after one of STOP_SIGNALS, once the step is done and saved."""
+    def train(self, tracker: Tracker = NO_TRACKER) -> None:
+        """Run to the last step. Exits with 128 + signal after one of STOP_SIGNALS, once the step is done and saved.
+        tracker: gets the first rank's metrics, too."""
         watch, saving, patience = self.config.watch, self.config.checkpoint, self.config.batch.early_stopping_patience
         self.model.train()
         with (
             self.signal,
-            RunLog(self.config, self.step, self.total_steps, self.world.is_main) as log,
+            RunLog(self.output_dir, self.step, self.total_steps, self.world.is_main, tracker) as log,
             contextlib.closing(self.batches.steps(self.rows_seen, self.total_steps - self.step)) as steps,
         ):
             for step in steps:

@@ -275,13 +275,13 @@ def nobody_reads() -> None:
     """From the first step on, whoever read what is printed has left."""
     train = trainer.Trainer.train
 
-    def train_unread(self: trainer.Trainer) -> None:
+    def train_unread(self: trainer.Trainer, *arguments: Any) -> None:
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        train(self)
+        train(self, *arguments)
 
     trainer.Trainer.train = train_unread  # type: ignore[method-assign]
 

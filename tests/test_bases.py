@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +101,21 @@ def test_nothing_is_moved_aside_for_a_run_whose_tracker_is_missing(
     before = files(folder / "runs")
     assert train_here(arguments(folder / "data.jsonl", folder / "runs/tiny", report_to=tracker, **SHORT), folder) == 2
     assert f"error: report_to {tracker} is not installed" in capsys.readouterr().err
+    assert files(folder / "runs") == before
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_nothing_is_moved_aside_for_a_run_whose_tracker_cannot_start(
+    tracker: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("no API key:\n  log in first")
+
+    monkeypatch.setitem(sys.modules, tracker, SimpleNamespace(init=init))
+    before = files(folder / "runs")
+    assert train_here(arguments(folder / "data.jsonl", folder / "runs/tiny", report_to=tracker, **SHORT), folder) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: report_to {tracker} cannot start: no API key: log in first"
     assert files(folder / "runs") == before
 
 
