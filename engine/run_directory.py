@@ -251,16 +251,18 @@ class RunLog:
         """The last lines: what was saved, how to talk to it, and how a run that was stopped goes on."""
         if not self.shown:
             return
-        self.bar.close()
         goes_on = "; the same command with --resume goes on from there" * stopped
-        print(f"saved {checkpoint}{goes_on}\ntalk to it: python chat.py {self.run}")
-        since = best["evaluations_since"]
+        lines = [f"saved {checkpoint}{goes_on}", f"talk to it: python chat.py {self.run}"]
+        since, steps = best["evaluations_since"], f"{self.bar.n} of {self.bar.total} steps"
         if self.bar.n < self.bar.total and not stopped:
-            print(f"ended after {self.bar.n} of {self.bar.total} steps: {since} evaluations without a lower eval_loss")
+            lines += [f"ended after {steps}: {since} evaluations without a lower eval_loss"]
         if since:
             place = self.run / f"checkpoints/step-{best['step']:06d}"
             kept = f"{place} has it" if place.exists() else "--save-best would have kept that checkpoint"
-            print(f"eval_loss was lowest after step {best['step']}, {best['eval_loss']:.4f}: {kept}")
+            lines += [f"eval_loss was lowest after step {best['step']}, {best['eval_loss']:.4f}: {kept}"]
+        with printing_to_nobody():
+            self.bar.close()
+            print(*lines, sep="\n")
 
     def write(self, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl. Raises UserError where the disk refuses."""

@@ -271,15 +271,15 @@ def save_slowly() -> None:
     trainer.Trainer.save = save  # type: ignore[method-assign]
 
 
-def nobody_reads() -> None:
-    """From the first step on, whoever read what is printed has left."""
+def nobody_reads(descriptors: tuple[int, ...]) -> None:
+    """From the first step on, whoever read what is printed there has left."""
     train = trainer.Trainer.train
 
     def train_unread(self: trainer.Trainer, *arguments: Any) -> None:
         reader, writer = os.pipe()
         os.close(reader)
-        os.dup2(writer, 1)
-        os.dup2(writer, 2)
+        for descriptor in descriptors:
+            os.dup2(writer, descriptor)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         train(self, *arguments)
 
