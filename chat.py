@@ -82,6 +82,8 @@ class ChatConfig:
             check(getattr(self, name) != "", f"--{name} is empty")
         check(asked != [] or self.compare is None, "--compare needs --prompt, --complete or --prompts")
         check(self.out is None or self.prompts is not None, "--out is for the answers to --prompts")
+        check(self.batch_size == ChatConfig.batch_size or self.prompts is not None, "--batch-size is for --prompts")
+        check(self.host == ChatConfig.host or self.web, "--host is for the page of --web")
         check(self.complete is None or self.system is None, "--complete has no template that --system could stand in")
         check(self.batch_size > 0, f"batch_size is {self.batch_size}; it must be positive")
         check(self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be positive")

@@ -58,7 +58,7 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     check_start(config)
     if world.is_main and config.checkpoint.resume:
         check_changes(config)
-    train_rows, held_out, skipped = load_rows(config, tokenizer, world)
+    train_rows, held_out, skipped = load_rows(config, given, tokenizer, world)
     if config.watch.dry_run:
         if world.size == 1:
             print(report(config, config.watch.dry_run_ranks))
@@ -162,9 +162,10 @@ def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer"
 
 
 def load_rows(
-    config: TrainConfig, tokenizer: "Tokenizer", world: "World"
+    config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World"
 ) -> tuple["RowStream", "RowStream | None", list[dict[str, Any]]]:
-    """What is trained on and what is held out, in rows; and the malformed rows that were skipped."""
+    """What is trained on and what is held out, in rows; and the malformed rows that were skipped. Raises UserError for
+    an eval_fraction that was told and that no source needs."""
     from datacollator import DataCollator, RowStream
     from dataset import load_data
     from engine.data_view import table
@@ -173,6 +174,8 @@ def load_rows(
     options, seed = config.data, config.compute.seed
     with first_process_first(world):
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
+    useless = f"eval_fraction has no effect: all that is trained on has a split {options.eval_split!r} to evaluate on"
+    check(data.divided or "eval_fraction" not in given, useless)
     collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
     train = RowStream(data.train, collator, seed, options.shuffle)
     if world.is_main:

@@ -545,6 +545,8 @@ def test_an_answer_ends_with_the_context(
         (["RUN", "--prompt", "a", "--complete", "b"], "--prompt and --complete exclude each other"),
         (["RUN", "--compare", "RUN"], "--compare needs --prompt, --complete or --prompts"),
         (["RUN", "--out", "a.jsonl"], "--out is for the answers to --prompts"),
+        (["RUN", "--prompt", "a", "--batch-size", "2"], "--batch-size is for --prompts"),
+        (["RUN", "--host", "0.0.0.0"], "--host is for the page of --web"),
         (["RUN", "--prompts", "a.csv"], "a.csv: questions are read from .jsonl or .txt"),
         (["RUN", "--prompts", "nowhere.txt"], "there is no file nowhere.txt"),
         (

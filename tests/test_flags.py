@@ -119,6 +119,16 @@ def test_a_value_that_the_checkpoint_has_may_be_repeated(data: Path, base: Path,
         ({"lora_dropout": 0.1}, "lora_dropout has no effect: lora_rank is 0"),
         ({"num_train_epochs": 2}, "num_train_epochs has no effect: max_steps is 1"),
         ({"model_topk_group": 1}, "model.topk_group has no effect: model.n_group is 1"),
+        ({"model_device_aux_loss_alpha": 0.1}, "model.device_aux_loss_alpha has no effect: model.n_group is 1"),
+        (
+            {"model_communication_aux_loss_alpha": 0.1},
+            "model.communication_aux_loss_alpha has no effect: model.n_group is 1",
+        ),
+        ({"model_n_group": 2}, "model.n_group has no effect: model.topk_method greedy knows no groups"),
+        (
+            {"eval_fraction": 0.1, "eval_split": "train[:5]", "eval_steps": 1},
+            "eval_fraction has no effect: all that is trained on has a split 'train[:5]' to evaluate on",
+        ),
         ({"warmup_steps": 4, "max_steps": 3}, "warmup_steps is 4, but there are 3 steps"),
     ],
 )
@@ -126,9 +136,29 @@ def test_a_flag_without_effect_is_refused(changes: dict[str, Any], message: str,
     assert f"error: {message}" in refused(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_n_group": 2, "model_device_aux_loss_alpha": 0.1},
+        {"model_n_group": 2, "model_topk_method": "group_limited_greedy"},
+        {"eval_fraction": 0.3, "eval_split": "test", "eval_steps": 1},
+    ],
+)
+def test_a_flag_with_effect_is_taken(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    command = arguments(data, tmp_path / "run", **({"max_steps": 1, "eval_steps": 0} | changes))
+    assert train_here(command, tmp_path) == 0
+
+
+def test_a_vocabulary_beside_another_tokenizers_is_refused(base: Path, refused: Callable[..., str]) -> None:
+    place = newest_checkpoint(base)
+    error = f"model.vocab_size has no effect: {place} brings its own vocabulary"
+    assert error in refused(tokenizer=place, model_vocab_size=600)
+
+
 def test_flags_of_an_evaluation_that_never_comes_are_refused(refused: Callable[..., str]) -> None:
-    error = refused("--eval-split", "train[:5]", "--eval-max-rows", "3", "--sample-prompts", "Hello?")
-    for name in ("eval_split", "eval_max_rows", "sample_prompts"):
+    flags = ["--eval-split", "train[:5]", "--eval-fraction", "0.1", "--eval-max-rows", "3"]
+    error = refused(*flags, "--sample-prompts", "Hello?")
+    for name in ("eval_split", "eval_fraction", "eval_max_rows", "sample_prompts"):
         assert f"{name} has no effect: eval_steps is 0" in error
 
 
