@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import lora
+import train_sft
 import trainer as trainer_module
 from checkpoint import load_pretrained
 from config import OptimizerConfig, TrainConfig, UserError, check
@@ -371,6 +372,18 @@ def test_only_the_last_evaluation_takes_all_rows(tmp_path: Path) -> None:
     trainer.step = trainer.total_steps
     everything = make_trainer(tmp_path, held_out=rows(TEXTS)).evaluate()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(everything["eval_loss"])
+
+
+def test_the_first_held_out_rows_are_a_fair_sample(tmp_path: Path) -> None:
+    """Whatever the order of the data, here by length, and of what is trained on. eval_max_rows takes the first rows."""
+    texts = sorted(conversations(300), key=lambda messages: len(TOKENIZER.render(messages)[0]))
+    changes = {"train_split": "train[200:]", "eval_split": "train[:200]"}
+    data, flags = write_jsonl(tmp_path / "data.jsonl", texts), ("--packing", "--no-shuffle")
+    config = train_sft.parse_arguments(arguments(data, tmp_path / "run", *flags, **changes))
+    _, held_out, _ = train_sft.load_rows(config, (), TOKENIZER, World(0, 1, torch.device("cpu")))
+    assert held_out is not None
+    first = [index for row in range(held_out.rows_per_epoch // 4) for index in held_out.row_indices(row)]
+    assert held_out.lengths[first].mean() == pytest.approx(held_out.lengths.mean(), rel=0.05)
 
 
 def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
