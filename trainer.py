@@ -103,6 +103,7 @@ class Trainer:
             RunLog(self.output_dir, self.step, self.total_steps, self.world.is_main, tracker) as log,
             contextlib.closing(self.batches.steps(self.rows_seen, self.total_steps - self.step)) as steps,
         ):
+            last = self.step == self.total_steps  # of a finished run that is resumed
             for step in steps:
                 metrics = self.train_step(step)
                 last, improved = self.step == self.total_steps, False
@@ -120,12 +121,11 @@ class Trainer:
                 if last or self.stop or self.due(saving.save_steps) or (improved and saving.save_best):
                     self.save()
                 if last or self.stop:
-                    log.finish(self.last_checkpoint, self.best, stopped=not last)
-                if self.stop:
-                    parallel.leave_world()
-                    raise SystemExit(128 + self.stop)
-                if last:
                     break
+            log.finish(self.last_checkpoint, self.best, stopped=not last)
+            if self.stop:
+                parallel.leave_world()
+                raise SystemExit(128 + self.stop)
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

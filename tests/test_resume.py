@@ -119,11 +119,15 @@ def test_a_kill_in_the_middle_of_a_line_leaves_whole_lines(run: Path, data: Path
     assert_same_run(run, alone)
 
 
-def test_resuming_a_finished_run_changes_nothing(run: Path, data: Path, alone: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing_and_says_so(
+    run: Path, data: Path, alone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(alone, run, dirs_exist_ok=True)
     assert train_here(arguments(data, run, RESUME), run.parent) == 0
     assert files(run / "checkpoints") == files(alone / "checkpoints")
     assert read_metrics(run) == read_metrics(alone)
+    saved = f"saved {run}/checkpoints/step-000012\ntalk to it: python chat.py {run}\n"
+    assert saved in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- interrupted
