@@ -262,9 +262,12 @@ def first_messages(system: str | None) -> Messages:
 
 
 def ask() -> str:
-    """What a person types, or a line of what is piped in; "" at its end."""
+    """What a person types, or the next line of what is piped in that is not blank; "" at its end."""
     try:
-        return input("> " if at_terminal() else "").strip()
+        text = input("> " if at_terminal() else "").strip()
+        while not (text or at_terminal()):
+            text = input().strip()
+        return text
     except (EOFError, KeyboardInterrupt):
         if at_terminal():
             print()

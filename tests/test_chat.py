@@ -215,10 +215,10 @@ def test_control_tokens_that_are_typed_stay_text(template: str) -> None:
 def test_every_turn_is_rendered_with_the_whole_history(
     run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = ["How are you?", "Why?", ""]
+    said = iter(["How are you?", "Why?"])
     model = Scripted([*tokenizer.encode("I am fine."), tokenizer.eos_token_id], tokenizer.encode("The sun is out."))
     monkeypatch.setattr("checkpoint.load_model_and_tokenizer", lambda *_, **__: (model, tokenizer))
-    monkeypatch.setattr("builtins.input", lambda prompt: said.pop(0))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said, "/quit"))
     printed = say(run, "--system", "Be kind.", directory=tmp_path, capsys=capsys)
     assert "I am fine.\nThe sun is out.\n" in printed
     history = [
@@ -253,8 +253,8 @@ def conversation(
     def converse(model: Scripted, *lines: str, flags: tuple[str, ...] = ()) -> tuple[str, str]:
         said = iter(lines)
 
-        def read(prompt: str) -> str:
-            assert prompt == ""
+        def read(prompt: str = "") -> str:
+            assert prompt == "> " * chat.at_terminal()
             try:
                 return next(said)
             except StopIteration:
@@ -276,6 +276,19 @@ def prompt_of(tokenizer: Tokenizer, *texts: str, system: str = "") -> list[int]:
 def test_piped_input_prints_answers_and_nothing_else(conversation: Any, tokenizer: Tokenizer) -> None:
     model = Scripted(*([*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("One.", "Two.")))
     assert conversation(model, "a", "b") == ("One.\nTwo.\n", "")
+
+
+def test_blank_lines_of_piped_input_are_skipped(conversation: Any, tokenizer: Tokenizer) -> None:
+    model = Scripted(*([*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("One.", "Two.")))
+    assert conversation(model, "", "a", "", "  ", "b", "") == ("One.\nTwo.\n", "")
+
+
+def test_an_empty_line_at_a_terminal_ends_it(
+    conversation: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "at_terminal", lambda: True)
+    out, _ = conversation(Scripted([*tokenizer.encode("One."), tokenizer.eos_token_id]), "a", "", "b")
+    assert out.endswith("One.\n")
 
 
 def test_ctrl_c_in_an_answer_ends_the_answer_only(conversation: Any, tokenizer: Tokenizer) -> None:
