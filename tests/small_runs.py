@@ -174,6 +174,7 @@ def run_child(arguments: list[str], log: Path, fault: Fault | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, and so inherited, where the tests run under nohup
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # instead of one for several processes, which a killed one would leave behind
     if fault:
