@@ -82,6 +82,8 @@ class ChatConfig:
             check(getattr(self, name) != "", f"--{name} is empty")
         check(asked != [] or self.compare is None, "--compare needs --prompt, --complete or --prompts")
         check(self.out is None or self.prompts is not None, "--out is for the answers to --prompts")
+        check(self.batch_size == ChatConfig.batch_size or self.prompts is not None, "--batch-size is for --prompts")
+        check(self.host == ChatConfig.host or self.web, "--host is for the page of --web")
         check(self.complete is None or self.system is None, "--complete has no template that --system could stand in")
         check(self.batch_size > 0, f"batch_size is {self.batch_size}; it must be positive")
         check(self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be positive")
@@ -129,19 +131,21 @@ class Reply:
     before its end, if it did."""
 
     def __init__(self, writer: "Writer", prompt: list[int], strip: bool) -> None:
+        """Raises UserError if the prompt fills the context."""
+        from generation import room_for_answer
+
         self.writer, self.prompt, self.strip = writer, prompt, strip
+        self.room = room_for_answer(writer.model, prompt, writer.config.max_new_tokens)
         self.text = self.cut = ""
 
     def __iter__(self) -> Iterator[str]:
-        """Raises UserError if the prompt fills the context."""
-        from generation import generate, room_for_answer
+        from generation import generate
 
-        model, config = self.writer.model, self.writer.config
-        room = room_for_answer(model, self.prompt, config.max_new_tokens)
+        config = self.writer.config
         sampling = (config.temperature, config.top_k, config.top_p, self.writer.generator)
         tokens: list[int] = []
         stops = self.writer.tokenizer.stop_ids
-        for (token,) in generate(model, [self.prompt], room, stops, *sampling):
+        for (token,) in generate(self.writer.model, [self.prompt], self.room, stops, *sampling):
             if token in stops:
                 break
             tokens.append(token)
@@ -149,8 +153,8 @@ class Reply:
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character's first bytes; the others will come
                 yield self.grow(text)
         else:
-            limit = "--max-new-tokens" if room == config.max_new_tokens else "the end of the model's context"
-            self.cut = f"cut after {room} tokens by {limit}"
+            limit = "--max-new-tokens" if self.room == config.max_new_tokens else "the end of the model's context"
+            self.cut = f"cut after {self.room} tokens by {limit}"
         yield self.grow(self.decode(tokens))
 
     def decode(self, tokens: list[int]) -> str:
@@ -226,17 +230,18 @@ def take_turn(writer: Writer, messages: Messages) -> Messages:
     from generation import fit_into_context
 
     kept, forgotten = fit_into_context(writer.model, writer.tokenizer, messages, writer.config.max_new_tokens)
+    try:
+        reply = writer.answer(kept)
+    except UserError as error:
+        note(str(error))
+        return messages[:-1]
     if forgotten:
         note(forgotten)
-    reply = writer.answer(kept)
     try:
         print_reply(reply)
     except KeyboardInterrupt:
         print()
         note("interrupted")
-    except UserError as error:
-        note(str(error))
-        return kept[:-1]
     return [*kept, {"role": "assistant", "content": reply.text}]
 
 
@@ -245,9 +250,12 @@ def first_messages(system: str | None) -> Messages:
 
 
 def ask() -> str:
-    """What a person types, or a line of what is piped in; "" at its end."""
+    """What a person types, or the next line of what is piped in that is not blank; "" at its end."""
     try:
-        return input("> " if at_terminal() else "").strip()
+        text = input("> " if at_terminal() else "").strip()
+        while not (text or at_terminal()):
+            text = input().strip()
+        return text
     except (EOFError, KeyboardInterrupt):
         if at_terminal():
             print()

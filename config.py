@@ -38,7 +38,7 @@ def check_numbers(group: Any, may_be_zero: Collection[str], prefix: str = "") ->
 class RopeScaling:
     """YaRN (https://arxiv.org/abs/2309.00071): stretches the context of a model that was trained on a shorter one."""
 
-    type: str = "yarn"  # the only type DeepSeek-V2 uses
+    type: Literal["yarn"] = "yarn"  # the only type DeepSeek-V2 uses
     factor: float = 40.0  # new context length over the original one
     original_max_position_embeddings: int = 4096  # context length of the pre-training
     beta_fast: float = 32.0  # dimensions that rotate more often than this over the original context keep their pace

@@ -33,6 +33,8 @@ class Data(NamedTuple):
     reports: list[DataReport]
     # What was decided about splits, a line each.
     notes: list[str]
+    # Whether there was a source without the split to evaluate on, of which eval_fraction was held out.
+    divided: bool
     # Malformed rows: source, place, error and row.
     skipped: list[dict[str, Any]]
 
@@ -68,6 +70,7 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
         datasets.concatenate_datasets([part.dataset() for part in held_out]) if held_out else None,
         make_reports(trained) + (make_reports(held_out) if held_out else []),
         notes,
+        bool(to_divide),
         skipped,
     )
 

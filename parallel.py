@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -177,8 +178,11 @@ def replicate(model: nn.Module, engine: str, world: World) -> nn.Module:
     """Wrap a model that has its weights for DDP; under FSDP, and alone, it is ready as it is."""
     if world.size == 1 or engine != "ddp":
         return model
-    # Gradients lie where they are sent from. A quantised weight is a buffer, the same on all ranks from the start.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Gradients lie where they are sent from. A quantised weight is a buffer, the same on all ranks from the start: what
+    # is to replace broadcast_buffers would send them all at the start.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 @torch.no_grad()

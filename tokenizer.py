@@ -237,8 +237,10 @@ def missing_tokens(chat_template: str, control_tokens: Collection[str]) -> list[
     return [token for token in CHAT_TEMPLATES[chat_template].control_tokens if token not in control_tokens]
 
 
-def load_tokenizer(config: TrainConfig, source: Path | None) -> Tokenizer:
-    """A run's: that of `source`, the checkpoint that it starts from; else the configured one. Raises UserError."""
+def load_tokenizer(config: TrainConfig, source: Path | None, goes_on: bool = False) -> Tokenizer:
+    """A run's: that of `source`, the checkpoint that it starts from; else the configured one. goes_on: the run's own
+    checkpoint has the new control tokens already. Raises UserError."""
     name = str(source or config.data.tokenizer)
     vocab_size = config.model.vocab_size if name == "cl100k_base" else None
-    return Tokenizer(name, vocab_size, config.data.chat_template, config.data.add_control_tokens)
+    add_control_tokens = config.data.add_control_tokens and not goes_on
+    return Tokenizer(name, vocab_size, config.data.chat_template, add_control_tokens)

@@ -38,41 +38,43 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     """
     import torch
 
-    from checkpoint import resolve_model
     from engine.build import build_model, describe
     from engine.data_report import write_skipped
     from engine.dry_run import report
-    from engine.job import agents, check_shared_files, is_own_run, look_up
-    from engine.run_directory import check_changes, check_start, open_run
+    from engine.job import agents, check_shared_files, is_own_run
+    from engine.run_directory import NO_TRACKER, check_changes, check_start, open_run, start_tracker
     from parallel import replicate
     from tokenizer import load_tokenizer
     from trainer import Trainer
 
-    run, base = config.checkpoint.output_dir, config.checkpoint.init_from
+    run = config.checkpoint.output_dir
     check_shared_files(run, world)
-    config = config.changed(resume=config.checkpoint.resume or is_own_run(run, world))
-    source = look_up(lambda: resolve_model(base) if base else None, world)
-    tokenizer = load_tokenizer(config, source)
-    config = resolve(config, given, source, tokenizer, world)
+    goes_on = config.checkpoint.resume or is_own_run(run, world)
+    checkpoint = checkpoint_to_resume(run, world) if goes_on else None
+    config = name_start(config, given, checkpoint, world)
+    source = find_source(config, checkpoint, world)
+    tokenizer = load_tokenizer(config, source, goes_on=checkpoint is not None)
+    config = resolve(config, given, source, tokenizer, world).changed(resume=goes_on)
     check_start(config)
     if world.is_main and config.checkpoint.resume:
         check_changes(config)
-    train_rows, held_out, skipped = load_rows(config, tokenizer, world)
+    train_rows, held_out, skipped = load_rows(config, given, tokenizer, world)
     if config.watch.dry_run:
         if world.size == 1:
             print(report(config, config.watch.dry_run_ranks))
         return
 
     torch.manual_seed(config.compute.seed)
-    checkpoint = checkpoint_to_resume(config, world)
-    model = build_model(config, checkpoint, world, tokenizer.new_ids)
-    trainer = Trainer(config, replicate(model, config.compute.parallel, world), tokenizer, train_rows, held_out, world)
+    model = build_model(config, source or checkpoint, world, checkpoint, tokenizer.new_ids)
+    wrapped = replicate(model, config.compute.parallel, world)
+    trainer = Trainer(config, wrapped, tokenizer, train_rows, held_out, world, source)
     if checkpoint:
         trainer.resume(checkpoint)
     check_length(config, given, trainer)
-    job = agents(world)
+    job, tracker = agents(world), NO_TRACKER
     if world.is_main:
-        open_run(config, job)
+        tracker = start_tracker(config, trainer.step)
+        open_run(config, job, tracker)
         if skipped:
             print(write_skipped(config.checkpoint.output_dir, skipped))
         to_come = (trainer.total_steps - trainer.step) * trainer.rows_per_step
@@ -81,26 +83,64 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
             f"{describe(model)}; step {trainer.step} to {trainer.total_steps} of {trainer.rows_per_step} rows "
             f"({epochs:.3g} epochs) on {world.size} x {world.device} in {config.compute.dtype} into {run}"
         )
-    trainer.train()
+    trainer.train(tracker)
+
+
+def checkpoint_to_resume(run: str, world: "World") -> Path | None:
+    """The newest good one, as the first process sees it; None where there is none yet. Raises UserError if all are
+    damaged."""
+    from checkpoint import checkpoints, newest_checkpoint
+    from engine.job import look_up
+
+    checkpoint = look_up(lambda: newest_checkpoint(run), world)
+    damaged = checkpoint is None and checkpoints(run)
+    check(not damaged, f"{run} has no checkpoint left that is whole; start without --resume")
+    return checkpoint
+
+
+def name_start(config: TrainConfig, given: Collection[str], checkpoint: Path | None, world: "World") -> TrainConfig:
+    """With the model directory that init_from stands for, whose tokenizer is taken too. What a resumed run has noted of
+    them stays, wherever that lies by now."""
+    from checkpoint import resolve_model
+    from engine.job import look_up
+
+    base = config.checkpoint.init_from
+    noted = checkpoint and config.checkpoint.resume and "init_from" not in given
+    if base is None or noted:
+        return config
+    start = str(look_up(lambda: resolve_model(base), world))
+    return config.changed(init_from=start, tokenizer=start)
+
+
+def find_source(config: TrainConfig, checkpoint: Path | None, world: "World") -> Path | None:
+    """The directory of the model whose tokenizer and shape a run has, and whose weights it trains or adapts: where it
+    goes on, its own checkpoint or that one's base, which may both have moved. None for a run from scratch."""
+    from engine.adapter_base import model_directory
+    from engine.job import look_up
+
+    base = config.checkpoint.init_from
+    if base is None or checkpoint is None:
+        return Path(base) if base else None
+    return look_up(lambda: model_directory(checkpoint), world)
 
 
 def resolve(
     config: TrainConfig, given: Collection[str], source: Path | None, tokenizer: "Tokenizer", world: "World"
 ) -> TrainConfig:
-    """The complete configuration, as the run has it and keeps it: with what the checkpoint that it starts from, the
-    tokenizer and the device decide. Raises UserError for one that no run can have, or that leaves a flag no effect."""
+    """The complete configuration, as the run has it and keeps it: with what `source` (see find_source), the tokenizer
+    and the device decide. Raises UserError for one that no run can have, or that leaves a flag no effect."""
     from engine.hub_config import changed_config, load_config
     from parallel import choose_dtype
 
     dtype = choose_dtype(config.compute.dtype, world.device)
     config = config.changed(dtype=dtype, chat_template=tokenizer.chat_template)
     if source:
-        kept = {f"model.{name}" for name in vars(config.model)} if "resume" in given else set()
+        kept = {f"model.{name}" for name in vars(config.model)} if config.checkpoint.resume else set()
         loaded = load_config(source)
         if tokenizer.new_ids:
             loaded = replace(loaded, vocab_size=max(loaded.vocab_size, tokenizer.vocab_size))
         model = changed_config(loaded, config.model, kept | set(given), source)
-        config = config.changed(init_from=str(source), tokenizer=str(source), model=model)
+        config = config.changed(model=model)
     else:
         config = config.changed(vocab_size=tokenizer.vocab_size)
     config.validate()
@@ -122,9 +162,10 @@ def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer"
 
 
 def load_rows(
-    config: TrainConfig, tokenizer: "Tokenizer", world: "World"
+    config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World"
 ) -> tuple["RowStream", "RowStream | None", list[dict[str, Any]]]:
-    """What is trained on and what is held out, in rows; and the malformed rows that were skipped."""
+    """What is trained on and what is held out, in rows; and the malformed rows that were skipped. Raises UserError for
+    an eval_fraction that was told and that no source needs."""
     from datacollator import DataCollator, RowStream
     from dataset import load_data
     from engine.data_view import table
@@ -133,6 +174,8 @@ def load_rows(
     options, seed = config.data, config.compute.seed
     with first_process_first(world):
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
+    useless = f"eval_fraction has no effect: all that is trained on has a split {options.eval_split!r} to evaluate on"
+    check(data.divided or "eval_fraction" not in given, useless)
     collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
     train = RowStream(data.train, collator, seed, options.shuffle)
     if world.is_main:
@@ -141,18 +184,6 @@ def load_rows(
         )
     # Shuffled, so that the first rows of it are a fair sample.
     return train, RowStream(data.held_out, collator, seed) if data.held_out else None, data.skipped
-
-
-def checkpoint_to_resume(config: TrainConfig, world: "World") -> Path | None:
-    """The newest good one, as the first process sees it; None for a new run. Raises UserError if all are damaged."""
-    from checkpoint import checkpoints, newest_checkpoint
-    from engine.job import look_up
-
-    run, resume = config.checkpoint.output_dir, config.checkpoint.resume
-    checkpoint = look_up(lambda: newest_checkpoint(run) if resume else None, world)
-    damaged = resume and checkpoint is None and checkpoints(run)
-    check(not damaged, f"{run} has no checkpoint left that is whole; start without --resume")
-    return checkpoint
 
 
 def main() -> None:

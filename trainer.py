@@ -21,7 +21,7 @@ from engine.documents import MicroBatch
 from engine.hub_tokenizer import save_tokenizer
 from engine.peft_files import save_adapter
 from engine.prefetch import Step, StepLoader
-from engine.run_directory import NO_EVALUATION, RunLog, lowest
+from engine.run_directory import NO_EVALUATION, NO_TRACKER, RunLog, Tracker, lowest
 from generation import answers
 from model import DeepSeekV2, LossOutput
 from optimizer import learning_rate, make_optimizers
@@ -49,7 +49,9 @@ class Trainer:
         train: RowStream,
         held_out: RowStream | None,
         world: World,
+        base: Path | None = None,
     ) -> None:
+        """base: the directory of the model that adapters are trained on."""
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
         self.train_rows = train
         self.plain_model = cast(DeepSeekV2, getattr(model, "module", model))
@@ -67,8 +69,8 @@ class Trainer:
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
         self.base = None
-        if config.lora.lora_rank and config.checkpoint.init_from and world.is_main:
-            self.base = describe_base(config.checkpoint.init_from, config.model)
+        if base and config.lora.lora_rank and world.is_main:
+            self.base = describe_base(base, config.model)
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
         self.cost = training_cost(self.plain_model)
         self.peak = measure_peak(world.device, self.dtype) * world.size
@@ -91,15 +93,17 @@ class Trainer:
 
     # ---------------------------------------------------------------- the loop
 
-    def train(self) -> None:
-        """Run to the last step. Exits with 128 + signal after one of STOP_SIGNALS, once the step is done and saved."""
+    def train(self, tracker: Tracker = NO_TRACKER) -> None:
+        """Run to the last step. Exits with 128 + signal after one of STOP_SIGNALS, once the step is done and saved.
+        tracker: gets the first rank's metrics, too."""
         watch, saving, patience = self.config.watch, self.config.checkpoint, self.config.batch.early_stopping_patience
         self.model.train()
         with (
             self.signal,
-            RunLog(self.config, self.step, self.total_steps, self.world.is_main) as log,
+            RunLog(self.output_dir, self.step, self.total_steps, self.world.is_main, tracker) as log,
             contextlib.closing(self.batches.steps(self.rows_seen, self.total_steps - self.step)) as steps,
         ):
+            last = self.step == self.total_steps  # of a finished run that is resumed
             for step in steps:
                 metrics = self.train_step(step)
                 last, improved = self.step == self.total_steps, False
@@ -117,12 +121,11 @@ class Trainer:
                 if last or self.stop or self.due(saving.save_steps) or (improved and saving.save_best):
                     self.save()
                 if last or self.stop:
-                    log.finish(self.last_checkpoint, self.best, stopped=not last)
-                if self.stop:
-                    parallel.leave_world()
-                    raise SystemExit(128 + self.stop)
-                if last:
                     break
+            log.finish(self.last_checkpoint, self.best, stopped=not last)
+            if self.stop:
+                parallel.leave_world()
+                raise SystemExit(128 + self.stop)
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -76,6 +76,11 @@ def find_base(adapter: Path) -> tuple[Path, ModelConfig | None]:
     )
 
 
+def model_directory(checkpoint: Path) -> Path:
+    """A checkpoint's own, or of an adapter the base's. Raises UserError as `find_base` does."""
+    return find_base(checkpoint)[0] if (checkpoint / ADAPTER_CONFIG).is_file() else checkpoint
+
+
 def changed_weights(directory: Path, recorded: dict[str, dict[str, Any]]) -> list[str]:
     """Names of the files that are not as they were recorded. One of the same size and time is not read again."""
 

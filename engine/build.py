@@ -10,7 +10,6 @@ import quantization
 from checkpoint import iterate_weights
 from config import TrainConfig
 from engine import peft_files
-from engine.adapter_base import find_base
 from engine.hub_config import load_config
 from engine.new_tokens import with_new_rows
 from model import DeepSeekV2, RMSNorm, Router
@@ -18,9 +17,11 @@ from parallel import Part, World, load_weights, make_mesh, parallelize
 from quantization import NF4
 
 
-def build_model(config: TrainConfig, checkpoint: Path | None, world: World, new_ids: Sequence[int] = ()) -> DeepSeekV2:
-    """The model on its device, with the weights of `checkpoint`, from which the run goes on; else those of init_from,
-    and rows for new_ids; else new ones. With LoRA, init_from has the base's weights and `checkpoint` the adapters'.
+def build_model(
+    config: TrainConfig, source: Path | None, world: World, adapter: Path | None = None, new_ids: Sequence[int] = ()
+) -> DeepSeekV2:
+    """The model on its device, with the weights of `source`, and rows for new_ids; without it with new ones. With LoRA,
+    these are the base's, and the adapters' are those of `adapter`, a checkpoint; without it new ones.
 
     Memory: never more than the rank's share and the tensor at hand.
     """
@@ -30,16 +31,12 @@ def build_model(config: TrainConfig, checkpoint: Path | None, world: World, new_
     parallelize(model, gathered_parts(model, compute.dtype), make_mesh(compute.parallel, world))
     model.to_empty(device=world.device)
     generator = torch.Generator().manual_seed(compute.seed)
-    base = config.checkpoint.init_from
-    if adapters.lora_rank and checkpoint:
-        base = str(find_base(checkpoint)[0])
-    source = base if adapters.lora_rank else checkpoint or base
     stored = iterate_weights(source, config.model, quantized) if source else None
-    if new_ids and base and not checkpoint:
-        stored = with_new_rows(iterate_weights(base, load_config(base)), config.model.vocab_size, new_ids)
+    if source and new_ids:
+        stored = with_new_rows(iterate_weights(source, load_config(source)), config.model.vocab_size, new_ids)
     load_weights(model, stored or model.initial_weights(generator))
     if adapters.lora_rank:
-        start = peft_files.read_adapter(model, checkpoint) if checkpoint else lora.initial_weights(model, generator)
+        start = peft_files.read_adapter(model, adapter) if adapter else lora.initial_weights(model, generator)
         load_weights(model, start)
     model.model.gradient_checkpointing = compute.gradient_checkpointing
     if compute.compile:

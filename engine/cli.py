@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import signal
 import stat
 import sys
@@ -165,7 +166,7 @@ def parse_fields(default: TrainConfig, flags: list[str], preset: str, descriptio
 def given_fields(flags: list[str]) -> frozenset[str]:
     """The fields that a command line names, whatever their values: {"packing", "model.hidden_size"}."""
     names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
-    return frozenset(name.removeprefix("no_") for name in names)
+    return frozenset(re.sub(r"(^|\.)no_", r"\1", name) for name in names)
 
 
 def hints(flags: list[str]) -> Iterator[str]:
@@ -186,12 +187,16 @@ def useless_flags(config: TrainConfig, given: Collection[str], world_size: int) 
 
     config: the complete one. given: see given_fields.
     """
-    start, lora, steps = config.checkpoint.init_from, config.lora, config.batch.max_steps
+    start, lora, steps, model = config.checkpoint.init_from, config.lora, config.batch.max_steps, config.model
     without_lora = ("lora_alpha", "lora_dropout", "lora_target_modules")
+    tokenizer = config.data.tokenizer
+    of_groups = ("model.topk_group", "model.device_aux_loss_alpha", "model.communication_aux_loss_alpha")
+    balanced = model.device_aux_loss_alpha or model.communication_aux_loss_alpha
     quiet, prompts = not config.watch.eval_steps, config.watch.sample_prompts
     alone = world_size == config.watch.dry_run_ranks == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
     reasons = [
         (("tokenizer",), start, f"init_from brings its own tokenizer, that of {start}"),
+        (("model.vocab_size",), not start and tokenizer != "cl100k_base", f"{tokenizer} brings its own vocabulary"),
         (("model.initializer_range",), start, f"init_from brings its own weights, those of {start}"),
         (("dry_run_ranks",), not config.watch.dry_run, "this is no dry run; add --dry-run"),
         (
@@ -200,10 +205,15 @@ def useless_flags(config: TrainConfig, given: Collection[str], world_size: int) 
             "this is one process; start several: torchrun --nproc_per_node N train_sft.py ...",
         ),
         (without_lora, not lora.lora_rank, "lora_rank is 0: there are no adapters"),
-        (("eval_split", "eval_max_rows"), quiet, "eval_steps is 0: nothing is evaluated"),
+        (("eval_split", "eval_fraction", "eval_max_rows"), quiet, "eval_steps is 0: nothing is evaluated"),
         (("sample_prompts",), quiet and prompts, "eval_steps is 0, and samples are shown at evaluations"),
         (("num_train_epochs",), steps, f"max_steps is {steps}, and counts; leave one of them out"),
-        (("model.topk_group",), config.model.n_group == 1, "model.n_group is 1: there are no groups to choose from"),
+        (of_groups, model.n_group == 1, "model.n_group is 1: there are no groups to choose from or to balance"),
+        (
+            ("model.n_group",),
+            model.topk_method == "greedy" and not balanced,
+            "model.topk_method greedy knows no groups, and no balance loss of groups is asked for",
+        ),
     ]
     return [f"{name} has no effect: {why}" for names, true, why in reasons if true for name in names if name in given]
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import AutoLocator, EngFormatter, LogLocator
 
 TRAINED, CONTEXT = "#b7e4c7", "#e9ecef"
 
@@ -60,8 +60,9 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], out: str | Path) -> None:
         axis.set_title(panel.title, fontsize=10)
         axis.set(xlabel={"step": "step", "num_tokens": "tokens"}[panel.x], yscale=panel.scale)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if panel.scale == "log":  # 2, 3 and 5 instead of 2 x 10^0 and the like
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        if panel.scale == "log":  # 2, 3 and 5 instead of 2 x 10^0 and the like; within a decade as on any axis
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_locator(AutoLocator() if high < 10 * low else LogLocator(subs=(1, 2, 3, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """A run's directory: its configuration, metrics.jsonl, loss.png; and its progress, on the terminal and in a tracker."""
 
+import functools
 import importlib
 import json
 import math
@@ -7,7 +8,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -94,7 +95,63 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# ---------------------------------------------------------------- a tracker
+
+
+class Tracker(NamedTuple):
+    """Where metrics go beside metrics.jsonl: a function that takes a line of them, and one that ends it."""
+
+    track: Callable[[dict[str, float]], Any]
+    close: Callable[[], Any]
+    number: str = ""  # that the run is known by there
+
+
+NO_TRACKER = Tracker(lambda metrics: None, lambda: None)
+
+
+def import_tracker(name: str) -> Any:
+    """The module of a tracker. Raises UserError where it's missing."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError as error:
+        raise UserError(f"report_to {name} is not installed: pip install {name}") from error
+
+
+def start_tracker(config: TrainConfig, step: int) -> Tracker:
+    """The one that `report_to` names, before anything changes on disk. A run that goes on after `step` goes on there,
+    too. Raises UserError where the tracker is missing or cannot start."""
+    name, run = config.watch.report_to, Path(config.checkpoint.output_dir)
+    if name == "none":
+        return NO_TRACKER
+    tracker = import_tracker(name)
+    if name == "tensorboard":
+
+        @functools.cache
+        def writer() -> Any:
+            """Made when it's needed: it lies in the run's directory, and no longer shows what came after `step`."""
+            return tracker.SummaryWriter(run, purge_step=step + 1)
+
+        def write(metrics: dict[str, float]) -> None:
+            for key in metrics.keys() - {"step"}:
+                writer().add_scalar(key, metrics[key], metrics["step"])
+
+        return Tracker(write, lambda: writer().close())
+    known = config.checkpoint.resume and (run / TRACKER_ID).exists()
+    number = (run / TRACKER_ID).read_text() if known else secrets.token_hex(4)
+    names = {"id": number, "name": run.name} if name == "wandb" else {"name": f"{run.name}-{number}"}
+    try:
+        tracker.init(project="sft-from-scratch", config=config.flat(), resume="allow", **names)
+    except Exception as error:  # no key, no network, a full disk: each tracker has errors of its own
+        raise UserError(f"report_to {name} cannot start: {' '.join(str(error).split())}") from error
+    return Tracker(lambda metrics: tracker.log(metrics, step=metrics["step"]), tracker.finish, number)
+
+
 # ---------------------------------------------------------------- its directory
+
+
+def holds_a_run(directory: Path) -> bool:
+    """Or what is left of one that somebody has tidied."""
+    return (directory / CONFIG).exists() or (directory / "checkpoints").exists()
 
 
 def check_start(config: TrainConfig) -> None:
@@ -103,23 +160,24 @@ def check_start(config: TrainConfig) -> None:
     if config.watch.report_to != "none":
         import_tracker(config.watch.report_to)
     directory = Path(config.checkpoint.output_dir)
-    if config.checkpoint.resume or not (directory / CONFIG).exists():
+    if config.checkpoint.resume or not holds_a_run(directory):
         return
     needed = (config.checkpoint.init_from, config.data.tokenizer, *config.data.dataset)
     inside = [place for place in needed if place and Path(place).resolve().is_relative_to(directory.resolve())]
     check(not inside, f"output_dir {directory} holds {', '.join(inside)}, which this run starts from: choose another")
 
 
-def open_run(config: TrainConfig, agents: Iterable[str] = ()) -> None:
-    """Make the run directory, and write the configuration into it and the job's agents (engine/job.py). A run that is
-    there and is not resumed moves aside: nothing is overwritten."""
+def open_run(config: TrainConfig, agents: Iterable[str] = (), tracker: Tracker = NO_TRACKER) -> None:
+    """Make the run directory, and write into it the configuration, the job's agents (engine/job.py) and the tracker's
+    number. A run that is there and is not resumed moves aside: nothing is overwritten."""
     directory = Path(config.checkpoint.output_dir)
-    there = (directory / CONFIG).exists() or (directory / "checkpoints").exists()
-    if there and not config.checkpoint.resume:
+    if holds_a_run(directory) and not config.checkpoint.resume:
         number = next(n for n in range(1, sys.maxsize) if not Path(f"{directory}.{n}").exists())
         directory.rename(f"{directory}.{number}")
         print(f"{directory} held an earlier run, which is now {directory}.{number} (--resume would have continued it)")
     replace_file(directory / AGENTS, "".join(f"{agent}\n" for agent in agents))
+    if tracker.number:
+        replace_file(directory / TRACKER_ID, tracker.number)
     replace_file(directory / CONFIG, json.dumps(config.flat(), indent=2) + "\n")
 
 
@@ -151,13 +209,12 @@ class RunLog:
     Made on every rank, but only on the first one (`shown`) it shows and writes anything.
     """
 
-    def __init__(self, config: TrainConfig, step: int, total_steps: int, shown: bool) -> None:
-        self.run, self.shown = Path(config.checkpoint.output_dir), shown
+    def __init__(self, run: Path, step: int, total_steps: int, shown: bool, tracker: Tracker = NO_TRACKER) -> None:
+        self.run, self.shown, self.tracker = run, shown, tracker
         self.path = self.run / METRICS
         if shown:
             kept = [line for line in read_metrics(self.run) if line["step"] <= step] if self.path.exists() else []
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self.track, self.close_tracker = open_tracker(config, step)
         # The delay is short: it is there so that nothing is printed yet.
         self.bar = tqdm(total=total_steps, initial=step, disable=not shown, dynamic_ncols=True, unit="step", delay=0.01)
 
@@ -169,7 +226,7 @@ class RunLog:
         with printing_to_nobody():
             self.bar.close()
         if self.shown:
-            self.close_tracker()
+            self.tracker.close()
         if self.shown and error is None:
             from engine.plots import plot_runs  # matplotlib takes a while to import
 
@@ -194,16 +251,18 @@ class RunLog:
         """The last lines: what was saved, how to talk to it, and how a run that was stopped goes on."""
         if not self.shown:
             return
-        self.bar.close()
         goes_on = "; the same command with --resume goes on from there" * stopped
-        print(f"saved {checkpoint}{goes_on}\ntalk to it: python chat.py {self.run}")
-        since = best["evaluations_since"]
+        lines = [f"saved {checkpoint}{goes_on}", f"talk to it: python chat.py {self.run}"]
+        since, steps = best["evaluations_since"], f"{self.bar.n} of {self.bar.total} steps"
         if self.bar.n < self.bar.total and not stopped:
-            print(f"ended after {self.bar.n} of {self.bar.total} steps: {since} evaluations without a lower eval_loss")
+            lines += [f"ended after {steps}: {since} evaluations without a lower eval_loss"]
         if since:
             place = self.run / f"checkpoints/step-{best['step']:06d}"
             kept = f"{place} has it" if place.exists() else "--save-best would have kept that checkpoint"
-            print(f"eval_loss was lowest after step {best['step']}, {best['eval_loss']:.4f}: {kept}")
+            lines += [f"eval_loss was lowest after step {best['step']}, {best['eval_loss']:.4f}: {kept}"]
+        with printing_to_nobody():
+            self.bar.close()
+            print(*lines, sep="\n")
 
     def write(self, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl. Raises UserError where the disk refuses."""
@@ -211,39 +270,4 @@ class RunLog:
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
             with disk_errors(self.path), self.path.open("a") as file:
                 file.write(json.dumps(finite) + "\n")
-            self.track(metrics)
-
-
-# ---------------------------------------------------------------- a tracker
-
-
-def import_tracker(name: str) -> Any:
-    """The module of a tracker. Raises UserError where it's missing."""
-    try:
-        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-    except ImportError as error:
-        raise UserError(f"report_to {name} is not installed: pip install {name}") from error
-
-
-def open_tracker(config: TrainConfig, step: int) -> tuple[Callable[[dict[str, float]], Any], Callable[[], Any]]:
-    """A function that hands metrics to the tracker that `report_to` names, and one that closes it. A run that goes on
-    after `step` goes on there, too. Raises UserError where the tracker is missing."""
-    name, run = config.watch.report_to, Path(config.checkpoint.output_dir)
-    if name == "none":
-        return lambda metrics: None, lambda: None
-    tracker = import_tracker(name)
-    if name == "tensorboard":
-        writer = tracker.SummaryWriter(run, purge_step=step + 1)  # no longer shows what was written after it
-
-        def write(metrics: dict[str, float]) -> None:
-            for key in metrics.keys() - {"step"}:
-                writer.add_scalar(key, metrics[key], metrics["step"])
-
-        return write, writer.close
-    number = run / TRACKER_ID
-    if not (config.checkpoint.resume and number.exists()):
-        replace_file(number, secrets.token_hex(4))
-    known = number.read_text()
-    names = {"id": known, "name": run.name} if name == "wandb" else {"name": f"{run.name}-{known}"}
-    tracker.init(project="sft-from-scratch", config=config.flat(), resume="allow", **names)
-    return lambda metrics: tracker.log(metrics, step=metrics["step"]), tracker.finish
+            self.tracker.track(metrics)

@@ -81,8 +81,8 @@ class WatchedTrainer(trainer.Trainer):
             x for optimizer in self.optimizers for state in optimizer.state.values() for x in state.values()
         )
 
-    def train(self) -> None:
-        super().train()
+    def train(self, *arguments: Any) -> None:
+        super().train(*arguments)
         path = self.output_dir / f"rank-{self.world.rank}.json"
         path.write_text(json.dumps(self.seen | building))
 

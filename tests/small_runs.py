@@ -174,6 +174,7 @@ def run_child(arguments: list[str], log: Path, fault: Fault | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, and so inherited, where the tests run under nohup
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # instead of one for several processes, which a killed one would leave behind
     if fault:
@@ -271,17 +272,17 @@ def save_slowly() -> None:
     trainer.Trainer.save = save  # type: ignore[method-assign]
 
 
-def nobody_reads() -> None:
-    """From the first step on, whoever read what is printed has left."""
+def nobody_reads(descriptors: tuple[int, ...]) -> None:
+    """From the first step on, whoever read what is printed there has left."""
     train = trainer.Trainer.train
 
-    def train_unread(self: trainer.Trainer) -> None:
+    def train_unread(self: trainer.Trainer, *arguments: Any) -> None:
         reader, writer = os.pipe()
         os.close(reader)
-        os.dup2(writer, 1)
-        os.dup2(writer, 2)
+        for descriptor in descriptors:
+            os.dup2(writer, descriptor)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        train(self)
+        train(self, *arguments)
 
     trainer.Trainer.train = train_unread  # type: ignore[method-assign]
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from checkpoint import load_model_and_tokenizer, newest_checkpoint
 from config import UserError
 from engine.files import write_tensors
 from small_models import relative_difference
-from small_runs import arguments, conversations, run_main, train_here, write_jsonl
+from small_runs import arguments, conversations, differing, final_tensors, run_main, train_here, write_jsonl
 
 TOKENS = torch.arange(200, 260).view(2, 30)
 SHORT: dict[str, Any] = {"max_steps": 1, "eval_steps": 0}
@@ -59,12 +60,21 @@ def files(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
+def goes_on(run: Path) -> list[str]:
+    """The arguments that continue a run up to step 4."""
+    return ["--resume", "--output-dir", str(run), "--max-steps", "4"]
+
+
 # ---------------------------------------------------------------- what a run starts from
 
 
-@pytest.mark.parametrize("rank", [0, 8])
-def test_what_a_run_starts_from_is_not_moved_aside(rank: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """tiny's default output directory is its own base."""
+@pytest.mark.parametrize(("rank", "missing"), [(0, ""), (8, ""), (8, "config.json")])
+def test_what_a_run_starts_from_is_not_moved_aside(
+    rank: int, missing: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tiny's default output directory is its own base, of which checkpoints alone may have been kept."""
+    if missing:
+        (folder / "runs/tiny" / missing).unlink()
     before = files(folder / "runs")
     command = arguments(folder / "data.jsonl", Path("runs/tiny"), init_from="runs/tiny", lora_rank=rank, **SHORT)
     at = command.index("--output-dir")
@@ -91,6 +101,21 @@ def test_nothing_is_moved_aside_for_a_run_whose_tracker_is_missing(
     before = files(folder / "runs")
     assert train_here(arguments(folder / "data.jsonl", folder / "runs/tiny", report_to=tracker, **SHORT), folder) == 2
     assert f"error: report_to {tracker} is not installed" in capsys.readouterr().err
+    assert files(folder / "runs") == before
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_nothing_is_moved_aside_for_a_run_whose_tracker_cannot_start(
+    tracker: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("no API key:\n  log in first")
+
+    monkeypatch.setitem(sys.modules, tracker, SimpleNamespace(init=init))
+    before = files(folder / "runs")
+    assert train_here(arguments(folder / "data.jsonl", folder / "runs/tiny", report_to=tracker, **SHORT), folder) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: report_to {tracker} cannot start: no API key: log in first"
     assert files(folder / "runs") == before
 
 
@@ -149,6 +174,38 @@ def test_a_base_is_found_from_anywhere_and_after_both_have_moved(
         assert load_model_and_tokenizer(folder / "runs/adapter")[0](TOKENS).equal(before)
         (folder / "runs").rename(tmp_path / "elsewhere")
         assert load_model_and_tokenizer(tmp_path / "elsewhere/adapter")[0](TOKENS).equal(before)
+
+
+def test_an_adapters_run_goes_on_wherever_both_have_moved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the same run does in its place; what it saves then names the base where that is now."""
+    shutil.copytree(folder / "runs/adapter", folder / "runs/reference")
+    assert train_here(goes_on(folder / "runs/reference"), folder) == 0
+    expected = final_tensors(folder / "runs/reference")
+    (folder / "runs").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert train_here(goes_on(Path("elsewhere/adapter")), folder) == 0
+    assert differing(final_tensors(tmp_path / "elsewhere/adapter"), expected) == []
+    records = [tmp_path / f"elsewhere/adapter/checkpoints/step-00000{step}/base.json" for step in (3, 4)]
+    before, after = (json.loads(path.read_text()) for path in records)
+    assert after["weights"] == before["weights"]
+    assert after["absolute"] == str(tmp_path / "elsewhere/tiny/checkpoints/step-000001")
+
+
+@pytest.mark.parametrize("flags", [[], ["--add-control-tokens", "--chat-template", "llama3"]])
+def test_a_full_run_needs_its_base_no_longer(
+    flags: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own checkpoint has weights, shape and tokenizer; here a tokenizer with tokens that the base's lacks, too."""
+    command = arguments(folder / "data.jsonl", Path("runs/full"), *flags, init_from="runs/tiny", **SHORT)
+    assert train_here(command, folder) == 0
+    shutil.copytree(folder / "runs/full", folder / "runs/reference")
+    assert train_here(goes_on(folder / "runs/reference"), folder) == 0
+    shutil.rmtree(folder / "runs/tiny")
+    monkeypatch.chdir(tmp_path)
+    assert train_here(goes_on(folder / "runs/full"), folder) == 0
+    assert differing(final_tensors(folder / "runs/full"), final_tensors(folder / "runs/reference")) == []
 
 
 def test_a_base_of_another_time_with_the_same_weights_is_the_same(folder: Path) -> None:

@@ -242,10 +242,10 @@ def test_an_answer_ends_with_its_document_whoever_asks(
 def test_every_turn_is_rendered_with_the_whole_history(
     run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = ["How are you?", "Why?", ""]
+    said = iter(["How are you?", "Why?"])
     model = Scripted([*tokenizer.encode("I am fine."), tokenizer.eos_token_id], tokenizer.encode("The sun is out."))
     monkeypatch.setattr("checkpoint.load_model_and_tokenizer", lambda *_, **__: (model, tokenizer))
-    monkeypatch.setattr("builtins.input", lambda prompt: said.pop(0))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said, "/quit"))
     printed = say(run, "--system", "Be kind.", directory=tmp_path, capsys=capsys)
     assert "I am fine.\nThe sun is out.\n" in printed
     history = [
@@ -280,8 +280,8 @@ def conversation(
     def converse(model: Scripted, *lines: str, flags: tuple[str, ...] = ()) -> tuple[str, str]:
         said = iter(lines)
 
-        def read(prompt: str) -> str:
-            assert prompt == ""
+        def read(prompt: str = "") -> str:
+            assert prompt == "> " * chat.at_terminal()
             try:
                 return next(said)
             except StopIteration:
@@ -303,6 +303,19 @@ def prompt_of(tokenizer: Tokenizer, *texts: str, system: str = "") -> list[int]:
 def test_piped_input_prints_answers_and_nothing_else(conversation: Any, tokenizer: Tokenizer) -> None:
     model = Scripted(*([*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("One.", "Two.")))
     assert conversation(model, "a", "b") == ("One.\nTwo.\n", "")
+
+
+def test_blank_lines_of_piped_input_are_skipped(conversation: Any, tokenizer: Tokenizer) -> None:
+    model = Scripted(*([*tokenizer.encode(text), tokenizer.eos_token_id] for text in ("One.", "Two.")))
+    assert conversation(model, "", "a", "", "  ", "b", "") == ("One.\nTwo.\n", "")
+
+
+def test_an_empty_line_at_a_terminal_ends_it(
+    conversation: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "at_terminal", lambda: True)
+    out, _ = conversation(Scripted([*tokenizer.encode("One."), tokenizer.eos_token_id]), "a", "", "b")
+    assert out.endswith("One.\n")
 
 
 def test_ctrl_c_in_an_answer_ends_the_answer_only(conversation: Any, tokenizer: Tokenizer) -> None:
@@ -335,12 +348,13 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(conversation: Any, 
 
 
 def test_a_question_beyond_the_context_is_taken_back(conversation: Any, tokenizer: Tokenizer) -> None:
+    """And nothing but the question: what was said before is still known."""
     spoken = [*tokenizer.encode("x"), tokenizer.eos_token_id]
-    model = Scripted(spoken, context=60)
-    out, error = conversation(model, "a " * 60, "b")
-    assert (out, error.count("\n")) == ("x\n", 1)
-    assert "but the model's context is 60" in error
-    assert model.prompts == [prompt_of(tokenizer, "b")]
+    model = Scripted(spoken, spoken, context=100)
+    out, error = conversation(model, "a", "b " * 100, "c")
+    assert (out, error.count("\n")) == ("x\nx\n", 1)
+    assert "but the model's context is 100" in error
+    assert model.prompts == [prompt_of(tokenizer, "a"), prompt_of(tokenizer, "a", "x", "c")]
 
 
 def test_commands(conversation: Any, tokenizer: Tokenizer) -> None:
@@ -571,6 +585,8 @@ def test_an_answer_ends_with_the_context(
         (["RUN", "--prompt", "a", "--complete", "b"], "--prompt and --complete exclude each other"),
         (["RUN", "--compare", "RUN"], "--compare needs --prompt, --complete or --prompts"),
         (["RUN", "--out", "a.jsonl"], "--out is for the answers to --prompts"),
+        (["RUN", "--prompt", "a", "--batch-size", "2"], "--batch-size is for --prompts"),
+        (["RUN", "--host", "0.0.0.0"], "--host is for the page of --web"),
         (["RUN", "--prompts", "a.csv"], "a.csv: questions are read from .jsonl or .txt"),
         (["RUN", "--prompts", "nowhere.txt"], "there is no file nowhere.txt"),
         (

@@ -509,12 +509,12 @@ def test_a_run_goes_on_with_the_rows_it_was_trained_on_and_no_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", conversations(40))
-    settings: dict[str, Any] = {"train_split": "train", "eval_split": "test", "eval_fraction": 0.2}
+    settings: dict[str, Any] = {"train_split": "train", "eval_split": "test"}
 
     def train(*flags: str, **changes: Any) -> int:
         return train_here(arguments(path, tmp_path / "run", *flags, **settings | changes), tmp_path)
 
-    assert train(max_steps=3) == 0
+    assert train(max_steps=3, eval_fraction=0.2) == 0
     assert "data.jsonl has no split 'test'" in capsys.readouterr().out
     assert train("--resume", max_steps=4) == 0
     assert train("--resume", max_steps=5, eval_steps=0) == 2

@@ -63,6 +63,7 @@ def error_of(code: int, capsys: pytest.CaptureFixture[str]) -> str:
         (["--batch-size", "many"], "--batch-size: invalid literal for int() with base 10: 'many'"),
         (["--batch-size"], "Missing value for argument '--batch-size'"),
         (["--dtype", "float16"], "invalid choice 'float16' for argument '--dtype'"),
+        (["--model.rope-scaling.type", "linear"], "invalid choice 'linear' for argument '--model.rope-scaling.type'"),
         (["--learning-rate", "1e-3x"], "--learning-rate"),
     ],
 )

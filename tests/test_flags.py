@@ -1,6 +1,7 @@
 """A flag has an effect in the run that it starts, or it is refused with the reason; what is misspelt gets a hint."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint
 from config import OptimizerConfig, RopeScaling
 from engine.cli import given_fields, parse_arguments
+from engine.files import write_json
 from engine.run_directory import read_metrics
 from optimizer import learning_rate
 from small_runs import arguments, conversations, train_here, write_jsonl
@@ -59,6 +61,23 @@ def test_what_weights_allow_is_changed_in_a_loaded_model(data: Path, base: Path,
     assert load_pretrained(newest_checkpoint(tmp_path / "run") or "").config == model
 
 
+def test_a_switch_of_the_models_is_turned_off_in_a_loaded_model(data: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(newest_checkpoint(base) or base, tmp_path / "normed")
+    config = json.loads((tmp_path / "normed/config.json").read_text())
+    write_json(tmp_path / "normed/config.json", config | {"norm_topk_prob": True})
+    changes = {"init_from": tmp_path / "normed", "max_steps": 1, "eval_steps": 0}
+    for flags, expected in (([], True), (["--model.no-norm-topk-prob"], False)):
+        run = tmp_path / f"run-{expected}"
+        assert train_here(arguments(data, run, *flags, **changes), tmp_path) == 0
+        assert load_pretrained(newest_checkpoint(run) or run).config.norm_topk_prob == expected
+
+
+def test_a_run_that_is_told_not_to_be_resumed_has_its_bases_shape(data: Path, base: Path, tmp_path: Path) -> None:
+    """The preset's fields are not what the command line asks for."""
+    command = arguments(data, tmp_path / "run", "--no-resume", init_from=base, max_steps=1, eval_steps=0)
+    assert train_here(command, tmp_path) == 0
+
+
 def test_an_adapter_is_used_with_the_model_that_it_was_trained_with(data: Path, base: Path, tmp_path: Path) -> None:
     flags = ["--model.rope-scaling.factor", "4"]
     changes = {"init_from": base, "lora_rank": 2, "max_steps": 1, "eval_steps": 0}
@@ -100,6 +119,16 @@ def test_a_value_that_the_checkpoint_has_may_be_repeated(data: Path, base: Path,
         ({"lora_dropout": 0.1}, "lora_dropout has no effect: lora_rank is 0"),
         ({"num_train_epochs": 2}, "num_train_epochs has no effect: max_steps is 1"),
         ({"model_topk_group": 1}, "model.topk_group has no effect: model.n_group is 1"),
+        ({"model_device_aux_loss_alpha": 0.1}, "model.device_aux_loss_alpha has no effect: model.n_group is 1"),
+        (
+            {"model_communication_aux_loss_alpha": 0.1},
+            "model.communication_aux_loss_alpha has no effect: model.n_group is 1",
+        ),
+        ({"model_n_group": 2}, "model.n_group has no effect: model.topk_method greedy knows no groups"),
+        (
+            {"eval_fraction": 0.1, "eval_split": "train[:5]", "eval_steps": 1},
+            "eval_fraction has no effect: all that is trained on has a split 'train[:5]' to evaluate on",
+        ),
         ({"warmup_steps": 4, "max_steps": 3}, "warmup_steps is 4, but there are 3 steps"),
     ],
 )
@@ -107,9 +136,29 @@ def test_a_flag_without_effect_is_refused(changes: dict[str, Any], message: str,
     assert f"error: {message}" in refused(**changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_n_group": 2, "model_device_aux_loss_alpha": 0.1},
+        {"model_n_group": 2, "model_topk_method": "group_limited_greedy"},
+        {"eval_fraction": 0.3, "eval_split": "test", "eval_steps": 1},
+    ],
+)
+def test_a_flag_with_effect_is_taken(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    command = arguments(data, tmp_path / "run", **({"max_steps": 1, "eval_steps": 0} | changes))
+    assert train_here(command, tmp_path) == 0
+
+
+def test_a_vocabulary_beside_another_tokenizers_is_refused(base: Path, refused: Callable[..., str]) -> None:
+    place = newest_checkpoint(base)
+    error = f"model.vocab_size has no effect: {place} brings its own vocabulary"
+    assert error in refused(tokenizer=place, model_vocab_size=600)
+
+
 def test_flags_of_an_evaluation_that_never_comes_are_refused(refused: Callable[..., str]) -> None:
-    error = refused("--eval-split", "train[:5]", "--eval-max-rows", "3", "--sample-prompts", "Hello?")
-    for name in ("eval_split", "eval_max_rows", "sample_prompts"):
+    flags = ["--eval-split", "train[:5]", "--eval-fraction", "0.1", "--eval-max-rows", "3"]
+    error = refused(*flags, "--sample-prompts", "Hello?")
+    for name in ("eval_split", "eval_fraction", "eval_max_rows", "sample_prompts"):
         assert f"{name} has no effect: eval_steps is 0" in error
 
 
@@ -151,7 +200,8 @@ def test_a_floor_above_the_peak_is_refused(refused: Callable[..., str]) -> None:
 
 def test_the_command_line_knows_what_was_given() -> None:
     flags = ["--no-packing", "--model.hidden-size", "3", "--seed=4", "--lora_rank", "2", "--sample-prompts", "--no!"]
-    named = {"packing", "model.hidden_size", "seed", "lora_rank", "sample_prompts"}
+    flags = ["--model.no-norm-topk-prob", *flags]
+    named = {"model.norm_topk_prob", "packing", "model.hidden_size", "seed", "lora_rank", "sample_prompts"}
     assert given_fields(flags[:-1]) == named
 
 

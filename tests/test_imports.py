@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "engine.peft_files": {"config", "lora", "engine.files"},
     "engine.build": {
         *("config", "model", "lora", "quantization", "checkpoint", "parallel"),
-        *("engine.adapter_base", "engine.hub_config", "engine.new_tokens", "engine.peft_files"),
+        *("engine.hub_config", "engine.new_tokens", "engine.peft_files"),
     },
     "engine.dry_run": {
         *("config", "model", "optimizer", "parallel"),

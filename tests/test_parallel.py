@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from checkpoint import load_pretrained, load_state
+from checkpoint import load_pretrained, load_state, newest_checkpoint
 from engine.run_directory import read_metrics
 from ranks import take_over
 from small_runs import arguments, conversations, final_tensors, finish_job, numbers, start_job, train_here, write_jsonl
@@ -67,6 +67,9 @@ RESUMED = {
     "lora-fsdp-4": "lora-1",
     "lora-1": "lora-fsdp-4",
 }
+# Counted in epochs, and with the same flags on whatever number of ranks.
+EPOCHS = {"max_steps": 0, "num_train_epochs": 1, "gradient_accumulation_steps": 1, "eval_steps": 0}
+EPOCHS |= {"save_total_limit": 100}
 
 
 def command(folder: Path, variant: str, where: str, output_dir: Path, *more: str, **changes: Any) -> list[str]:
@@ -93,8 +96,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "data.jsonl", conversations(60))
     for variant in VARIANTS:
         assert train_here(command(folder, variant, "1", folder / f"{variant}-1"), folder) == 0
+    assert train_here(command(folder, "packed", "1", folder / "epoch-1", **EPOCHS), folder) == 0
     for ranks in (2, 4):
         runs: list[dict[str, Any]] = []
+        if ranks == 2:
+            more = command(folder, "packed", "ddp-2", folder / "epoch-ddp-2", "--resume", **EPOCHS)
+            runs.append({"arguments": more, "continues": str(folder / "epoch-1")})
         for variant, engine in RUNS:
             name = f"{variant}-{engine}"
             if not engine.endswith(str(ranks)):
@@ -161,6 +168,21 @@ def test_in_bf16_two_steps_are_exact(folder: Path, engine: str) -> None:
 def test_a_checkpoint_knows_no_world_size(folder: Path, run: str) -> None:
     variant = run.partition("-")[0]
     assert_same_run(folder / f"{run}-resumed", folder / f"{variant}-1", TOLERANCES.get(variant, 1e-5))
+
+
+def test_more_ranks_with_the_same_flags_keep_the_place_in_data_and_schedule(folder: Path) -> None:
+    """From step 2 on they take twice as many rows a step, as one process does with twice the batch."""
+    run, reference = folder / "epoch-ddp-2", folder / "epoch-reference"
+    take_over(folder / "epoch-1", reference)
+    assert train_here(command(folder, "packed", "1", reference, "--resume", **EPOCHS, batch_size=4), folder) == 0
+    assert_same_run(run, reference)  # rates and num_tokens are in their metrics
+    newest, expected = (newest_checkpoint(place) for place in (run, reference))
+    assert newest and expected and newest.name == expected.name
+    state, expected_state = (load_state(checkpoint / STATE) for checkpoint in (newest, expected))
+    assert state["rows_seen"] == expected_state["rows_seen"] == 2 * 2 + (state["step"] - 2) * 4
+    alone = load_state((newest_checkpoint(folder / "epoch-1") or run) / STATE)
+    assert 0 <= state["rows_seen"] - alone["rows_seen"] < 4
+    assert read_metrics(run)[-1]["num_tokens"] >= read_metrics(folder / "epoch-1")[-1]["num_tokens"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -274,5 +274,5 @@ from engine.build import build_model
 changes = {"lora_rank": 4, "dtype": "bfloat16", "init_from": sys.argv[1], "model": load_config(sys.argv[1])}
 config = TrainConfig().changed(**changes)
 """
-    work = 'model = build_model(config, None, World(0, 1, torch.device("cpu")))'
+    work = 'model = build_model(config, Path(sys.argv[1]), World(0, 1, torch.device("cpu")))'
     assert peak_memory(preparation, work, tmp_path) < 1.2 * sum(tensor.nbytes for tensor in weights.values())

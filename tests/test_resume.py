@@ -119,11 +119,15 @@ def test_a_kill_in_the_middle_of_a_line_leaves_whole_lines(run: Path, data: Path
     assert_same_run(run, alone)
 
 
-def test_resuming_a_finished_run_changes_nothing(run: Path, data: Path, alone: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing_and_says_so(
+    run: Path, data: Path, alone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(alone, run, dirs_exist_ok=True)
     assert train_here(arguments(data, run, RESUME), run.parent) == 0
     assert files(run / "checkpoints") == files(alone / "checkpoints")
     assert read_metrics(run) == read_metrics(alone)
+    saved = f"saved {run}/checkpoints/step-000012\ntalk to it: python chat.py {run}\n"
+    assert saved in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- interrupted
@@ -191,8 +195,18 @@ def test_a_second_interrupt_leaves_at_once(data: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_nobody_watches_any_more_goes_on(data: Path, alone: Path, tmp_path: Path) -> None:
     """python train_sft.py ... 2>&1 | head"""
-    assert train_in_child(arguments(data, tmp_path / "run"), tmp_path / "log", small_runs.nobody_reads) == 0
+    fault = functools.partial(small_runs.nobody_reads, (1, 2))
+    assert train_in_child(arguments(data, tmp_path / "run"), tmp_path / "log", fault) == 0
     assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_run_whose_last_lines_nobody_reads_is_whole(data: Path, alone: Path, tmp_path: Path) -> None:
+    """python train_sft.py ... --eval-steps 0 | head -2: the last lines are the first to find that out."""
+    fault = functools.partial(small_runs.nobody_reads, (1,))
+    assert train_in_child(arguments(data, tmp_path / "run", eval_steps=0), tmp_path / "log", fault) == 0
+    assert numbers(tmp_path / "run") == [line for line in numbers(alone) if "loss" in line]
+    assert differing(final_tensors(tmp_path / "run"), final_tensors(alone)) == []
+    assert (tmp_path / "run/loss.png").exists()
 
 
 # ---------------------------------------------------------------- a full disk, damaged and hostile files

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import lora
+import train_sft
 import trainer as trainer_module
 from checkpoint import load_pretrained
 from config import OptimizerConfig, TrainConfig, UserError, check
@@ -373,6 +374,18 @@ def test_only_the_last_evaluation_takes_all_rows(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(everything["eval_loss"])
 
 
+def test_the_first_held_out_rows_are_a_fair_sample(tmp_path: Path) -> None:
+    """Whatever the order of the data, here by length, and of what is trained on. eval_max_rows takes the first rows."""
+    texts = sorted(conversations(300), key=lambda messages: len(TOKENIZER.render(messages)[0]))
+    changes = {"train_split": "train[200:]", "eval_split": "train[:200]"}
+    data, flags = write_jsonl(tmp_path / "data.jsonl", texts), ("--packing", "--no-shuffle")
+    config = train_sft.parse_arguments(arguments(data, tmp_path / "run", *flags, **changes))
+    _, held_out, _ = train_sft.load_rows(config, (), TOKENIZER, World(0, 1, torch.device("cpu")))
+    assert held_out is not None
+    first = [index for row in range(held_out.rows_per_epoch // 4) for index in held_out.row_indices(row)]
+    assert held_out.lengths[first].mean() == pytest.approx(held_out.lengths.mean(), rel=0.05)
+
+
 def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
     """A context with room for one token after the prompt, and some with none: then there is nothing to say."""
     prompt, _ = TOKENIZER.render([{"role": "user", "content": "a"}], add_generation_prompt=True)
@@ -532,6 +545,13 @@ class Tracker(SimpleNamespace):
     close = finish
 
 
+def train_with_tracker(trainer: Trainer) -> None:
+    """As train_sft.py does it."""
+    tracker = run_directory.start_tracker(trainer.config, trainer.step)
+    run_directory.open_run(trainer.config, tracker=tracker)
+    trainer.train(tracker)
+
+
 def stop_after_two_of_four_steps_and_go_on(directory: Path, **changes: Any) -> None:
     """What is saved after step 2 is known to have been written up to step 3."""
     first = make_trainer(directory, save_steps=2, **changes)
@@ -543,15 +563,15 @@ def stop_after_two_of_four_steps_and_go_on(directory: Path, **changes: Any) -> N
 
     first.forward = fail  # type: ignore[method-assign]
     with pytest.raises(UserError, match="step 4 fails"):
-        first.train()
+        train_with_tracker(first)
     again = make_trainer(directory, resume=True, **changes)
     again.resume(directory / "checkpoints/step-000002")
-    again.train()
+    train_with_tracker(again)
 
 
 def test_a_tracker_gets_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = Tracker(monkeypatch)
-    make_trainer(tmp_path, report_to="trackio").train()
+    train_with_tracker(make_trainer(tmp_path, report_to="trackio"))
     assert tracker.lines == [(line["step"], line) for line in read_metrics(tmp_path)]
     assert tracker.closed == 1
 
@@ -562,7 +582,7 @@ def test_a_run_that_goes_on_is_the_same_run_to_its_tracker(
 ) -> None:
     tracker = Tracker(monkeypatch)
     stop_after_two_of_four_steps_and_go_on(tmp_path / "run", report_to=name)
-    make_trainer(tmp_path / "run", report_to=name).train()  # another one in the same place
+    train_with_tracker(make_trainer(tmp_path / "run", report_to=name))  # another one in the same place
     first, again, other = (options[key] for options in tracker.started)
     assert first == again != other
     assert all(options["resume"] == "allow" for options in tracker.started)
@@ -581,7 +601,7 @@ def test_tensorboard_is_trimmed_as_the_metrics_are_and_has_no_curve_of_steps(
 
 
 def test_a_full_disk_under_the_metrics_is_named(tmp_path: Path) -> None:
-    log = run_directory.RunLog(make_trainer(tmp_path).config, 0, 4, shown=True)
+    log = run_directory.RunLog(tmp_path, 0, 4, shown=True)
     log.path = Path("/dev/full")
     with pytest.raises(UserError, match=r"/dev/full cannot be written \(.*No space left"):
         log.write({"step": 1})
