@@ -240,6 +240,10 @@ def test_as_much_is_sent_as_theory_has_it(folder: Path) -> None:
         assert sent["_reduce_scatter_base_"] == pytest.approx(3 / 4 * size, rel=0.01)
 
 
+def test_ranks_are_not_warned_of_what_we_know(folder: Path) -> None:
+    assert "broadcast_buffers" not in (folder / "2.log").read_text()
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -306,6 +310,12 @@ def test_a_restarted_job_goes_on_by_itself_and_a_killed_rank_ends_it(
     assert_same_run(run, eight_steps)
 
 
+def our_frames(printed: str) -> list[str]:
+    """Lines of a traceback that name a file of ours; a virtual environment may lie inside the checkout."""
+    frames = [line for line in printed.splitlines() if "File" in line and "site-packages" not in line]
+    return [line for line in frames if str(ROOT) in line]
+
+
 def test_what_a_user_can_mend_is_one_line_whatever_the_number_of_ranks(folder: Path, tmp_path: Path) -> None:
     """A file that is missing is seen by the first rank alone; a flag without effect by each of them."""
     missing = arguments(tmp_path / "nothing.jsonl", tmp_path / "run", parallel="ddp")
@@ -315,8 +325,7 @@ def test_what_a_user_can_mend_is_one_line_whatever_the_number_of_ranks(folder: P
         assert finish_job(start_job(folder, log, 2, ROOT / "train_sft.py", *words)) != 0
         lines = log.read_text().splitlines()
         assert [line for line in lines if line.startswith("error: ")] == [line for line in lines if message in line][:1]
-        frames = [line for line in lines if "File" in line and "site-packages" not in line]
-        assert not [line for line in frames if str(ROOT) in line]  # a virtual environment may lie inside the checkout
+        assert not our_frames(log.read_text())
         assert not (tmp_path / "run").exists()
 
 
@@ -355,17 +364,21 @@ def test_nodes_without_common_files_are_told_so(folder: Path, tmp_path: Path) ->
     assert not list(tmp_path.glob("*.place/runs/*"))
 
 
-def test_a_signal_reaches_all_ranks_and_saves_once(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_all_ranks_and_saves_once(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     words = command(folder, "packed", "ddp-2", run, max_steps=100_000, save_steps=0, eval_steps=0)
     job = start_job(folder, log, 2, ROOT / "tests/faulty_rank.py", "raise:0", *words, start_new_session=True)
     metrics = run / "metrics.jsonl"
     while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
         time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGTERM)  # as schedulers do: torchrun sends it to its ranks once more
+    os.killpg(job.pid, number)  # as schedulers and Ctrl-C do: torchrun sends it to its ranks once more
     assert finish_job(job) == 1  # torchrun's own code
-    assert len(re.findall("Sending process .* closing signal SIGTERM", log.read_text())) == 2
-    assert "SIGKILL" not in log.read_text()
+    printed = log.read_text()
+    assert len(re.findall(f"Sending process .* closing signal {number.name}", printed)) == 2
+    assert "SIGKILL" not in printed
+    assert printed.count("finishing this step") == 1
+    assert not our_frames(printed)
     last = read_metrics(run)[-1]["step"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{last:06d}"]
     assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=last + 1, eval_steps=0), folder) == 0
