@@ -120,7 +120,9 @@ def fill(piece: dict[str, Any], **values: Any) -> dict[str, Any]:
     empty = dict.fromkeys((*SPEAKERS, "turns", "tokens", "lost", "cut", "content"), 0)
     texts = dict.fromkeys(("unused", "reason", "error"), "")
     counts = {"length": len(ids), "targets": sum(mask[1:])}
-    return {"input_ids": ids, "mask": mask} | empty | texts | counts | piece | values
+    filled = {"input_ids": ids, "mask": mask} | empty | texts | counts | piece | values
+    # JSON may name a field with half of a pair of surrogates, which no table takes.
+    return filled | {name: filled[name].encode("utf-8", "backslashreplace").decode() for name in texts}
 
 
 def fingerprint(content: Sequence[Message] | str) -> int:

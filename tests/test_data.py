@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -424,12 +425,17 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
+# A JSON file may name a field or say in a text what is no character, half of a pair.
+ANY_NAME = st.text("a☂\ud83d\ude00", max_size=3)
 NAMES = sorted({name for columns in formats.FORMATS for name in columns} | {"system", "tools", "input"})
 MALFORMED_MESSAGE = st.dictionaries(
     st.sampled_from(("role", "from", "content", "value", "weight", "tool_calls")),
     JSON | st.sampled_from(("user", "assistant", "gpt", "Hello")) | st.just([CALL]),
 )
-ROW = st.dictionaries(st.sampled_from(NAMES), JSON | st.lists(MALFORMED_MESSAGE | JSON, max_size=4) | st.just("Hello"))
+ROW = st.dictionaries(
+    st.sampled_from(NAMES) | ANY_NAME,
+    JSON | ANY_NAME | st.lists(MALFORMED_MESSAGE | JSON, max_size=4) | st.just("Hello"),
+)
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -439,7 +445,8 @@ def test_whatever_a_row_holds_it_is_read_or_said_to_be_malformed(
 ) -> None:
     for value in (row, {name: row.get(name, filling) for name in columns} | row):
         pieces = tokenize_row(value, TOKENIZER, max_seq_len)
-        assert all({*piece, "row", "piece"} == set(PIECE) for piece in pieces)
+        table = [piece | {"row": 0, "piece": 0} for piece in pieces]
+        assert pa.Table.from_pylist(table, PIECE.arrow_schema).to_pylist() == table
         assert all(piece["targets"] > 0 for piece in pieces) or [bool(piece["reason"]) for piece in pieces] == [True]
 
 
