@@ -404,6 +404,11 @@ def test_a_txt_is_one_document(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\n", "is empty"),
         ("a.csv", b"", "is empty"),
         ("a.csv", b'prompt,completion\nx,"y\n', "line 2: line: invalid CSV: unexpected end of data"),
+        (
+            "a.csv",
+            b'prompt,completion\nx,y\n"x,y\nx,y\nx,y\n',
+            "lines 3 to 5: line: invalid CSV: unexpected end of data (a quote that is opened here takes 3 lines)",
+        ),
         ("a.csv", b"prompt,completion\nx,\xff\n", "line 2: line: invalid UTF-8"),
         ("a.csv", b"prompt;completion\nx;y\n", "columns: of no known format (there are prompt;completion"),
         ("a.txt", b"\xff", "byte 1: line: invalid UTF-8"),
@@ -459,6 +464,12 @@ LINE = st.one_of(
 )
 
 
+def lines_of(place: str) -> range:
+    """ "lines 3 to 5" as 3, 4, 5."""
+    first, *last = map(int, re.findall(r"\d+", place))
+    return range(first, (last or [first])[0] + 1)
+
+
 @pytest.mark.parametrize("suffix", text_files.READERS)
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(LINE, max_size=6))
@@ -466,7 +477,8 @@ def test_whatever_a_file_holds_every_row_of_it_is_counted_or_it_is_refused(
     suffix: str, lines: list[bytes], tmp_path: Path
 ) -> None:
     path = tmp_path / f"rows{suffix}"
-    path.write_bytes(b"\n".join(lines))
+    header = [b"prompt,completion"] if suffix in (".csv", ".tsv") else []
+    path.write_bytes(b"\n".join(header + lines))
     try:
         found = list(text_files.read_files([str(path)], [""], []))
     except ValueError as error:
@@ -476,6 +488,13 @@ def test_whatever_a_file_holds_every_row_of_it_is_counted_or_it_is_refused(
         assert len(tokenize_row(row, TOKENIZER, 30)) >= 1
     if suffix == ".jsonl":
         assert len(found) == sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+    if header:
+        stands = dict(enumerate(path.read_bytes().splitlines(keepends=True), start=1))
+        places = [lines_of(row["place"]) for row in found]
+        filled = [number for number, line in stands.items() if line.strip(b"\r\n")]
+        assert [number for place in places for number in place if number in filled] == filled[1:]
+        for row, place in zip(found, places, strict=True):
+            assert not row["error"] or row["json"] == b"".join(stands[number] for number in place)
 
 
 # ---------------------------------------------------------------- malformed rows
