@@ -45,7 +45,7 @@ def read_files(files: list[str], names: list[str], changed: list[Any]) -> Genera
     for file, name in zip(files, names, strict=True):
         read = READERS[file_kind(Path(file))]
         try:
-            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as content:
+            with gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb") as content:
                 for line, row, error in read(content):
                     yield {"place": f"{name}{line}", "json": row, "error": error}
         except (ValueError, EOFError, OSError) as error:
@@ -143,6 +143,6 @@ READERS: dict[str, Callable[[File], Rows]] = {
 
 
 def file_kind(path: Path) -> str:
-    """Its last suffix, or that of the text that is compressed: ".jsonl" of chats.jsonl.gz."""
-    inner = path.with_suffix("").suffix
-    return inner if path.suffix == ".gz" and inner in READERS else path.suffix
+    """Its last suffix in small letters, or that of the text that is compressed: ".jsonl" of chats.JSONL.gz."""
+    *_, inner, last = ("", "", *(suffix.lower() for suffix in path.suffixes))
+    return inner if last == ".gz" and inner in READERS else last

@@ -391,6 +391,54 @@ def test_a_directory_is_read_file_by_file_with_the_place_of_what_is_wrong(tmp_pa
     assert texts(data.held_out) == ["say 7|", "say 8|"]
 
 
+def test_a_row_of_a_table_is_named_with_its_file_and_counted_from_1(tmp_path: Path) -> None:
+    """Whatever part of the files is taken, and however many of them there are; saved sets have no files to name."""
+    folder, bad = tmp_path / "tables", {"messages": HELLO[:1]}
+    (folder / "test").mkdir(parents=True)
+    rows = {"a.parquet": [GOOD, bad], "b.parquet": [GOOD, GOOD, bad, GOOD], "test/c.parquet": [bad, GOOD]}
+    for name, content in rows.items():
+        datasets.Dataset.from_list(content).to_parquet(folder / name)
+
+    def bad_places(split: str) -> list[str]:
+        found = load(folder, train_split=split, skip_bad_rows=True).skipped
+        assert [json.loads(row["row"]) for row in found] == [bad] * len(found)
+        return [row["place"] for row in found]
+
+    assert bad_places("train") == ["a.parquet, row 2", "b.parquet, row 3"]
+    assert bad_places("train[3:5]") == ["b.parquet, row 3"]
+    assert bad_places("test+train[1:]") == ["test/c.parquet, row 1", "a.parquet, row 2", "b.parquet, row 3"]
+    datasets.Dataset.from_list([GOOD, bad]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="saved, split train, row 2: messages: no assistant turn"):
+        load(tmp_path / "saved")
+
+
+def test_a_directorys_files_count_whatever_the_case_of_their_names_but_hidden_ones_do_not(tmp_path: Path) -> None:
+    folder = tmp_path / "talk"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    write(folder / ".ipynb_checkpoints/a-checkpoint.jsonl", *NUMBERED[:2])
+    write(folder / ".b.jsonl", NUMBERED[3])
+    write(folder / "A.JSONL", *NUMBERED[:2])
+    (folder / "B.Jsonl.GZ").write_bytes(gzip.compress(json.dumps(NUMBERED[2]).encode()))
+    assert sorted(texts(load(folder).train)) == ["say 0|", "say 1|", "say 2|"]
+    datasets.Dataset.from_list(NUMBERED[:2]).to_parquet(tmp_path / "T.PARQUET")
+    assert texts(load(tmp_path / "T.PARQUET").train) == ["say 0|", "say 1|"]
+
+
+def test_splits_and_files_that_play_no_part_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "talk"
+    folder.mkdir()
+    write(folder / "train.jsonl", *NUMBERED[:60])
+    write(folder / "validation.jsonl", *NUMBERED[60:70])
+    unused = f"{folder}: neither trained on nor evaluated on: split validation"
+    assert load(folder, want_eval=True).notes[0] == f"{unused} (--eval-split validation)"
+    assert load(folder).notes == [unused]
+    assert load(folder, want_eval=True, eval_split="validation").notes == []
+    assert load(folder, eval_split="validation").notes == []  # nothing is evaluated, as it was told
+    assert load(folder, train_split="train[5:]+validation").notes == []
+    (folder / "notes.md").write_text("not data")
+    assert load(folder, eval_split="validation").notes == [f"{folder}: not read: notes.md"]
+
+
 def test_a_txt_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Once upon a time\n\nthere was", encoding="utf-8-sig")
     (row,) = load(tmp_path / "a.txt").train["input_ids"]
