@@ -38,8 +38,8 @@ class ChatConfig:
     prompt: str | None = None
     # Continue this text once and exit, without a chat template: what a base model does.
     complete: str | None = None
-    # Answer the questions in this file: a .txt file's lines, or a .jsonl file's rows with `prompt`, `question`,
-    # `messages` or `conversations`; rows with `text` are continued.
+    # Answer the questions in this file: a .txt file's lines, or a .jsonl file's rows with `messages`, `conversations`,
+    # `prompt`, `question` or `instruction`; rows with `text` are continued.
     prompts: str | None = None
     # The .jsonl file for the answers to --prompts. An interrupted run goes on where it was; without it, they are shown.
     out: str | None = None

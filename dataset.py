@@ -8,6 +8,7 @@ fingerprint: what was read, the tokenizer, `max_seq_len`, `long_conversations` a
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,6 +54,7 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
         train_split, eval_split = choose_splits(name, splits, data, want_eval)
         if train_split != data.train_split:
             notes.append(f"{name} has no split {data.train_split!r}; its only one, {train_split!r}, is trained on")
+        notes += unused_parts(name, splits, f"{train_split}+{data.eval_split}", want_eval and not eval_split)
         trained.append(read_part(name, train_split, tokenizer, data, weight))
         if eval_split:
             held_out.append(replace(read_part(name, eval_split, tokenizer, data), held_out=True))
@@ -121,14 +123,30 @@ def choose_splits(name: str, splits: dict[str, datasets.Dataset], data: DataConf
     train, evaluation = data.train_split, data.eval_split
     if len(splits) == 1 and train not in splits and not re.search(r"[\[+]", train):
         (train,) = splits
-    named = re.sub(r"\[.*?\]", "", evaluation).split("+")
-    if not want_eval or (data.eval_fraction and not splits.keys() & set(named)):
+    if not want_eval or (data.eval_fraction and not splits.keys() & split_names(evaluation)):
         return train, ""
     for trained_split, trained in sources.parts_of(name, splits, train):
         for split, rows in sources.parts_of(name, splits, evaluation):
             apart = trained_split != split or max(rows.start, trained.start) >= min(rows.stop, trained.stop)
             check(apart, f"{name}: train_split {train} and eval_split {evaluation} overlap; name parts, like train[5:]")
     return train, evaluation
+
+
+def split_names(split: str) -> set[str]:
+    """Of "train[5:]+test": train and test."""
+    return set(re.sub(r"\[.*?\]", "", split).split("+"))
+
+
+def unused_parts(name: str, splits: Iterable[str], used: str, lacks_eval: bool) -> Iterator[str]:
+    """Which splits and files of a source play no part, a line each."""
+    rest = [split for split in splits if split not in split_names(used)]
+    if rest:
+        hint = f" (--eval-split {rest[0]})" * lacks_eval
+        yield f"{name}: neither trained on nor evaluated on: split {', '.join(rest)}{hint}"
+    files = sources.unread_files(name)
+    if files:
+        more = f" and {len(files) - MOST_LISTED:,} more" * (len(files) > MOST_LISTED)
+        yield f"{name}: not read: {', '.join(files[:MOST_LISTED])}{more}"
 
 
 @dataclass
@@ -188,21 +206,18 @@ def bad_rows(parts: list[Part], skip: bool) -> list[dict[str, Any]]:
     for part in parts:
         errors = part.pieces.data.column("error")
         table = pa.table({"row": part.pieces.data.column("row"), "error": errors}).filter(pc.not_equal(errors, ""))
-        found += [(part, row["row"], row["error"]) for row in table.to_pylist()]
-    listed = [f"{part.source}, {sources.place(part.rows, i, part.split)}: {error}" for part, i, error in found[:20]]
+        numbers, said = table.to_pydict().values()
+        places = sources.places(part.source, part.split, part.rows, numbers) if numbers else []
+        found += [(part, *row) for row in zip(numbers, places, said, strict=True)]
+    listed = [f"{part.source}, {place}: {error}" for part, _, place, error in found[:MOST_LISTED]]
     if len(found) == 1 and not skip:
         raise UserError(f"{listed[0]} (--skip-bad-rows drops such rows)")
     rest = [f"and {len(found) - MOST_LISTED:,} more"] * (len(found) > MOST_LISTED)
     problems = "\n  ".join([f"{len(found):,} rows cannot be used (--skip-bad-rows drops them):", *listed, *rest])
     check(skip or not found, problems)
     return [
-        {
-            "source": part.source,
-            "place": sources.place(part.rows, i, part.split),
-            "error": error,
-            "row": text_files.as_text(part.rows[i]),
-        }
-        for part, i, error in found
+        {"source": part.source, "place": place, "error": error, "row": text_files.as_text(part.rows[i])}
+        for part, i, place, error in found
     ]
 
 

@@ -12,16 +12,14 @@ python show.py idea attention                        # labels, attention, expert
 
 import itertools
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from config import PRESETS, ModelConfig, TrainConfig, check
-from engine.cli import one_line_errors, parse_arguments, parse_flags
-
-if TYPE_CHECKING:
-    pass
+from engine.cli import given_fields, one_line_errors, parse_arguments, parse_flags
 
 # torch, datasets and matplotlib take a while to import, so each command imports what it needs.
 
@@ -76,15 +74,23 @@ class Data:
     # Draw the histograms into this picture instead.
     out: str = ""
 
-    def show_run(self, config: TrainConfig) -> None:
+    def show_run(self, config: TrainConfig, given: Collection[str]) -> None:
+        """given: see engine/cli.py. Raises UserError for a configuration that train_sft.py refuses."""
+        import numpy as np
+
         from checkpoint import resolve_model
         from datacollator import DataCollator, RowStream
         from dataset import column, load_data
-        from engine.data_view import LEGEND, colour, histogram, pick, pieces_of, table
+        from engine.data_view import LEGEND, histogram, pick, shares, table
+        from parallel import join_world
         from tokenizer import load_tokenizer
+        from train_sft import resolve
 
-        base, options, seed = config.checkpoint.init_from, config.data, config.compute.seed
-        tokenizer = load_tokenizer(config, resolve_model(base) if base else None)
+        base, seed = config.checkpoint.init_from, config.compute.seed
+        source = resolve_model(base) if base else None
+        tokenizer = load_tokenizer(config, source)
+        config = resolve(config, given, source, tokenizer, join_world(config.compute.device))
+        options = config.data
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
         collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
         rows = RowStream(data.train, collator, seed, options.shuffle)
@@ -95,33 +101,30 @@ class Data:
             draw_histograms({"tokens of a piece": rows.lengths, "of them trained on": targets}, self.out)
             print(f"wrote {self.out}")
             return
+        parts = shares(data)
         if self.row:
-            sides = [part for part in (data.train, data.held_out) if part]
-            found = [(part, i) for part in sides for i in pieces_of(part, self.row - 1)]
+            found = [(part, i) for part in parts for i in part.pieces_of(self.row - 1)]
             check(found != [], f"no piece of row {self.row} is used: there is no such row, or it was dropped")
         else:
             print(*data.notes, table(data, rows, config), "", sep="\n")
             print(
                 histogram(rows.lengths, "tokens of a piece"), histogram(targets, "of them trained on"), "", sep="\n\n"
             )
-            chosen = pick(rows.lengths, self.longest, self.shortest, self.random, seed)
-            found = [(data.train, i) for i in chosen]
-        print(f"{LEGEND}\n")
-        for part, i in found:
-            piece, side = part[i], "trained on" if part is data.train else "held out"
-            facts = f"{piece['length']:,} tokens, {piece['targets']:,} of them to learn"
-            print(f"row {piece['row'] + 1}, piece {piece['piece'] + 1}, {side}: {facts}")
-            print(f"{colour(tokenizer, piece['input_ids'], piece['mask'])}\n")
+            trained = [part for part in parts if not part.report.held_out]
+            places = np.concatenate([np.arange(part.places.start, part.places.stop) for part in trained])
+            chosen = places[pick(rows.lengths[places], self.longest, self.shortest, self.random, seed)].tolist()
+            found = [(part, i) for i in chosen for part in trained if i in part.places]
+        print(f"{LEGEND}\n", *(f"{part.describe(i, tokenizer)}\n" for part, i in found), sep="\n")
 
 
 def show_data(words: list[str]) -> None:
-    """The flags of `Data` are taken out; all others are the run's."""
-    names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    parsed: Any = parse_flags(Data, words[len(names) :], "show.py data", Data.__doc__, return_unknown_args=True)
-    look, flags = parsed
+    """The flags of `Data` are taken out; of the rest the words at the start are datasets and a preset."""
+    parsed: Any = parse_flags(Data, words, "show.py data", Data.__doc__, return_unknown_args=True)
+    look, rest = parsed
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
     sources = [name for name in names if name not in PRESETS]
-    preset = [name for name in names if name in PRESETS][:1]
-    look.show_run(parse_arguments([*(preset or ["tiny"]), *(["--dataset", *sources] if sources else []), *flags]))
+    flags = [*(["--dataset", *sources] if sources else []), *rest[len(names) :]]
+    look.show_run(parse_arguments([*(name for name in names if name in PRESETS), *flags]), given_fields(flags))
 
 
 # ---------------------------------------------------------------- rows

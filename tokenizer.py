@@ -159,20 +159,25 @@ class Tokenizer:
         add_generation_prompt: end with the assistant's header, so that a model answers.
         Raises UserError for another role.
         """
-        ids, mask = list(self.start), [0] * len(self.start)
-        for message in messages:
-            header, body, footer, trained = self.render_turn(message)
+        ids, mask, _ = self.join(map(self.render_turn, messages))
+        if add_generation_prompt:
+            header = self._turns["assistant"][0]
+            ids += header
+            mask += [0] * len(header)
+        return ids, mask
+
+    def join(self, turns: Iterable[RenderedTurn]) -> tuple[list[int], list[int], list[int]]:
+        """Turns one after another: (ids, mask, borders); borders are where each turn begins and where the last ends."""
+        ids, mask, borders = list(self.start), [0] * len(self.start), [len(self.start)]
+        for header, body, footer, trained in turns:
             ids += header
             ids += body
             ids += footer
             mask += [0] * len(header)
             mask += [trained] * len(body)
             mask += [0] * len(footer)
-        if add_generation_prompt:
-            header = self._turns["assistant"][0]
-            ids += header
-            mask += [0] * len(header)
-        return ids, mask
+            borders.append(len(ids))
+        return ids, mask, borders
 
     def render_turn(self, message: Mapping[str, Any]) -> RenderedTurn:
         """One message of a conversation. Raises UserError for an unknown role."""

@@ -17,6 +17,7 @@ from datacollator import RowStream
 from engine.adapter_base import describe_base, record_base
 from engine.cli import STOP_SIGNALS, StopSignal
 from engine.cost import measure_peak, training_cost
+from engine.data_report import too_few_rows
 from engine.documents import MicroBatch
 from engine.hub_tokenizer import save_tokenizer
 from engine.peft_files import save_adapter
@@ -61,9 +62,9 @@ class Trainer:
         self.batches = StepLoader(train, config.batch, world, fixed_shapes)
         self.held_out = StepLoader(held_out, config.batch, world, fixed_shapes) if held_out else None
         self.rows_per_step = self.batches.rows_per_step
-        rows, self.data_name = train.rows_per_epoch, ", ".join(config.data.dataset)
-        too_few = f"{self.data_name}: its {rows} rows don't fill one step of {self.rows_per_step}"
-        check(rows >= self.rows_per_step, f"{too_few}; lower batch_size or gradient_accumulation_steps")
+        self.data_name = ", ".join(config.data.dataset)
+        problem = too_few_rows(config, train.rows_per_epoch, self.rows_per_step)
+        check(not problem, problem)
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
         self.best = NO_EVALUATION
         self.output_dir = Path(config.checkpoint.output_dir)

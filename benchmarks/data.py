@@ -15,6 +15,7 @@ import tyro
 from rivals import BATCH_SIZE, transformers_tokenizer  # first: sets the environment
 
 from datacollator import Batch, Conversation, DataCollator, pack_best_fit
+from engine.pieces import tokenize_row
 from engine.sources import open_split
 from tokenizer import Tokenizer
 
@@ -63,6 +64,8 @@ def main() -> None:
 
     encoded, alone = fastest(lambda: [tokenizer.encode(text) for text in texts], options.repeats)
     rendered, rendering = fastest(lambda: render(tokenizer, conversations, options.width), options.repeats)
+    data = [{"messages": messages} for messages in conversations]
+    _, tokenizing = fastest(lambda: [tokenize_row(row, tokenizer, options.width) for row in data], options.repeats)
     lengths = [len(ids) for ids, _ in rendered]
     rows, packing = fastest(lambda: pack_best_fit(lengths, options.width), options.repeats)
     batches, collating = fastest(lambda: collate(rendered, rows, collator), options.repeats)
@@ -79,6 +82,7 @@ def main() -> None:
 
     rates = {
         "render and mask": whole / rendering,
+        "tokenize_row: check, render, split": whole / tokenizing,
         "pack": cut / packing,
         "collate": cut / collating,
         "all three": 1 / per_token,
@@ -87,7 +91,7 @@ def main() -> None:
     }
     print(f"{len(conversations):,} conversations, {whole:,} tokens, rows of {options.width:,}; one core")
     for name, rate in rates.items():
-        print(f"{name:32}{rate / 1e6:8.2f} million tokens/s{rates['all three'] / rate:8.2f}")
+        print(f"{name:36}{rate / 1e6:8.2f} million tokens/s{rates['all three'] / rate:8.2f}")
     padded = sum(BATCH_SIZE * max(lengths[i : i + BATCH_SIZE]) for i in range(0, len(lengths), BATCH_SIZE))
     print(
         f"padding: {1 - cut / (len(rows) * options.width):.2%} packed; {1 - cut / padded:.0%} in batches of "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config import TrainConfig
 from engine.files import replace_file
 
 
@@ -58,6 +59,12 @@ class DataReport:
     @property
     def is_split(self) -> bool:
         return self.pieces > self.conversations
+
+
+def too_few_rows(config: TrainConfig, rows: int, rows_per_step: int) -> str:
+    """Why a run with so many rows an epoch is refused; nothing if it has a step."""
+    short = f"{', '.join(config.data.dataset)}: its {rows} rows don't fill one step of {rows_per_step}"
+    return f"{short}; lower batch_size or gradient_accumulation_steps" if rows < rows_per_step else ""
 
 
 def write_skipped(run: str | Path, skipped: list[dict[str, Any]]) -> str:

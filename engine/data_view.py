@@ -3,12 +3,12 @@
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from config import TrainConfig
-from engine.data_report import DataReport
+from engine.data_report import DataReport, too_few_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -73,10 +73,9 @@ def course(train: "RowStream", config: TrainConfig, processes: int) -> str:
     steps = batch.max_steps or math.ceil(batch.num_train_epochs * rows / rows_per_step)
     padding = 1 - train.lengths.sum() / (rows * width)
     packed = f" ({padding:.1%} padding)" if config.data.packing else ", a conversation each"
-    return (
-        f"an epoch has {rows:,} rows of up to {width:,} tokens{packed}; {steps:,} steps of {rows_per_step} rows are "
-        f"{steps * rows_per_step / rows:.3g} epochs"
-    )
+    epochs = f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / rows:.3g} epochs"
+    problem = too_few_rows(config, rows, rows_per_step)
+    return f"an epoch has {rows:,} rows of up to {width:,} tokens{packed}; {problem or epochs}"
 
 
 # ---------------------------------------------------------------- histograms
@@ -105,11 +104,39 @@ def bar(share: float, width: int) -> str:
 # ---------------------------------------------------------------- rows
 
 
-def pieces_of(dataset: "datasets.Dataset", row: int) -> list[int]:
-    """Where the pieces of a source's row stand; several sources have a row of that number each."""
-    from dataset import column
+class Share(NamedTuple):
+    """A source's pieces on one side, each once however often they are passed an epoch."""
 
-    return np.flatnonzero(column(dataset, "row") == row).tolist()
+    report: DataReport
+    # That side's, and where in it they stand.
+    dataset: "datasets.Dataset"
+    places: range
+
+    def pieces_of(self, row: int) -> list[int]:
+        """Where the pieces of a row of the source stand; the first row is 0."""
+        from dataset import column
+
+        rows = column(self.dataset, "row")[self.places.start : self.places.stop]
+        return (self.places.start + np.flatnonzero(rows == row)).tolist()
+
+    def describe(self, place: int, tokenizer: "Tokenizer") -> str:
+        """The piece there, with where it comes from, in colour."""
+        piece, report = self.dataset[place], self.report
+        where = f"{report.source}, {report.split}, row {piece['row'] + 1}, piece {piece['piece'] + 1}"
+        facts = f"{piece['length']:,} tokens, {piece['targets']:,} of them to learn"
+        text = colour(tokenizer, piece["input_ids"], piece["mask"])
+        return f"{where}, {'held out' if report.held_out else 'trained on'}: {facts}\n{text}"
+
+
+def shares(data: "Data") -> list[Share]:
+    """In the order of the reports, as load_data puts sources one after another."""
+    found, ends = [], {False: 0, True: 0}
+    for report in data.reports:
+        side = data.held_out if report.held_out else data.train
+        start, ends[report.held_out] = ends[report.held_out], ends[report.held_out] + report.pieces * report.weight
+        if side:
+            found.append(Share(report, side, range(start, start + report.pieces)))
+    return found
 
 
 def pick(lengths: Sequence[int] | np.ndarray, longest: bool, shortest: bool, random: int, seed: int) -> list[int]:
@@ -118,7 +145,7 @@ def pick(lengths: Sequence[int] | np.ndarray, longest: bool, shortest: bool, ran
     found = [int(lengths.argmax())] * longest + [int(lengths.argmin())] * shortest
     number = min(random, len(lengths))
     found += np.random.default_rng(seed).choice(len(lengths), number, replace=False).tolist()
-    return found or [int(np.abs(lengths - 150).argmin())]
+    return list(dict.fromkeys(found)) or [int(np.abs(lengths - 150).argmin())]
 
 
 # ---------------------------------------------------------------- tokens in colour

@@ -72,7 +72,7 @@ def read_conversation(row: Fields, column: str) -> Content:
 
 def read_prompt_completion(row: Fields, prompt: str, completion: str) -> Content:
     """{"prompt": "Hi", "completion": "Hello!"}, or lists of messages. Only the completion is learned."""
-    question, unused = read_side(row.get(prompt), prompt, "user")
+    question, unused = read_prompt(row, prompt)
     answer, also_unused = read_side(row.get(completion), completion, "assistant")
     for message in question:
         if message["role"] == "assistant":
@@ -82,9 +82,9 @@ def read_prompt_completion(row: Fields, prompt: str, completion: str) -> Content
 
 def read_alpaca(row: Fields, instruction: str, output: str) -> Content:
     """{"instruction": "Translate to French.", "input": "Hi", "output": "Salut"}; the input may be absent or empty."""
-    parts = [read_text(row.get(instruction), instruction), row.text("input") or row.text("context")]
+    question, _ = read_instruction(row, instruction)
     answer, _ = read_side(row.get(output), output, "assistant")
-    return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}, *answer], []
+    return question + answer, []
 
 
 def read_document(row: Fields, column: str) -> Content:
@@ -121,6 +121,16 @@ ROLE_NAMES = {
 
 
 # ---------------------------------------------------------------- their parts
+
+
+def read_prompt(row: Fields, column: str) -> tuple[list[Message], list[str]]:
+    return read_side(row.get(column), column, "user")
+
+
+def read_instruction(row: Fields, column: str) -> tuple[list[Message], list[str]]:
+    """Alpaca's question: what is to be done, and with what."""
+    parts = [read_text(row.get(column), column), row.text("input") or row.text("context")]
+    return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}], []
 
 
 def read_side(value: Any, field: str, role: str) -> tuple[list[Message], list[str]]:

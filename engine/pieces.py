@@ -25,7 +25,6 @@ from tokenizer import ROLES, RenderedTurn, Tokenizer
 INTEGER, STRING = datasets.Value("int32"), datasets.Value("string")
 # Whose tokens a piece holds. A document's are nobody's.
 SPEAKERS = (*ROLES, "text")
-SPEAKER_BYTES = {speaker: bytes([i]) for i, speaker in enumerate(SPEAKERS)}
 PIECE = datasets.Features(
     {
         # Which row of the source it comes from, and the how-manieth piece of that row it is, from 0 on.
@@ -114,13 +113,20 @@ def tokenize_row(
     return [fill(piece, content=number) for piece in pieces]
 
 
+TEXTS = ("unused", "reason", "error")
+# What PIECE has of a row that is nothing.
+EMPTY = {
+    **dict.fromkeys((*SPEAKERS, "targets", "turns", "tokens", "lost", "cut", "content"), 0),
+    **dict.fromkeys(TEXTS, ""),
+}
+
+
 def fill(piece: dict[str, Any], **values: Any) -> dict[str, Any]:
     """A piece with all that PIECE has, but its row."""
-    ids, mask = piece.get("input_ids", []), piece.get("mask", [])
-    empty = dict.fromkeys((*SPEAKERS, "turns", "tokens", "lost", "cut", "content"), 0)
-    texts = dict.fromkeys(("unused", "reason", "error"), "")
-    counts = {"length": len(ids), "targets": sum(mask[1:])}
-    return {"input_ids": ids, "mask": mask} | empty | texts | counts | piece | values
+    filled = {"input_ids": [], "mask": [], **EMPTY, **piece, **values}
+    filled["length"] = len(filled["input_ids"])
+    # JSON may name a field with half of a pair of surrogates, which no table takes.
+    return filled | {name: filled[name].encode("utf-8", "backslashreplace").decode() for name in TEXTS}
 
 
 def fingerprint(content: Sequence[Message] | str) -> int:
@@ -139,6 +145,7 @@ def document_pieces(text: str, tokenizer: Tokenizer, max_seq_len: int) -> Iterat
     for start in range(0, max(len(ids) - 1, 1), max_seq_len):  # no piece of a single token, unless there is no other
         part = ids[start : start + max_seq_len]
         piece: dict[str, Any] = {"input_ids": part, "mask": [1] * len(part), "text": len(part), **whole}
+        piece["targets"] = len(part) - 1
         yield piece if len(part) > 1 else {"reason": "a single token"}
         whole = {}
 
@@ -151,17 +158,23 @@ class Conversation(NamedTuple):
 
     ids: list[int]
     mask: list[int]
-    # For each token, the index of its speaker in SPEAKERS.
-    speakers: bytes
     # Where each turn begins, and where the last one ends.
     borders: list[int]
     turns: list[RenderedTurn]
+    # Whose turns they are.
+    roles: list[str]
     # How many tokens every piece begins with: what opens a conversation, and the system's message.
     opening: int
 
     def turn_at(self, place: int) -> int:
         """The turn that a token is in."""
         return min(max(bisect_right(self.borders, place) - 1, 0), len(self.turns) - 1)
+
+    def count_speakers(self, start: int, end: int, counts: dict[str, int]) -> None:
+        """Add the tokens from start to end to their speakers' counts. What opens it counts as the system's."""
+        counts["system"] += max(0, min(end, self.borders[0]) - start)
+        for turn in range(self.turn_at(start), self.turn_at(end - 1) + 1):
+            counts[self.roles[turn]] += max(0, min(end, self.borders[turn + 1]) - max(start, self.borders[turn]))
 
 
 class Exchange(NamedTuple):
@@ -198,29 +211,20 @@ def conversation_pieces(
         windows = list(split_at_turns(exchanges(whole), max_seq_len - len(opening), not opening))
         inside = {place for start, _, end in windows for place in (start, end)} - set(whole.borders)
         cut = len({whole.turn_at(place) for place in inside}) + (len(opening) < whole.opening)
-    pieces = [piece for window in windows if any((piece := make_piece(whole, opening, window))["mask"][1:])]
+    pieces = [piece for window in windows if (piece := make_piece(whole, opening, window))["targets"]]
     if not pieces:
         pieces = [{"reason": "nothing to learn" if split else "nothing to learn within max_seq_len tokens"}]
-    lost = sum(whole.mask) - sum(sum(piece.get("mask", ())[1:]) for piece in pieces)
+    lost = whole.mask.count(1) - sum(piece.get("targets", 0) for piece in pieces)
     pieces[0] |= {"turns": len(messages), "tokens": len(whole.ids), "lost": lost, "cut": cut}
     return pieces
 
 
 def flatten(messages: list[Message], tokenizer: Tokenizer) -> Conversation:
-    ids, speakers = list(tokenizer.start), bytearray(len(tokenizer.start))  # what opens it counts as the system's
-    mask, borders = [0] * len(ids), [len(ids)]
     turns = [tokenizer.render_turn(message) for message in messages]
-    for message, (header, body, footer, trained) in zip(messages, turns, strict=True):
-        ids += header
-        ids += body
-        ids += footer
-        mask += [0] * len(header)
-        mask += [trained] * len(body)
-        mask += [0] * len(footer)
-        speakers += SPEAKER_BYTES[message["role"]] * (len(ids) - len(speakers))
-        borders.append(len(ids))
-    leading = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    return Conversation(ids, mask, bytes(speakers), borders, turns, borders[leading])
+    ids, mask, borders = tokenizer.join(turns)
+    roles = [message["role"] for message in messages]
+    leading = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    return Conversation(ids, mask, borders, turns, roles, borders[leading])
 
 
 def exchanges(whole: Conversation) -> list[Exchange]:
@@ -277,9 +281,8 @@ def make_piece(whole: Conversation, opening: list[int], window: Window) -> dict[
     header = whole.turns[turn].header
     if start > whole.borders[turn] and len(header) < new - start:
         ids[: len(header)] = header
-    speakers = whole.speakers[: len(opening)] + whole.speakers[start:end]
-    return {
-        "input_ids": opening + ids,
-        "mask": [0] * (len(opening) + new - start) + whole.mask[new:end],
-        **{speaker: speakers.count(i) for i, speaker in enumerate(SPEAKERS)},
-    }
+    mask = [0] * (len(opening) + new - start) + whole.mask[new:end]
+    speakers = dict.fromkeys(ROLES, 0)
+    whole.count_speakers(0, len(opening), speakers)
+    whole.count_speakers(start, end, speakers)
+    return {"input_ids": opening + ids, "mask": mask, "targets": mask.count(1) - mask[0], **speakers}

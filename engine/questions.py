@@ -43,19 +43,21 @@ class Prompt(NamedTuple):
 
 # ---------------------------------------------------------------- reading them
 
-# The columns that a question may have; a dataset's own rows are questions, too, up to the assistant's last turn.
-READERS: dict[str, Callable[[Any, str], list[formats.Message] | str]] = {
-    "prompt": lambda value, column: formats.read_side(value, column, "user")[0],
-    "question": lambda value, column: formats.read_side(value, column, "user")[0],
-    "messages": lambda value, column: formats.read_messages(value, column)[0],
-    "conversations": lambda value, column: formats.read_messages(value, column)[0],
-    "text": formats.read_text,
+# The columns that a question may have, as engine/formats.py reads them for training, and in its order: a dataset's own
+# rows are questions, too, up to the assistant's last turn.
+READERS: dict[str, Callable[[formats.Fields, str], formats.Content]] = {
+    "messages": formats.read_conversation,
+    "conversations": formats.read_conversation,
+    "prompt": formats.read_prompt,
+    "question": formats.read_prompt,
+    "instruction": formats.read_instruction,
+    "text": formats.read_document,
 }
 
 
 def read_questions(path: Path, system: str | None = None) -> list[Question]:
-    """A .txt file's lines; or a .jsonl file's rows, which have `prompt`, `question`, `messages` or `conversations` to
-    be answered, or `text` to be continued. Raises UserError with the place of what is none of these."""
+    """A .txt file's lines; or a .jsonl file's rows, which have one of READERS' columns: `text` is to be continued, all
+    others are to be answered. Raises UserError with the place of what is none of these."""
     check(path.suffix in (".jsonl", ".txt"), f"{path}: questions are read from .jsonl or .txt")
     check(path.is_file(), f"there is no file {path}")
     questions = []
@@ -75,8 +77,10 @@ def read_question(line: int, row: dict[str, Any], system: str | None = None) -> 
     column = next((column for column in READERS if column in row), None)
     if column is None:
         raise formats.RowError("columns", f"none of {', '.join(READERS)}", f"there are {', '.join(row) or 'none'}")
-    asked = READERS[column](row[column], column)
+    fields = formats.Fields(row)
+    asked, _ = READERS[column](fields, column)
     if isinstance(asked, list):
+        asked = formats.add_system(asked, fields)
         while asked and asked[-1]["role"] == "assistant":
             asked = asked[:-1]
         if not any(message["role"] == "user" for message in asked):

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.resources
 import itertools
 import re
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import datasets
 import yaml
 from datasets.fingerprint import Hasher
+from pyarrow import parquet
 
 from config import UserError, check
 from engine import text_files
@@ -53,12 +55,11 @@ def open_splits(name: str) -> dict[str, datasets.Dataset]:
             return datasets.load_from_disk(name)
         if Path(name, "dataset_info.json").exists():
             return {"train": datasets.load_from_disk(name)}
-        if path.is_dir() and not describes_itself(path):
-            return {split: open_files(name, files) for split, files in files_of(path).items()}
-        if path.is_file() or file_kind(path) in KINDS:
-            check(path.is_file(), f"there is no file {name}")
+        if path.is_file():
             check(file_kind(path) in KINDS, f"{name} is no file that can be read: {', '.join(KINDS)} (or .gz of them)")
-            return {"train": open_files(name, [path])}
+        if has_plain_files(name):
+            return {split: open_files(name, files) for split, files in files_of(path).items()}
+        check(path.exists() or file_kind(path) not in KINDS, f"there is no file {name}")
         return datasets.load_dataset(name)
     except UserError:
         raise
@@ -71,28 +72,70 @@ def open_splits(name: str) -> dict[str, datasets.Dataset]:
         raise UserError(f"{name} cannot be read as a dataset: {' '.join(str(cause).split())}") from error
 
 
-def place(rows: datasets.Dataset, i: int, split: str) -> str:
-    """Where a person finds row i of a split."""
-    return rows[i]["place"] if rows.column_names == list(LINES) else f"split {split}, row {i}"
+def places(name: str, split: str, rows: datasets.Dataset, numbers: list[int]) -> list[str]:
+    """Where a person finds these rows of a split, which are numbered from 0 on: a line, or a row counted from 1."""
+    if rows.column_names == list(LINES):
+        return rows.select(numbers)["place"][:]
+    tables = list(rows_of_tables(name, split)) or [(f"split {split}, ", range(len(rows)))]
+    ends = list(itertools.accumulate(len(own) for _, own in tables))
+    found = [(number, bisect_right(ends, number)) for number in numbers]
+    return [f"{tables[i][0]}row {tables[i][1][number - ends[i]] + 1}" for number, i in found]
 
 
 # ---------------------------------------------------------------- files
 
 
+def has_plain_files(name: str) -> bool:
+    """Whether it is a file, or a directory whose files' names say which splits they are."""
+    return name not in BUILT_IN and Path(name).exists() and not describes_itself(Path(name))
+
+
 def describes_itself(directory: Path) -> bool:
-    """Whether it says which of its files are which splits, as on the Hub."""
-    readme = directory / "README.md"
-    return readme.is_file() and "\ndata_files:" in readme.read_text("utf-8", "replace").replace("  ", "")
+    """Whether it says which of its files are which splits: as `datasets` saves them, or as on the Hub."""
+    readme, saved = directory / "README.md", ("dataset_dict.json", "dataset_info.json")
+    listed = readme.is_file() and "\ndata_files:" in readme.read_text("utf-8", "replace").replace("  ", "")
+    return listed or any((directory / mark).exists() for mark in saved)
 
 
-def files_of(directory: Path) -> dict[str, list[Path]]:
-    """The files of each split below a directory. Raises UserError where there are none that can be read."""
+def files_of(path: Path) -> dict[str, list[Path]]:
+    """The files of each split: a file itself, or those below a directory. Raises UserError where there are none that
+    can be read."""
+    if path.is_file():
+        return {"train": [path]}
     splits = defaultdict(list)
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and file_kind(path) in KINDS:
-            splits[split_of(path.relative_to(directory))].append(path)
-    check(splits != {}, f"{directory} cannot be read as a dataset: it has none of {', '.join(KINDS)}")
+    for file in files_below(path):
+        if file_kind(file) in KINDS:
+            splits[split_of(file.relative_to(path))].append(file)
+    check(splits != {}, f"{path} cannot be read as a dataset: it has none of {', '.join(KINDS)}")
     return dict(splits)
+
+
+def files_below(directory: Path) -> list[Path]:
+    """Without hidden ones: those are copies of editors and notebooks."""
+    files = [path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file()]
+    return [directory / file for file in files if not any(part.startswith(".") for part in file.parts)]
+
+
+def unread_files(name: str) -> list[str]:
+    """Of a directory, the files of a kind that is not read."""
+    below = files_below(Path(name)) if has_plain_files(name) else []
+    return [str(file.relative_to(name)) for file in below if file_kind(file) not in KINDS]
+
+
+def label(file: Path, name: str) -> str:
+    """What tells a file of a source from the others."""
+    return "" if file == Path(name) else f"{file.relative_to(name)}, "
+
+
+def rows_of_tables(name: str, split: str) -> Iterator[tuple[str, range]]:
+    """The files of tables that a split has, and the rows of each that belong to it."""
+    files = files_of(Path(name)) if has_plain_files(name) else {}
+    for part, span in parts_of(name, open_splits(name), split) if files else ():
+        start = 0
+        for file in files[part]:
+            count = parquet.read_metadata(file).num_rows
+            yield label(file, name), range(max(span.start - start, 0), min(span.stop - start, count))
+            start += count
 
 
 SPLIT_WORDS = {
@@ -111,16 +154,14 @@ def split_of(path: Path) -> str:
 
 def open_files(name: str, files: list[Path]) -> datasets.Dataset:
     """The rows of all files, one after another."""
-    tables = [str(path) for path in files if path.suffix == ".parquet"]
+    tables = [str(path) for path in files if file_kind(path) == ".parquet"]
     check(len(tables) in (0, len(files)), f"{name} has .parquet and other files; take one kind")
     if tables:
         return datasets.load_dataset("parquet", data_files=tables, split="train")
     stats = [path.stat() for path in files]
     arguments: dict[str, Any] = {
         "files": [str(path.resolve()) for path in files],
-        "names": [
-            str(path.relative_to(name)) + ", " if len(files) > 1 or Path(name).is_dir() else "" for path in files
-        ],
+        "names": [label(path, name) for path in files],
         "changed": [(stat.st_size, stat.st_mtime_ns) for stat in stats],
     }
     with contextlib.closing(read_files(**arguments)) as rows:

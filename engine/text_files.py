@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +45,22 @@ def read_files(files: list[str], names: list[str], changed: list[Any]) -> Genera
     for file, name in zip(files, names, strict=True):
         read = READERS[file_kind(Path(file))]
         try:
-            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as content:
-                for line, row in read(content):
-                    error, text = (row, b"") if isinstance(row, str) else ("", row)
-                    yield {"place": f"{name}{line}", "json": text, "error": error}
+            with gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb") as content:
+                for line, row, error in read(content):
+                    yield {"place": f"{name}{line}", "json": row, "error": error}
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{name}{error}") from error
 
 
 File = io.BufferedReader | gzip.GzipFile
-# A row's place in a file, and the row in JSON, or as a str, why it can't be read.
-Rows = Iterator[tuple[str, bytes | str]]
+# A row's place in a file, the row in JSON, and ""; or as it stands there, and why it can't be read.
+Rows = Iterator[tuple[str, bytes, str]]
 
 
 def read_jsonl(file: File) -> Rows:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            yield f"line {number}", line
+            yield f"line {number}", line, ""
 
 
 def read_json(file: File) -> Rows:
@@ -70,14 +69,15 @@ def read_json(file: File) -> Rows:
         yield from read_jsonl(file)
         return
     for number, row in enumerate(json.load(io.TextIOWrapper(file, "utf-8-sig")), start=1):
-        yield f"entry {number}", json.dumps(row).encode()
+        yield f"entry {number}", json.dumps(row).encode(), ""
 
 
 def read_csv(file: File, delimiter: str) -> Rows:
     """The first line names the columns. An empty field is an empty text."""
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    lines: list[str] = []  # of the row that is being read
+    rows = csv.reader(noted(text, lines), delimiter=delimiter, strict=True)
     try:
         columns = next(rows, [])
     except csv.Error as error:
@@ -86,23 +86,41 @@ def read_csv(file: File, delimiter: str) -> Rows:
     if twice:
         raise ValueError(f"line 1 names the column {twice[0]!r} twice")
     while True:
-        place = f"line {rows.line_num + 1}"
+        lines.clear()
+        first = rows.line_num + 1
         try:
-            values = next(rows, None)
-        except csv.Error as error:
-            yield place, f"invalid CSV: {error}"
-            continue
-        if values is None:
+            row, problem = next_row(rows, columns), ""
+        except ValueError as error:
+            row, problem = "".join(lines).encode("utf-8", "surrogateescape"), str(error)
+        if not lines:
             return
-        if not values:
-            continue
-        if len(values) != len(columns):
-            yield place, f"{len(values)} fields, where the first line names {len(columns)}"
-            continue
-        try:
-            yield place, json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            yield place, "invalid UTF-8"
+        place = f"line {first}"
+        if len(lines) > 1:
+            place = f"lines {first} to {rows.line_num}"
+            problem = problem and f"{problem} (a quote that is opened here takes {len(lines):,} lines)"
+        if row:
+            yield place, row, problem
+
+
+def noted(text: Iterable[str], lines: list[str]) -> Iterator[str]:
+    """The text's lines, each put down in `lines` before it is read."""
+    for line in text:
+        lines.append(line)
+        yield line
+
+
+def next_row(rows: Iterator[list[str]], columns: list[str]) -> bytes:
+    """In JSON; nothing for an empty line. Raises ValueError for what cannot be read."""
+    try:
+        values = next(rows, [])
+    except csv.Error as error:
+        raise ValueError(f"invalid CSV: {error}") from error
+    if values and len(values) != len(columns):
+        raise ValueError(f"{len(values)} fields, where the first line names {len(columns)}")
+    try:
+        return json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False).encode() if values else b""
+    except UnicodeEncodeError as error:
+        raise ValueError("invalid UTF-8") from error
 
 
 def read_txt(file: File) -> Rows:
@@ -110,9 +128,9 @@ def read_txt(file: File) -> Rows:
     try:
         text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        yield f"byte {error.start + 1}", f"invalid UTF-8: {error.reason}"
+        yield f"byte {error.start + 1}", error.object, f"invalid UTF-8: {error.reason}"
     else:
-        yield "all of it", json.dumps({"text": text}).encode()
+        yield "all of it", json.dumps({"text": text}).encode(), ""
 
 
 READERS: dict[str, Callable[[File], Rows]] = {
@@ -125,6 +143,6 @@ READERS: dict[str, Callable[[File], Rows]] = {
 
 
 def file_kind(path: Path) -> str:
-    """Its last suffix, or that of the text that is compressed: ".jsonl" of chats.jsonl.gz."""
-    inner = path.with_suffix("").suffix
-    return inner if path.suffix == ".gz" and inner in READERS else path.suffix
+    """Its last suffix in small letters, or that of the text that is compressed: ".jsonl" of chats.JSONL.gz."""
+    *_, inner, last = ("", "", *(suffix.lower() for suffix in path.suffixes))
+    return inner if last == ".gz" and inner in READERS else last

@@ -21,8 +21,8 @@ import generation
 import lora
 from chat import ChatConfig, Reply, Writer
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
-from engine import peft_files, trace
-from engine.questions import columns
+from engine import formats, peft_files, trace
+from engine.questions import columns, read_question
 from generation import generate
 from model import DeepSeekV2
 from small_models import small_model, transformers_model
@@ -539,6 +539,34 @@ def test_a_conversation_is_asked_up_to_its_last_answer_and_a_text_continued(
     assert completed == f"Once upon{expected[1]}\n"
 
 
+SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi there!"}]
+MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there!"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": SHAREGPT, "system": "Be brief."},
+        {"conversations": SHAREGPT, "system": "Be brief.", "tools": '[{"name": "time"}]'},
+        {"messages": MESSAGES, "tools": [{"name": "time"}]},
+        {"prompt": "Hello", "prompt_id": "7", "messages": [*MESSAGES, MESSAGES[0], MESSAGES[1]]},
+        {"prompt": "Hello", "completion": "Hi there!", "system": "Be brief."},
+        {"question": "Hello", "answer": "Hi there!"},
+        {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Below is an instruction.", "system": "Count."},
+        {"instruction": "Add.", "context": "1 2", "response": "3"},
+    ],
+)
+def test_a_row_is_asked_as_it_is_trained_on(row: dict[str, Any]) -> None:
+    trained, _ = formats.read_row(row)
+    assert trained[-1]["role"] == "assistant"
+    assert read_question(1, row).asked == trained[:-1]
+    if trained[0]["role"] == "system":
+        assert read_question(1, row, "Be kind.").asked == trained[:-1]
+    else:
+        told = {"role": "system", "content": "Be kind."}
+        assert read_question(1, row, "Be kind.").asked == [told, *trained[:-1]]
+
+
 def test_two_checkpoints_answers_stand_side_by_side(
     run: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -591,7 +619,7 @@ def test_an_answer_ends_with_the_context(
         (["RUN", "--prompts", "nowhere.txt"], "there is no file nowhere.txt"),
         (
             ["RUN", "--prompts", "QUESTION", "--compare", "RUN"],
-            "columns: none of prompt, question, messages",
+            "columns: none of messages, conversations, prompt, question, instruction, text",
         ),
         (["RUN", "--temperature", "-1"], "temperature is -1.0"),
         (["RUN", "--temperature", "nan"], "temperature is nan"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -390,6 +391,54 @@ def test_a_directory_is_read_file_by_file_with_the_place_of_what_is_wrong(tmp_pa
     assert texts(data.held_out) == ["say 7|", "say 8|"]
 
 
+def test_a_row_of_a_table_is_named_with_its_file_and_counted_from_1(tmp_path: Path) -> None:
+    """Whatever part of the files is taken, and however many of them there are; saved sets have no files to name."""
+    folder, bad = tmp_path / "tables", {"messages": HELLO[:1]}
+    (folder / "test").mkdir(parents=True)
+    rows = {"a.parquet": [GOOD, bad], "b.parquet": [GOOD, GOOD, bad, GOOD], "test/c.parquet": [bad, GOOD]}
+    for name, content in rows.items():
+        datasets.Dataset.from_list(content).to_parquet(folder / name)
+
+    def bad_places(split: str) -> list[str]:
+        found = load(folder, train_split=split, skip_bad_rows=True).skipped
+        assert [json.loads(row["row"]) for row in found] == [bad] * len(found)
+        return [row["place"] for row in found]
+
+    assert bad_places("train") == ["a.parquet, row 2", "b.parquet, row 3"]
+    assert bad_places("train[3:5]") == ["b.parquet, row 3"]
+    assert bad_places("test+train[1:]") == ["test/c.parquet, row 1", "a.parquet, row 2", "b.parquet, row 3"]
+    datasets.Dataset.from_list([GOOD, bad]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="saved, split train, row 2: messages: no assistant turn"):
+        load(tmp_path / "saved")
+
+
+def test_a_directorys_files_count_whatever_the_case_of_their_names_but_hidden_ones_do_not(tmp_path: Path) -> None:
+    folder = tmp_path / "talk"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    write(folder / ".ipynb_checkpoints/a-checkpoint.jsonl", *NUMBERED[:2])
+    write(folder / ".b.jsonl", NUMBERED[3])
+    write(folder / "A.JSONL", *NUMBERED[:2])
+    (folder / "B.Jsonl.GZ").write_bytes(gzip.compress(json.dumps(NUMBERED[2]).encode()))
+    assert sorted(texts(load(folder).train)) == ["say 0|", "say 1|", "say 2|"]
+    datasets.Dataset.from_list(NUMBERED[:2]).to_parquet(tmp_path / "T.PARQUET")
+    assert texts(load(tmp_path / "T.PARQUET").train) == ["say 0|", "say 1|"]
+
+
+def test_splits_and_files_that_play_no_part_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "talk"
+    folder.mkdir()
+    write(folder / "train.jsonl", *NUMBERED[:60])
+    write(folder / "validation.jsonl", *NUMBERED[60:70])
+    unused = f"{folder}: neither trained on nor evaluated on: split validation"
+    assert load(folder, want_eval=True).notes[0] == f"{unused} (--eval-split validation)"
+    assert load(folder).notes == [unused]
+    assert load(folder, want_eval=True, eval_split="validation").notes == []
+    assert load(folder, eval_split="validation").notes == []  # nothing is evaluated, as it was told
+    assert load(folder, train_split="train[5:]+validation").notes == []
+    (folder / "notes.md").write_text("not data")
+    assert load(folder, eval_split="validation").notes == [f"{folder}: not read: notes.md"]
+
+
 def test_a_txt_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Once upon a time\n\nthere was", encoding="utf-8-sig")
     (row,) = load(tmp_path / "a.txt").train["input_ids"]
@@ -403,6 +452,11 @@ def test_a_txt_is_one_document(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\n", "is empty"),
         ("a.csv", b"", "is empty"),
         ("a.csv", b'prompt,completion\nx,"y\n', "line 2: line: invalid CSV: unexpected end of data"),
+        (
+            "a.csv",
+            b'prompt,completion\nx,y\n"x,y\nx,y\nx,y\n',
+            "lines 3 to 5: line: invalid CSV: unexpected end of data (a quote that is opened here takes 3 lines)",
+        ),
         ("a.csv", b"prompt,completion\nx,\xff\n", "line 2: line: invalid UTF-8"),
         ("a.csv", b"prompt;completion\nx;y\n", "columns: of no known format (there are prompt;completion"),
         ("a.txt", b"\xff", "byte 1: line: invalid UTF-8"),
@@ -424,12 +478,17 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
+# A JSON file may name a field or say in a text what is no character, half of a pair.
+ANY_NAME = st.text("a☂\ud83d\ude00", max_size=3)
 NAMES = sorted({name for columns in formats.FORMATS for name in columns} | {"system", "tools", "input"})
 MALFORMED_MESSAGE = st.dictionaries(
     st.sampled_from(("role", "from", "content", "value", "weight", "tool_calls")),
     JSON | st.sampled_from(("user", "assistant", "gpt", "Hello")) | st.just([CALL]),
 )
-ROW = st.dictionaries(st.sampled_from(NAMES), JSON | st.lists(MALFORMED_MESSAGE | JSON, max_size=4) | st.just("Hello"))
+ROW = st.dictionaries(
+    st.sampled_from(NAMES) | ANY_NAME,
+    JSON | ANY_NAME | st.lists(MALFORMED_MESSAGE | JSON, max_size=4) | st.just("Hello"),
+)
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -439,7 +498,8 @@ def test_whatever_a_row_holds_it_is_read_or_said_to_be_malformed(
 ) -> None:
     for value in (row, {name: row.get(name, filling) for name in columns} | row):
         pieces = tokenize_row(value, TOKENIZER, max_seq_len)
-        assert all({*piece, "row", "piece"} == set(PIECE) for piece in pieces)
+        table = [piece | {"row": 0, "piece": 0} for piece in pieces]
+        assert pa.Table.from_pylist(table, PIECE.arrow_schema).to_pylist() == table
         assert all(piece["targets"] > 0 for piece in pieces) or [bool(piece["reason"]) for piece in pieces] == [True]
 
 
@@ -452,6 +512,12 @@ LINE = st.one_of(
 )
 
 
+def lines_of(place: str) -> range:
+    """ "lines 3 to 5" as 3, 4, 5."""
+    first, *last = map(int, re.findall(r"\d+", place))
+    return range(first, (last or [first])[0] + 1)
+
+
 @pytest.mark.parametrize("suffix", text_files.READERS)
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(LINE, max_size=6))
@@ -459,7 +525,8 @@ def test_whatever_a_file_holds_every_row_of_it_is_counted_or_it_is_refused(
     suffix: str, lines: list[bytes], tmp_path: Path
 ) -> None:
     path = tmp_path / f"rows{suffix}"
-    path.write_bytes(b"\n".join(lines))
+    header = [b"prompt,completion"] if suffix in (".csv", ".tsv") else []
+    path.write_bytes(b"\n".join(header + lines))
     try:
         found = list(text_files.read_files([str(path)], [""], []))
     except ValueError as error:
@@ -469,6 +536,13 @@ def test_whatever_a_file_holds_every_row_of_it_is_counted_or_it_is_refused(
         assert len(tokenize_row(row, TOKENIZER, 30)) >= 1
     if suffix == ".jsonl":
         assert len(found) == sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
+    if header:
+        stands = dict(enumerate(path.read_bytes().splitlines(keepends=True), start=1))
+        places = [lines_of(row["place"]) for row in found]
+        filled = [number for number, line in stands.items() if line.strip(b"\r\n")]
+        assert [number for place in places for number in place if number in filled] == filled[1:]
+        for row, place in zip(found, places, strict=True):
+            assert not row["error"] or row["json"] == b"".join(stands[number] for number in place)
 
 
 # ---------------------------------------------------------------- malformed rows

@@ -189,7 +189,7 @@ def test_a_malformed_row_is_named_with_its_line_and_field_or_dropped_and_counted
 
 def test_a_malformed_row_of_a_table_is_named_with_its_split_and_number(tmp_path):
     datasets.Dataset.from_list([GOOD, {"messages": HELLO[:1]}]).to_parquet(tmp_path / "data.parquet")
-    with pytest.raises(UserError, match=r"data.parquet, split train, row 1: messages: no assistant turn"):
+    with pytest.raises(UserError, match=r"data.parquet, row 2: messages: no assistant turn"):
         load(tmp_path / "data.parquet")
 
 

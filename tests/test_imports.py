@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {"train_sft", "chat", "show", "export"}
+# No command imports another one, but that show.py shows what train_sft.py would see.
+MAY_LOOK_AT = {"show": {"train_sft"}}
 # What a module may import of ours; commands, of all that is below them. A module that is not here needs a reason.
 MAY_IMPORT = {
     # The machine room
@@ -19,7 +21,7 @@ MAY_IMPORT = {
     "engine.text_files": {"engine.formats"},
     "engine.sources": {"config", "engine.text_files"},
     "engine.pieces": {"tokenizer", "engine.formats", "engine.text_files"},
-    "engine.data_report": {"engine.files"},
+    "engine.data_report": {"config", "engine.files"},
     "engine.data_view": {"config", "tokenizer", "dataset", "datacollator", "engine.data_report"},
     "engine.hub_config": {"config", "engine.files"},
     "engine.hub_tokenizer": {"tokenizer", "engine.files"},
@@ -85,6 +87,7 @@ MAY_IMPORT = {
             "engine.adapter_base",
             "engine.cli",
             "engine.cost",
+            "engine.data_report",
             "engine.documents",
             "engine.hub_tokenizer",
             "engine.peft_files",
@@ -125,7 +128,7 @@ def test_no_import_runs_in_a_circle() -> None:
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_a_module_imports_only_what_lies_below_it(name: str) -> None:
     imported = import_graph()[name]
-    assert not imported & COMMANDS
+    assert imported & COMMANDS <= MAY_LOOK_AT.get(name, set())
     assert name in COMMANDS or imported <= MAY_IMPORT[name]
 
 

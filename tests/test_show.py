@@ -183,6 +183,70 @@ def test_any_row_can_be_looked_at(shown: Callable[..., str], tmp_path: Path) -> 
     assert "Unrecognized options: --rwo" in shown("data", path, *flags, "--rwo", 3)
 
 
+def test_rows_that_fill_no_step_are_refused_and_shown_in_the_same_words(
+    data: Path, shown: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--max-seq-len", "96", "--batch-size", "64", "--num-proc", "1", "--device", "cpu"]
+    command = ["tiny", "--dataset", str(data), *flags, "--output-dir", str(tmp_path / "run")]
+    assert train_here(command, tmp_path) == 2
+    error = capsys.readouterr().err.partition("error: ")[2].strip()
+    assert "rows don't fill one step of 64; lower batch_size or gradient_accumulation_steps" in error
+    assert f"; {error}\n" in shown("data", data, "tiny", *flags)
+    assert train_here([*command, "--dry-run"], tmp_path) == 0
+    assert f"; {error}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--max-seq-len", "2048"),
+        ("--dry-run-ranks", "2"),
+        ("--lora-alpha", "8"),
+        ("--eval-fraction", "2"),
+        ("--model.hidden-size", "64"),
+    ],
+)
+def test_what_training_refuses_is_refused(
+    flags: tuple[str, ...], data: Path, shown: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(["tiny", "--dataset", str(data), *flags, "--device", "cpu"], tmp_path) == 2
+    error = capsys.readouterr().err
+    assert shown("data", data, "tiny", *flags, "--device", "cpu") == error
+
+
+def test_without_a_preset_it_is_the_one_that_training_takes(
+    data: Path, shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--num-proc", 1, "--device", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "rows of up to 4,096 tokens" in shown("data", data, *flags, "--train-split", "train", "--dtype", "float32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "rows of up to 512 tokens" in shown("data", data, *flags)
+
+
+def test_a_row_of_each_source_is_shown_once_with_its_name(shown: Callable[..., str], tmp_path: Path) -> None:
+    """And on the side that it is on; the datasets and the preset may stand before or after what is to be shown."""
+    talks = conversations(24)
+    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", talks[i::2]) for i, name in enumerate("ab"))
+    flags = ("--max-seq-len", 128, "--num-proc", 1, "--device", "cpu", "--eval-fraction", 0.3)
+    sides = set()
+    for row in range(1, 13):
+        printed = shown("data", f"{a}:3", b, "tiny", "--row", row, *flags)
+        assert printed == shown("data", "--row", row, "tiny", f"{a}:3", b, *flags)
+        heads = re.findall(r"^(.+), train, row (\d+), piece (\d+), (trained on|held out): ", printed, re.MULTILINE)
+        assert {(name, number) for name, number, _, _ in heads} == {(str(a), str(row)), (str(b), str(row))}
+        assert len({head[:3] for head in heads}) == len(heads)
+        sides |= {side for *_, side in heads}
+        texts = re.split(r"^(\S+), train, row .*\n", printed, flags=re.MULTILINE)[1:]
+        said = dict(zip(texts[::2], texts[1::2], strict=True))
+        assert talks[2 * row - 2][1]["content"] in said[str(a)]
+        assert talks[2 * row - 1][1]["content"] in said[str(b)]
+    assert sides == {"trained on", "held out"}
+    drawn = shown("data", f"{a}:3", b, "tiny", "--random", 99, *flags)
+    heads = re.findall(r"^(.+, train, row \d+, piece \d+), trained on: ", drawn, re.MULTILINE)
+    assert len(set(heads)) == len(heads) > 12
+
+
 def test_nf4s_levels_are_drawn_over_a_weight(shown: Callable[..., str], tmp_path: Path) -> None:
     widths = {"hidden_size": 64, "num_attention_heads": 4}
     save_pretrained(tmp_path / "model", small_model(vocab_size=512, **widths), Tokenizer(vocab_size=512))
