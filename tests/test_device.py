@@ -5,16 +5,18 @@ The path is the one that kernels.PATHS names; FlashAttention's kernel is stood i
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import varlen
 
+import trainer
 from config import TrainConfig
 from engine import kernels
 from engine.cost import parameter_counts
@@ -23,6 +25,7 @@ from engine.dry_run import DryRun, dry_run
 from engine.kernels import document_attention, plain_attention, sum_cross_entropy
 from model import DeepSeekV2, LossOutput
 from small_models import make_batch, relative_difference, small_config, small_model
+from small_runs import arguments, conversations, train_here, write_jsonl
 
 ROWS, WIDTH, SLOTS = 2, 64, 12
 
@@ -224,6 +227,28 @@ def test_packed_batches_are_compiled_once() -> None:
     assert len(shapes) > 40
     assert documents.targets is not None and len(documents.targets) % CHUNK == 0
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("cudas_path", "flash_attention")
+def test_samples_of_a_compiled_run_compile_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_block, answers, graphs = nn.Module.compile, trainer.answers, list[int]()
+
+    def watched(*arguments: Any, **options: Any) -> list[str]:
+        before = counters["stats"]["unique_graphs"]
+        replies = answers(*arguments, **options)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        return replies
+
+    monkeypatch.setattr(trainer, "answers", watched)
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    data = write_jsonl(tmp_path / "data.jsonl", conversations(40))
+    command = arguments(data, tmp_path / "run", dtype="bfloat16", max_steps=4, eval_steps=2, save_steps=0)
+    assert train_here([*command, "three or seven", "--compile"], tmp_path) == 0
+    assert counters["stats"]["unique_graphs"] > 0
+    assert graphs == [0, 0]
     torch._dynamo.reset()
 
 
