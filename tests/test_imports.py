@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "engine.documents": set(),
     "engine.kernels": {"engine.documents"},
     "engine.plots": set(),
-    "engine.cost": {"config", "model"},
+    "engine.cost": {"config", "model", "quantization"},
     "engine.build": {
         *("config", "model", "lora", "quantization", "checkpoint", "parallel"),
         *("engine.adapter_base", "engine.hub_config", "engine.new_tokens"),
