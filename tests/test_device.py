@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import lora
+import quantization
 import trainer
 from config import TrainConfig
 from engine import kernels
@@ -24,7 +28,7 @@ from engine.documents import CHUNK, Documents, find_documents, in_one_piece, tak
 from engine.dry_run import DryRun, dry_run
 from engine.kernels import document_attention, plain_attention, sum_cross_entropy
 from model import DeepSeekV2, LossOutput
-from small_models import make_batch, relative_difference, small_config, small_model
+from small_models import WIDE, make_batch, relative_difference, small_config, small_model
 from small_runs import arguments, conversations, train_here, write_jsonl
 
 ROWS, WIDTH, SLOTS = 2, 64, 12
@@ -166,8 +170,23 @@ def test_targets_that_are_none_are_not_counted() -> None:
 # ---------------------------------------------------------------- nothing waits
 
 
-def fake_step(packed: bool, **changes: Any) -> None:
-    """A whole micro-batch on tensors without numbers: what asks for one raises."""
+class Uploads(TorchDispatchMode):
+    """Notes what a step takes to the device, which waits for it, and what not every device has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        doubles = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.dtype == torch.float64]
+        if doubles or "lift_fresh" in str(func):
+            self.seen.append(str(func))
+        return result
+
+
+def fake_step(packed: bool, quantized: bool = False, **changes: Any) -> None:
+    """A whole micro-batch on tensors without numbers: what asks for one raises. quantized: with adapters, too."""
     batch = packed_batch(0)
     documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS if packed else None)
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
@@ -177,15 +196,25 @@ def fake_step(packed: bool, **changes: Any) -> None:
 
         model = DeepSeekV2(small_config(**changes)).train()
         model.model.gradient_checkpointing = True
+        if quantized:
+            quantization.plan(model.requires_grad_(False))
+            lora.add_lora(model, 4, 4.0, 0.0, ("kv_b_proj", "down_proj", "experts.gate_up_proj"))
         moved_batch = {name: moved(x) for name, x in batch.items()}
-        on_path(model, moved_batch, Documents(*map(moved, documents)))
-        assert all(p.grad is not None for p in model.parameters())
+        with Uploads() as uploads:
+            on_path(model, moved_batch, Documents(*map(moved, documents)))
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        assert uploads.seen == []
 
 
 @pytest.mark.usefixtures("cudas_path")
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_micro_batch_never_waits_for_the_device(packed: bool) -> None:
     fake_step(packed, n_group=4, topk_group=2, topk_method="group_limited_greedy", device_aux_loss_alpha=0.1)
+
+
+@pytest.mark.usefixtures("cudas_path")
+def test_weights_in_4_bits_have_what_they_need_on_the_device() -> None:
+    fake_step(True, quantized=True, **WIDE)
 
 
 def test_the_test_sees_who_waits() -> None:
