@@ -59,21 +59,23 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def choose_device(name: str) -> str:
-    """ "auto": CUDA where there is one, else the CPU. Raises UserError for a device that this machine does not have."""
+def choose_device(name: str, planned: bool = False) -> str:
+    """ "auto": CUDA where there is one, else the CPU. Raises UserError for a device that this machine does not have.
+    planned: for a dry run, whose device is elsewhere: one that torch knows will do, and "auto" is CUDA."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if planned or torch.cuda.is_available() else "cpu"
     with contextlib.suppress(RuntimeError, AttributeError):  # torch doesn't know it, or has nothing for it
-        if torch.get_device_module(name).is_available():
+        if torch.get_device_module(name).is_available() or planned:
             return name
     raise UserError(f"there is no device {name!r} here that torch can use; try cpu")
 
 
 def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
     """ "auto": bfloat16 where the hardware multiplies in it, else float32. Without it torch is up to a hundred times
-    slower in bf16 than in fp32, and FlashAttention refuses. Raises UserError for bfloat16 on such a GPU."""
+    slower in bf16 than in fp32, and FlashAttention refuses. Raises UserError for bfloat16 on such a GPU. One that isn't
+    here (a dry run's) is taken to do it, as all have since 2020."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
         check(fast or name != "bfloat16", "this GPU does not multiply in bfloat16; take float32")
     if name != "auto":
         return name
@@ -83,11 +85,12 @@ def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
     return "bfloat16" if fast else "float32"
 
 
-def join_world(device: str) -> World:
-    """Join the job that torchrun started, or be a world of one. Raises UserError for a device that isn't there."""
-    device = choose_device(device)
+def join_world(device: str, dry_run: bool = False) -> World:
+    """Join the job that torchrun started, or be a world of one, which a dry run takes no part in: it only has its
+    device's name. Raises UserError for a device that isn't there."""
     if not dist.is_torchelastic_launched():
-        return World(0, 1, torch.device(device))
+        return World(0, 1, torch.device(choose_device(device, planned=dry_run)))
+    device = choose_device(device)
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if os.environ["GROUP_WORLD_SIZE"] == "1":
         # A node keeps its store when it starts the ranks again (pytorch/pytorch#135712); they must not find in it where

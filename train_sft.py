@@ -161,7 +161,7 @@ def main() -> None:
 
         from parallel import join_world, leave_world, recorded
 
-        world = join_world(config.compute.device)
+        world = join_world(config.compute.device, config.watch.dry_run)
         recorded(train)(config, given, world)
         leave_world()
 

@@ -50,8 +50,9 @@ def report(config: TrainConfig, ranks: int = 1, peak: float = PEAK, share: float
     result = dry_run(config, ranks)
     batch, compute = config.batch, config.compute
     engine = f"{ranks} ranks, {compute.parallel}" if ranks > 1 else "1 rank"
-    rows = batch.batch_size * batch.gradient_accumulation_steps
+    rows, device = batch.batch_size * batch.gradient_accumulation_steps, kind_of(compute.device)
     lines = [f"{engine}; {rows} rows of {config.data.max_seq_len:,} tokens a rank and step, all of them targets"]
+    lines[0] += f"; {compute.dtype} on {device}"
     lines += [f"  {name:24}{size / 1e9:9.2f} GB" for name, size in result.memory.items() if size]
     lines += [f"  {'at the peak':24}{result.peak / 1e9:9.2f} GB"]
     lines += [f"  {'sent in a step':24}{result.sent / 1e9:9.2f} GB"] if ranks > 1 else []
@@ -85,6 +86,11 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
     return DryRun(live.at_peak, sent, flops)
 
 
+def kind_of(device: str) -> str:
+    """Of a device by its name; "auto" is CUDA."""
+    return "cuda" if device == "auto" else torch.device(device).type
+
+
 @contextlib.contextmanager
 def fake_group(ranks: int) -> Iterator[None]:
     """A process group of so many ranks, of which this is the first and the only one."""
@@ -101,7 +107,7 @@ def fake_group(ranks: int) -> Iterator[None]:
 def on_path_of(device: str, dtype: torch.dtype) -> Iterator[None]:
     """The kernels' path of a device, on tensors of the CPU. Rows aren't rounded up: nobody knows how many there are. In
     fp32 a product with one expert's matrix stands for the grouped one, which torch can't do without numbers there."""
-    path = kernels.PATHS.get("cuda" if device == "auto" else device, kernels.ELSEWHERE)
+    path = kernels.PATHS.get(kind_of(device), kernels.ELSEWHERE)
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(kernels.PATHS, cpu=path._replace(run=1)))
         if dtype == torch.float32:

@@ -342,3 +342,27 @@ def test_lora_needs_little_of_it() -> None:
     assert adapters.memory["optimizer"] < 0.1 * whole.memory["optimizer"]
     assert planned(64, parallel="fsdp", lora_rank=4).memory["weights"] < 1.1 * adapters.memory["weights"] / 64
     assert adapters.flops * 6 > whole.flops * 4 > adapters.flops * 4
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_a_run_on_a_gpu_is_planned_where_there_is_none(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In bf16, though the processor that plans it doesn't multiply in it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    data = write_jsonl(tmp_path / "data.jsonl", conversations(20))
+    plans = {}
+    for settings in ((device, "auto"), ("cuda", "bfloat16"), ("cuda", "float32")):
+        changes: dict[str, Any] = dict(zip(("device", "dtype"), settings, strict=True), batch_size=64, max_seq_len=1024)
+        assert train_here([*arguments(data, tmp_path / "run", **changes), "--dry-run"], tmp_path) == 0
+        plans[settings] = capsys.readouterr().out.partition("all of them targets; ")[2]
+    expected, other = plans["cuda", "bfloat16"], plans["cuda", "float32"]
+    assert plans[device, "auto"] == expected
+    assert expected.startswith("bfloat16 on cuda\n") and "at the peak" in expected
+    assert expected.splitlines()[1:] != other.splitlines()[1:]
+
+
+def test_a_device_that_torch_does_not_know_is_not_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_here(["tiny", "--device", "abacus", "--dry-run"], Path()) == 2
+    assert "there is no device 'abacus' here" in capsys.readouterr().err
