@@ -233,10 +233,12 @@ class WatchConfig:
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # tracker that gets the metrics too
     dry_run: bool = False  # train nothing: say what the run would see, and take of memory, network and time
     dry_run_ranks: int = 1  # on so many processes, eight a node
+    dry_run_share: float = 0.4  # and at that share of an H100's peak, which a good run reaches
     debug: bool = False  # show Python's traceback with an error
 
     def validate(self) -> None:
         check_numbers(self, ("eval_steps", "eval_max_rows"))
+        check(self.dry_run_share <= 1, f"dry_run_share is {self.dry_run_share}; it must be at most 1")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import TrainConfig, check
+from config import TrainConfig, UserError, check
 from engine.cli import given_fields, one_line_errors, parse_arguments, useless_flags
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     from checkpoint import resolve_model
     from engine.build import build_model, describe
     from engine.data_report import write_skipped
-    from engine.dry_run import report
     from engine.job import agents, check_shared_files, is_own_run, look_up
     from engine.run_directory import check_changes, check_start, open_run
     from parallel import replicate
@@ -57,12 +56,10 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     check_start(config)
     if world.is_main and config.checkpoint.resume:
         check_changes(config)
-    train_rows, held_out, skipped = load_rows(config, tokenizer, world)
     if config.watch.dry_run:
-        if world.size == 1:
-            print(report(config, config.watch.dry_run_ranks))
+        plan(config, tokenizer, world)
         return
-
+    train_rows, held_out, skipped = load_rows(config, tokenizer, world)
     torch.manual_seed(config.compute.seed)
     checkpoint = checkpoint_to_resume(config, world)
     model = build_model(config, checkpoint, world, tokenizer.new_ids)
@@ -107,6 +104,21 @@ def resolve(
     useless = useless_flags(config, given, world.size)
     check(not useless, "; ".join(useless))
     return config
+
+
+def plan(config: TrainConfig, tokenizer: "Tokenizer", world: "World") -> None:
+    """A dry run: what the run would see, and what it would take. That needs no data: where the Hub cannot be reached,
+    it is said. Raises UserError for data that no run can have."""
+    from engine.dry_run import report
+
+    try:
+        load_rows(config, tokenizer, world)
+    except UserError as error:
+        if world.size > 1 or not isinstance(error.__cause__, ConnectionError):
+            raise
+        print(f"note: {error}")
+    if world.size == 1:
+        print(report(config))
 
 
 def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer") -> None:

@@ -30,7 +30,7 @@ from optimizer import make_optimizers
 from parallel import World, make_mesh, parallelize, synchronize_gradients
 
 NODE_SIZE = 8  # GPUs
-PEAK, SHARE = 989e12, 0.4  # FLOP/s of an H100 in bf16, and what of it a good run reaches
+PEAK = 989e12  # FLOP/s of an H100 in bf16
 
 
 class DryRun(NamedTuple):
@@ -45,8 +45,9 @@ class DryRun(NamedTuple):
         return sum(self.memory.values())
 
 
-def report(config: TrainConfig, ranks: int = 1, peak: float = PEAK, share: float = SHARE) -> str:
+def report(config: TrainConfig) -> str:
     """A table for people."""
+    ranks, share = config.watch.dry_run_ranks, config.watch.dry_run_share
     result = dry_run(config, ranks)
     batch, compute = config.batch, config.compute
     engine = f"{ranks} ranks, {compute.parallel}" if ranks > 1 else "1 rank"
@@ -56,9 +57,9 @@ def report(config: TrainConfig, ranks: int = 1, peak: float = PEAK, share: float
     lines += [f"  {name:24}{size / 1e9:9.2f} GB" for name, size in result.memory.items() if size]
     lines += [f"  {'at the peak':24}{result.peak / 1e9:9.2f} GB"]
     lines += [f"  {'sent in a step':24}{result.sent / 1e9:9.2f} GB"] if ranks > 1 else []
-    seconds = result.flops / peak / share
+    seconds = result.flops / PEAK / share
     lines += [f"  {'computed in a step':24}{result.flops / 1e12:9.2f} TFLOP"]
-    lines += [f"  {'which takes':24}{seconds:9.2f} s at {share:.0%} of {peak / 1e12:,.0f} TFLOP/s"]
+    lines += [f"  {'which takes':24}{seconds:9.2f} s at {share:.0%} of {PEAK / 1e12:,.0f} TFLOP/s"]
     return "\n".join(lines)
 
 

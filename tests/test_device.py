@@ -22,6 +22,7 @@ import lora
 import quantization
 import trainer
 from config import TrainConfig
+from engine import dry_run as dry_run_module
 from engine import kernels
 from engine.cost import parameter_counts
 from engine.documents import CHUNK, Documents, find_documents, in_one_piece, taken_apart
@@ -342,6 +343,14 @@ def test_lora_needs_little_of_it() -> None:
     assert adapters.memory["optimizer"] < 0.1 * whole.memory["optimizer"]
     assert planned(64, parallel="fsdp", lora_rank=4).memory["weights"] < 1.1 * adapters.memory["weights"] / 64
     assert adapters.flops * 6 > whole.flops * 4 > adapters.flops * 4
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.4, "10.00 s at 40%"), (0.8, "5.00 s at 80%")])
+def test_a_plan_takes_the_share_of_the_peak_that_it_is_told(
+    share: float, seconds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run_module, "dry_run", lambda *_: DryRun({}, 0.0, int(4 * 989e12)))
+    assert f"{seconds} of 989 TFLOP/s" in dry_run_module.report(TrainConfig().changed(dry_run_share=share))
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
