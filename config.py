@@ -172,7 +172,9 @@ class ComputeConfig:
     dtype: Dtype = "auto"  # bfloat16: products in it (autocast), weights and optimizer fp32; auto: if hardware has it
     device: str = "auto"  # cuda, cpu, ...; "auto": CUDA where there is one
     seed: int = 42  # seeds weights, data order and dropout
-    compile: bool = False  # torch.compile every block: slow first steps, faster ones after; needs a C++ compiler
+    # torch.compile every block: slow first steps, faster ones after; needs a C++ compiler. With FlashAttention (CUDA,
+    # heads up to 256), packed rows are trained on in two graphs at most: of a dense block and of one with experts.
+    compile: bool = False
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: 1/3 more compute, much less memory
     # Under torchrun: ddp has a copy of everything per process, fsdp a shard, hsdp a shard and every node a replica.
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"

@@ -252,11 +252,33 @@ def test_packed_batches_are_compiled_once() -> None:
     for seed in range(50):
         batch = packed_batch(seed)
         documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS)
-        shapes.add((documents.lengths, documents.num_targets))
+        shapes.add((tuple(documents.lengths.values), documents.num_targets))
         on_path(model, batch, documents, backward=seed < 5)
     assert len(shapes) > 40
     assert documents.targets is not None and len(documents.targets) % CHUNK == 0
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("path", ["cpu", "cuda"])
+def test_without_flash_attention_the_first_batch_compiles_all(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is left to Python; no number changes."""
+    monkeypatch.setitem(kernels.PATHS, "cpu", kernels.PATHS[path])
+    plain, compiled = (small_model(qk_nope_head_dim=260).train() for _ in range(2))
+    torch._dynamo.reset()
+    counters.clear()
+    for block in compiled.model.layers:
+        block.compile(backend="eager")
+    graphs = set()
+    for seed in range(20):
+        batch = packed_batch(seed)
+        documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS)
+        expected, output = (on_path(model, batch, documents) for model in (plain, compiled))
+        assert output.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-6)
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1 and graphs != {0}
+    for name, p in compiled.named_parameters():
+        assert relative_difference(p.grad, plain.get_parameter(name).grad) < 1e-5, name
     torch._dynamo.reset()
 
 
