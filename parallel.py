@@ -152,11 +152,13 @@ class Part(NamedTuple):
 
 def make_mesh(engine: str, world: World) -> DeviceMesh | None:
     """Who shards with whom: all ranks (fsdp), or those of a node, with a replica in each (hsdp), so that only gradients
-    travel between nodes. None: nobody."""
+    travel between nodes. None: nobody. Raises UserError where hsdp's nodes don't have the same number of ranks."""
     if world.size == 1 or engine == "ddp":
         return None
     shape: tuple[int, ...] = (world.size,)
     if engine == "hsdp" and world.node_size < world.size:
+        unequal = f"parallel hsdp: {world.size} ranks don't fill nodes of {world.node_size}; change that, or take fsdp"
+        check(world.size % world.node_size == 0, unequal)
         shape = (world.size // world.node_size, world.node_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
 

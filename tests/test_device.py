@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import lora
 import quantization
 import trainer
-from config import TrainConfig
+from config import TrainConfig, UserError
 from engine import dry_run as dry_run_module
 from engine import kernels
 from engine.cost import parameter_counts
@@ -357,6 +357,11 @@ def test_ranks_hold_their_share_and_send_what_theory_has(ranks: int, engine: str
 def test_ddp_sends_each_gradient_once() -> None:
     whole = planned()
     assert planned(64, parallel="ddp").sent == pytest.approx(2 * 63 / 64 * whole.memory["gradients"], rel=0.01)
+
+
+def test_replicas_of_half_a_node_are_refused() -> None:
+    with pytest.raises(UserError, match="parallel hsdp: 12 ranks don't fill nodes of 8"):
+        planned(12, parallel="hsdp")
 
 
 def test_lora_needs_little_of_it() -> None:
