@@ -164,8 +164,9 @@ def make_mesh(engine: str, world: World) -> DeviceMesh | None:
 
 
 def parallelize(model: nn.Module, parts: Iterable[Part], mesh: DeviceMesh | None) -> None:
-    """Leave this rank its shard of a model that has no memory yet. What is in none of the parts is the root's; a part
-    may lie within one that comes later. Gradients are summed in fp32, whatever they were computed in."""
+    """Leave this rank its shard of a model that has no memory yet. What is in none of the parts is the root's:
+    embedding, head and last norm stay fp32, since their gradients come in it and would be rounded. A part may lie
+    within one that comes later. Gradients are summed in fp32, whatever they were computed in."""
     if mesh is None:
         return
 

@@ -140,13 +140,15 @@ def load_rows(
     from datacollator import DataCollator, RowStream
     from dataset import load_data
     from engine.data_view import table
-    from parallel import first_process_first
+    from parallel import first_process_first, from_all_ranks
 
     options, seed = config.data, config.compute.seed
     with first_process_first(world):
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
     collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
     train = RowStream(data.train, collator, seed, options.shuffle)
+    unequal = f"{', '.join(options.dataset)}: not all ranks have read the same rows; give all nodes the same data"
+    check(len(set(from_all_ranks(train.fingerprint, world))) == 1, unequal)
     if world.is_main:
         print(
             *data.notes, *([table(data, train, config, world.size)] if config.watch.dry_run else data.reports), sep="\n"
