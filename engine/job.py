@@ -43,8 +43,8 @@ def look_up(find: Callable[[], Path | None], world: World) -> Path | None:
 
 
 def fingerprint(directory: Path | None) -> str:
-    """sha256 of its files' names and sizes, of what its JSON files say (a checkpoint's checksums are in one), and of its
-    weights' beginning and end."""
+    """sha256 of its files' names and sizes, what its JSON files say (a checkpoint's checksums are in one), and its
+    weights' first and last bytes."""
     digest = hashlib.sha256()
     for file in sorted(directory.iterdir()) if directory and directory.is_dir() else []:
         if file.is_file():

@@ -210,9 +210,16 @@ def find_routes(experts: Tensor, num_experts: int) -> Routes:
     """
     if is_few(experts):
         return Routes(None, len(experts), RowProduct(experts.tolist()))
-    run = path_of(experts).run
-    places, ends = sort_by_expert(experts, num_experts, run)
-    return Routes(places, len(experts) if run == 1 else int(ends[-1]), GroupedProduct(ends))
+    if path_of(experts).run > 1:
+        return routes_in_runs(experts, num_experts)
+    places, ends = sort_by_expert(experts, num_experts)
+    return Routes(places, len(experts), GroupedProduct(ends))
+
+
+@torch.compiler.disable  # which has to end where the host reads a number, and says so at length
+def routes_in_runs(experts: Tensor, num_experts: int) -> Routes:
+    places, ends = sort_by_expert(experts, num_experts, path_of(experts).run)
+    return Routes(places, int(ends[-1]), GroupedProduct(ends))
 
 
 def sort_by_expert(experts: Tensor, num_experts: int, run: int = 1) -> tuple[Tensor, Tensor]:
