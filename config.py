@@ -172,7 +172,9 @@ class ComputeConfig:
     dtype: Dtype = "auto"  # bfloat16: products in it (autocast), weights and optimizer fp32; auto: if hardware has it
     device: str = "auto"  # cuda, cpu, ...; "auto": CUDA where there is one
     seed: int = 42  # seeds weights, data order and dropout
-    compile: bool = False  # torch.compile every block: slow first steps, faster ones after; needs a C++ compiler
+    # torch.compile every block: slow first steps, faster ones after; needs a C++ compiler. With FlashAttention (CUDA,
+    # heads up to 256), packed rows are trained on in two graphs at most: of a dense block and of one with experts.
+    compile: bool = False
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: 1/3 more compute, much less memory
     # Under torchrun: ddp has a copy of everything per process, fsdp a shard, hsdp a shard and every node a replica.
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
@@ -233,10 +235,12 @@ class WatchConfig:
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # tracker that gets the metrics too
     dry_run: bool = False  # train nothing: say what the run would see, and take of memory, network and time
     dry_run_ranks: int = 1  # on so many processes, eight a node
+    dry_run_share: float = 0.4  # and at that share of an H100's peak, which a good run reaches
     debug: bool = False  # show Python's traceback with an error
 
     def validate(self) -> None:
         check_numbers(self, ("eval_steps", "eval_max_rows"))
+        check(self.dry_run_share <= 1, f"dry_run_share is {self.dry_run_share}; it must be at most 1")
 
 
 @dataclass

@@ -60,21 +60,23 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def choose_device(name: str) -> str:
-    """ "auto": CUDA where there is one, else the CPU. Raises UserError for a device that this machine does not have."""
+def choose_device(name: str, planned: bool = False) -> str:
+    """ "auto": CUDA where there is one, else the CPU. Raises UserError for a device that this machine does not have.
+    planned: for a dry run, whose device is elsewhere: one that torch knows will do, and "auto" is CUDA."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if planned or torch.cuda.is_available() else "cpu"
     with contextlib.suppress(RuntimeError, AttributeError):  # torch doesn't know it, or has nothing for it
-        if torch.get_device_module(name).is_available():
+        if torch.get_device_module(name).is_available() or planned:
             return name
     raise UserError(f"there is no device {name!r} here that torch can use; try cpu")
 
 
 def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
     """ "auto": bfloat16 where the hardware multiplies in it, else float32. Without it torch is up to a hundred times
-    slower in bf16 than in fp32, and FlashAttention refuses. Raises UserError for bfloat16 on such a GPU."""
+    slower in bf16 than in fp32, and FlashAttention refuses. Raises UserError for bfloat16 on such a GPU. One that isn't
+    here (a dry run's) is taken to do it, as all have since 2020."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
         check(fast or name != "bfloat16", "this GPU does not multiply in bfloat16; take float32")
     if name != "auto":
         return name
@@ -84,11 +86,12 @@ def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
     return "bfloat16" if fast else "float32"
 
 
-def join_world(device: str) -> World:
-    """Join the job that torchrun started, or be a world of one. Raises UserError for a device that isn't there."""
-    device = choose_device(device)
+def join_world(device: str, dry_run: bool = False) -> World:
+    """Join the job that torchrun started, or be a world of one, which a dry run takes no part in: it only has its
+    device's name. Raises UserError for a device that isn't there."""
     if not dist.is_torchelastic_launched():
-        return World(0, 1, torch.device(device))
+        return World(0, 1, torch.device(choose_device(device, planned=dry_run)))
+    device = choose_device(device)
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if os.environ["GROUP_WORLD_SIZE"] == "1":
         # A node keeps its store when it starts the ranks again (pytorch/pytorch#135712); they must not find in it where
@@ -150,18 +153,21 @@ class Part(NamedTuple):
 
 def make_mesh(engine: str, world: World) -> DeviceMesh | None:
     """Who shards with whom: all ranks (fsdp), or those of a node, with a replica in each (hsdp), so that only gradients
-    travel between nodes. None: nobody."""
+    travel between nodes. None: nobody. Raises UserError where hsdp's nodes don't have the same number of ranks."""
     if world.size == 1 or engine == "ddp":
         return None
     shape: tuple[int, ...] = (world.size,)
     if engine == "hsdp" and world.node_size < world.size:
+        unequal = f"parallel hsdp: {world.size} ranks don't fill nodes of {world.node_size}; change that, or take fsdp"
+        check(world.size % world.node_size == 0, unequal)
         shape = (world.size // world.node_size, world.node_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
 
 
 def parallelize(model: nn.Module, parts: Iterable[Part], mesh: DeviceMesh | None) -> None:
-    """Leave this rank its shard of a model that has no memory yet. What is in none of the parts is the root's; a part
-    may lie within one that comes later. Gradients are summed in fp32, whatever they were computed in."""
+    """Leave this rank its shard of a model that has no memory yet. What is in none of the parts is the root's:
+    embedding, head and last norm stay fp32, since their gradients come in it and would be rounded. A part may lie
+    within one that comes later. Gradients are summed in fp32, whatever they were computed in."""
     if mesh is None:
         return
 

@@ -95,15 +95,19 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return table.index_select(0, step), scale, offset
 
 
-def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes (n / 2,), absmax (n / 64,) fp32 -> (n,) in `dtype`, rounded once. A byte stands for two levels: one look-up
-    in a table of 256 pairs, each moved as one 64-bit number."""
-    levels = torch.tensor(LEVELS, device=codes.device)
-    pairs = torch.cartesian_prod(levels, levels).view(torch.float64).flatten()
+def pairs_of_levels() -> Tensor:
+    """(256,) the two levels that a byte of codes stands for, as one 64-bit number: it is only moved, and an integer is
+    what every device has."""
+    levels = torch.tensor(LEVELS)
+    return torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
+
+
+def dequantize(codes: Tensor, absmax: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes (n / 2,), absmax (n / 64,) fp32 -> (n,) in `dtype`, rounded once. pairs: those of `pairs_of_levels`."""
     output = torch.empty(2 * len(codes), dtype=dtype, device=codes.device)
     size = min(path_of(codes).chunk, output.numel())
     index = torch.empty(size // 2, dtype=torch.int32, device=codes.device)
-    found = torch.empty(size // 2, dtype=torch.float64, device=codes.device)
+    found = torch.empty(size // 2, dtype=torch.int64, device=codes.device)
     chunks = zip(codes.split(size // 2), absmax.split(size // BLOCK), output.split(size), strict=True)
     for chunk, scale, numbers in chunks:
         i, values = index[: len(chunk)].copy_(chunk), found[: len(chunk)]
@@ -122,6 +126,9 @@ class NF4(nn.Module):
     absmax: Tensor  # (..., out, in / 64) uint8
     scale: Tensor  # (blocks / 256, rounded up,) fp32
     offset: Tensor  # () fp32
+    # Tables, the same for all weights. They live where the codes do, so that no step has to take them there.
+    levels: Tensor  # (256,) fp32, an absmax's
+    pairs: Tensor  # (256,) int64, see pairs_of_levels
 
     def __init__(self, name: str, shape: torch.Size, device: torch.device) -> None:
         super().__init__()
@@ -132,6 +139,8 @@ class NF4(nn.Module):
         self.register_buffer("absmax", torch.empty(*rows, width // BLOCK, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(-(-blocks // GROUP), device=device))
         self.register_buffer("offset", torch.empty((), device=device))
+        self.register_buffer("levels", torch.empty(256, device=device), persistent=False)
+        self.register_buffer("pairs", torch.empty(256, dtype=torch.int64, device=device), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +161,8 @@ class NF4(nn.Module):
             absmax.view(-1)[start // BLOCK : end // BLOCK] = part_absmax
             start = end
         small, scale, offset = quantize_absmax(absmax.flatten())
-        return {"codes": codes, "absmax": small.view(absmax.shape), "scale": scale, "offset": offset}
+        values = {"codes": codes, "absmax": small.view(absmax.shape), "scale": scale, "offset": offset}
+        return values | {"levels": torch.tensor(ABSMAX_LEVELS), "pairs": pairs_of_levels()}
 
     def dequantize(self, dtype: torch.dtype, part: slice = slice(None)) -> Tensor:
         """The weight, or a part of it along its first dimension, in `dtype`."""
@@ -160,9 +170,8 @@ class NF4(nn.Module):
         first = (part.start or 0) * (self.absmax[0].numel())
         last = first + len(absmax)
         scale = self.scale[first // GROUP : -(-last // GROUP)].repeat_interleave(GROUP)[first % GROUP :][: len(absmax)]
-        levels = torch.tensor(ABSMAX_LEVELS, device=self.device)
-        largest = levels.index_select(0, absmax.int()).mul_(scale).add_(self.offset)
-        return dequantize(codes.flatten(), largest, dtype).view(-1, *self.shape[1:])
+        largest = self.levels.index_select(0, absmax.int()).mul_(scale).add_(self.offset)
+        return dequantize(codes.flatten(), largest, self.pairs, dtype).view(-1, *self.shape[1:])
 
 
 # ---------------------------------------------------------------- layers

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import TrainConfig, check
+from config import TrainConfig, UserError, check
 from engine.cli import given_fields, one_line_errors, parse_arguments, useless_flags
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
 
     from engine.build import build_model, describe
     from engine.data_report import write_skipped
-    from engine.dry_run import report
     from engine.job import agents, check_shared_files, is_own_run
     from engine.run_directory import NO_TRACKER, check_changes, check_start, open_run, start_tracker
     from parallel import replicate
@@ -58,11 +57,10 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     check_start(config)
     if world.is_main and config.checkpoint.resume:
         check_changes(config)
-    train_rows, held_out, skipped = load_rows(config, given, tokenizer, world)
     if config.watch.dry_run:
-        if world.size == 1:
-            print(report(config, config.watch.dry_run_ranks))
+        plan(config, given, tokenizer, world)
         return
+    train_rows, held_out, skipped = load_rows(config, given, tokenizer, world)
 
     torch.manual_seed(config.compute.seed)
     model = build_model(config, source or checkpoint, world, checkpoint, tokenizer.new_ids)
@@ -149,6 +147,21 @@ def resolve(
     return config
 
 
+def plan(config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World") -> None:
+    """A dry run: what the run would see, and what it would take. That needs no data: where the Hub cannot be reached,
+    it is said. Raises UserError for data that no run can have."""
+    from engine.dry_run import report
+
+    try:
+        load_rows(config, given, tokenizer, world)
+    except UserError as error:
+        if world.size > 1 or not isinstance(error.__cause__, ConnectionError):
+            raise
+        print(f"note: {error}")
+    if world.size == 1:
+        print(report(config))
+
+
 def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer") -> None:
     """Refuse a run whose end lies behind it. One that is over before its warm-up is said, or refused if that was told.
     Raises UserError."""
@@ -169,7 +182,7 @@ def load_rows(
     from datacollator import DataCollator, RowStream
     from dataset import load_data
     from engine.data_view import table
-    from parallel import first_process_first
+    from parallel import first_process_first, from_all_ranks
 
     options, seed = config.data, config.compute.seed
     with first_process_first(world):
@@ -178,6 +191,8 @@ def load_rows(
     check(data.divided or "eval_fraction" not in given, useless)
     collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
     train = RowStream(data.train, collator, seed, options.shuffle)
+    unequal = f"{', '.join(options.dataset)}: not all ranks have read the same rows; give all nodes the same data"
+    check(len(set(from_all_ranks(train.fingerprint, world))) == 1, unequal)
     if world.is_main:
         print(
             *data.notes, *([table(data, train, config, world.size)] if config.watch.dry_run else data.reports), sep="\n"
@@ -192,7 +207,7 @@ def main() -> None:
 
         from parallel import join_world, leave_world, recorded
 
-        world = join_world(config.compute.device)
+        world = join_world(config.compute.device, config.watch.dry_run)
         recorded(train)(config, given, world)
         leave_world()
 

@@ -249,7 +249,12 @@ class Trainer:
             return
         rng = torch.Generator(self.world.device).manual_seed(self.config.compute.seed)
         self.model.eval()
-        replies = answers(self.plain_model, self.tokenizer, questions, 40, temperature=0.7, top_p=0.9, generator=rng)
+        # Blocks are compiled for streams of one length in bf16. Answers would have them compiled anew at each length,
+        # and in fp32, whose grouped product torch cannot trace.
+        with torch.compiler.set_stance("force_eager"):
+            replies = answers(
+                self.plain_model, self.tokenizer, questions, 40, temperature=0.7, top_p=0.9, generator=rng
+            )
         self.model.train()
         for question, reply in zip(questions, replies, strict=True):
             show(f"  {question!r} -> {reply.strip()!r}")

@@ -1,10 +1,14 @@
 """How fast is a training step, and how much memory does it take? We, a loop around transformers' model, and TRL.
 
     python benchmarks/train_step.py [--dtype float32] [--rounds 12] [--trl-rounds 3] [--plot PATH] [--model.FIELD VALUE]
+    python benchmarks/train_step.py --settings [--device cuda] [--batch-sizes 1 4 16] [--rounds 12]
 
 All train on the same batches of 8 chitchat conversations and are charged for real tokens only, not for padding. Each
 has a process of its own, whose most memory is counted; we and the loop take turns on each batch, TRL comes after. The
 limit is what the machine's largest matrix products would allow, with the head at target positions only.
+
+Anywhere but on a CPU, and with --settings there too, it is a table of our own settings instead: compilation,
+checkpointing and rows a batch, in tokens per second, share of the machine's peak (MFU) and memory.
 """
 
 import time
@@ -33,12 +37,13 @@ from rivals import (  # first: sets the environment
     transformers_model,
     trl_sft,
 )
+from settings import settings_table
 
 from config import Dtype, ModelConfig
 from datacollator import IGNORE, Conversation
-from engine.cost import training_cost
+from engine.cost import attention_flops, training_cost
 from model import DeepSeekV2
-from parallel import choose_dtype
+from parallel import choose_device, choose_dtype
 
 US, LOOP, TRL = "this repository", "loop around transformers", "TRL's SFTTrainer"
 WARM_UP = 3  # batches
@@ -47,6 +52,12 @@ WARM_UP = 3  # batches
 @dataclass
 class Options:
     dtype: Dtype = "auto"
+    # "auto": CUDA where there is one, else the CPU.
+    device: str = "auto"
+    # The table of our own settings; elsewhere than on a CPU always.
+    settings: bool = False
+    # Rows of 2,048 tokens a batch, for that table.
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
     # Batches that we and the loop are timed on.
     rounds: int = 12
     # Batches that TRL is timed on; one takes it half a minute. 0: leave it out.
@@ -68,10 +79,8 @@ def flops_per_token(config: ModelConfig, batches: Batches) -> float:
         cost = training_cost(DeepSeekV2(config))
     conversations = [conversation for batch in batches for conversation in batch]
     tokens, targets = count_tokens(conversations)
-    pairs = sum(len(ids) * (len(ids) + 1) / 2 for ids, _ in conversations)
-    widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    attention = config.num_hidden_layers * config.num_attention_heads * widths * pairs
-    return (cost.flops(tokens, targets) + 6 * attention) / tokens
+    attention = sum(attention_flops(config, len(ids)) for ids, _ in conversations)
+    return (cost.flops(tokens, targets) + attention) / tokens
 
 
 def rate(batches: Batches, times: Sequence[float]) -> float:
@@ -157,7 +166,11 @@ def draw(results: dict[str, Result], limit: float, path: str) -> None:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__, config=(tyro.conf.AvoidSubcommands,))
-    config, dtype = options.model, choose_dtype(options.dtype, torch.device("cpu"))
+    device = torch.device(choose_device(options.device))
+    config, dtype = options.model, choose_dtype(options.dtype, device)
+    if options.settings or device.type != "cpu":
+        settings_table(config, device, dtype, options.batch_sizes, options.rounds)
+        return
     batches = load_conversations(WARM_UP + options.rounds, config.vocab_size)
     peak = gemm_peak(dtype)
     results = take_turns(config, dtype, batches)

@@ -198,7 +198,7 @@ def useless_flags(config: TrainConfig, given: Collection[str], world_size: int) 
         (("tokenizer",), start, f"init_from brings its own tokenizer, that of {start}"),
         (("model.vocab_size",), not start and tokenizer != "cl100k_base", f"{tokenizer} brings its own vocabulary"),
         (("model.initializer_range",), start, f"init_from brings its own weights, those of {start}"),
-        (("dry_run_ranks",), not config.watch.dry_run, "this is no dry run; add --dry-run"),
+        (("dry_run_ranks", "dry_run_share"), not config.watch.dry_run, "this is no dry run; add --dry-run"),
         (
             ("parallel",),
             alone and config.watch.dry_run_ranks == 1,

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from config import ModelConfig
 from model import DeepSeekV2
+from quantization import quantized_weights
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -58,15 +59,17 @@ def training_cost(model: nn.Module) -> TrainingCost:
     """2 FLOPs for each parameter that takes part in a token, 2 for the gradient of what it is multiplied by, and 2 for
     its own gradient, unless it is frozen. The embedding is looked up, unless it is the head too.
 
-    model: a DeepSeekV2, with adapters or without, on any device, sharded or not.
+    model: a DeepSeekV2, with adapters or without, on any device, sharded or not; what is in 4 bits is frozen.
     """
     config = model.config
     assert isinstance(config, ModelConfig)
     head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
     token = target = 0
-    for name, parameter in model.named_parameters():
+    sizes = [(name, p.numel(), 6 if p.requires_grad else 4) for name, p in model.named_parameters()]
+    sizes += [(name, weight.numel(), 4) for name, weight in quantized_weights(model).items()]
+    for name, size, flops in sizes:
         active = config.num_experts_per_tok / config.n_routed_experts if "mlp.experts" in name else 1
-        cost = int(parameter.numel() * active) * (6 if parameter.requires_grad else 4)
+        cost = int(size * active) * flops
         if head in name:
             target += cost
         elif "embed_tokens" not in name:

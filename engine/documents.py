@@ -14,6 +14,14 @@ IGNORE = -100  # a label that the loss ignores
 CHUNK = 512  # targets whose logits exist at a time
 
 
+class Lengths:
+    """A list that compiled code only hands on: it notes how long a bare one is, and is compiled anew for each number of
+    documents."""
+
+    def __init__(self, values: list[int]) -> None:
+        self.values = values
+
+
 class Documents(NamedTuple):
     """Where the documents (conversations or texts) lie in a batch, and where their real tokens and targets are.
 
@@ -27,7 +35,7 @@ class Documents(NamedTuple):
     targets: Tensor | None  # (M,) which tokens of the stream have a target; None where there were no labels
     labels: Tensor | None  # (M,) what they have to predict; -100 where M was rounded up
     longest: int  # no document is longer
-    lengths: tuple[int, ...]  # of all documents that aren't empty
+    lengths: Lengths  # of all documents that aren't empty
     num_documents: int  # real ones
     num_targets: int  # real ones
 
@@ -72,7 +80,7 @@ def find_documents(sequence_ids: Tensor, labels: Tensor | None = None, slots: in
             missing = -num_targets % CHUNK
             targets, answers = F.pad(targets, (0, missing)), F.pad(answers, (0, missing), value=IGNORE)
     offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    filled = tuple(length for length in lengths.tolist() if length)
+    filled = Lengths([length for length in lengths.tolist() if length])
     longest = sequence_ids.shape[1]
     return Documents(tokens, ids, real, offsets, targets, answers, longest, filled, num_documents, num_targets)
 

@@ -30,7 +30,7 @@ from optimizer import make_optimizers
 from parallel import World, make_mesh, parallelize, synchronize_gradients
 
 NODE_SIZE = 8  # GPUs
-PEAK, SHARE = 989e12, 0.4  # FLOP/s of an H100 in bf16, and what of it a good run reaches
+PEAK = 989e12  # FLOP/s of an H100 in bf16
 
 
 class DryRun(NamedTuple):
@@ -45,19 +45,21 @@ class DryRun(NamedTuple):
         return sum(self.memory.values())
 
 
-def report(config: TrainConfig, ranks: int = 1, peak: float = PEAK, share: float = SHARE) -> str:
+def report(config: TrainConfig) -> str:
     """A table for people."""
+    ranks, share = config.watch.dry_run_ranks, config.watch.dry_run_share
     result = dry_run(config, ranks)
     batch, compute = config.batch, config.compute
     engine = f"{ranks} ranks, {compute.parallel}" if ranks > 1 else "1 rank"
-    rows = batch.batch_size * batch.gradient_accumulation_steps
+    rows, device = batch.batch_size * batch.gradient_accumulation_steps, kind_of(compute.device)
     lines = [f"{engine}; {rows} rows of {config.data.max_seq_len:,} tokens a rank and step, all of them targets"]
+    lines[0] += f"; {compute.dtype} on {device}"
     lines += [f"  {name:24}{size / 1e9:9.2f} GB" for name, size in result.memory.items() if size]
     lines += [f"  {'at the peak':24}{result.peak / 1e9:9.2f} GB"]
     lines += [f"  {'sent in a step':24}{result.sent / 1e9:9.2f} GB"] if ranks > 1 else []
-    seconds = result.flops / peak / share
+    seconds = result.flops / PEAK / share
     lines += [f"  {'computed in a step':24}{result.flops / 1e12:9.2f} TFLOP"]
-    lines += [f"  {'which takes':24}{seconds:9.2f} s at {share:.0%} of {peak / 1e12:,.0f} TFLOP/s"]
+    lines += [f"  {'which takes':24}{seconds:9.2f} s at {share:.0%} of {PEAK / 1e12:,.0f} TFLOP/s"]
     return "\n".join(lines)
 
 
@@ -85,6 +87,11 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
     return DryRun(live.at_peak, sent, flops)
 
 
+def kind_of(device: str) -> str:
+    """Of a device by its name; "auto" is CUDA."""
+    return "cuda" if device == "auto" else torch.device(device).type
+
+
 @contextlib.contextmanager
 def fake_group(ranks: int) -> Iterator[None]:
     """A process group of so many ranks, of which this is the first and the only one."""
@@ -101,7 +108,7 @@ def fake_group(ranks: int) -> Iterator[None]:
 def on_path_of(device: str, dtype: torch.dtype) -> Iterator[None]:
     """The kernels' path of a device, on tensors of the CPU. Rows aren't rounded up: nobody knows how many there are. In
     fp32 a product with one expert's matrix stands for the grouped one, which torch can't do without numbers there."""
-    path = kernels.PATHS.get("cuda" if device == "auto" else device, kernels.ELSEWHERE)
+    path = kernels.PATHS.get(kind_of(device), kernels.ELSEWHERE)
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(kernels.PATHS, cpu=path._replace(run=1)))
         if dtype == torch.float32:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from config import check
 from engine.run_directory import AGENTS
-from parallel import World, from_all_ranks, from_first_rank
+from parallel import World, first_process_first, from_all_ranks, from_first_rank
 
 
 def agents(world: World) -> set[str]:
@@ -33,7 +33,8 @@ def is_own_run(run: str | Path, world: World) -> bool:
 def look_up(find: Callable[[], Path | None], world: World) -> Path | None:
     """The directory that the first rank finds, on all ranks: who looks for oneself may find another step of a run that
     is being written. Raises UserError where a rank does not see the same files there."""
-    found = find() if world.is_main else None
+    with first_process_first(world):  # it checksums all of a large checkpoint
+        found = find() if world.is_main else None
     path, expected = from_first_rank((found, fingerprint(found)), world)
     same = from_all_ranks(fingerprint(path) == expected, world)
     others = [str(rank) for rank, sees_it in enumerate(same) if not sees_it]
@@ -42,13 +43,23 @@ def look_up(find: Callable[[], Path | None], world: World) -> Path | None:
 
 
 def fingerprint(directory: Path | None) -> str:
-    """sha256 of its files' names and sizes, and what its JSON files say: the checksums of a checkpoint's are in one."""
+    """sha256 of its files' names and sizes, what its JSON files say (a checkpoint's checksums are in one), and its
+    weights' first and last bytes."""
     digest = hashlib.sha256()
     for file in sorted(directory.iterdir()) if directory and directory.is_dir() else []:
         if file.is_file():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             digest.update(file.read_bytes() if file.suffix == ".json" else b"")
+            digest.update(ends_of(file) if file.suffix == ".safetensors" else b"")
     return digest.hexdigest()
+
+
+def ends_of(file: Path, size: int = 2**16) -> bytes:
+    """Its first and its last bytes."""
+    with file.open("rb") as opened:
+        first = opened.read(size)
+        opened.seek(max(file.stat().st_size - size, 0))
+        return first + opened.read()
 
 
 def check_shared_files(run: str | Path, world: World) -> None:

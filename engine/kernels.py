@@ -68,7 +68,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, sc
     """`plain_attention`, fast. No mask over all N tokens exists.
 
     FlashAttention's kernel, where there is one, takes all documents at once by their offsets and never writes the
-    weights to memory. Elsewhere each document is one call.
+    weights to memory. Elsewhere each document is one call, which compiled code leaves to Python: it would be compiled
+    anew for every number of them.
     """
     if q.dtype == torch.bfloat16 and max(q.shape[-1], v.shape[-1]) <= path_of(q).flash:
         offsets, longest = documents.offsets, documents.longest
@@ -76,7 +77,12 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, sc
         output = varlen_attn(q, k, wide_v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
         assert isinstance(output, Tensor)
         return output[..., : v.shape[-1]]
-    queries, keys, values = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q, k, v))
+    return attention_one_by_one(q, k, v, documents, scale)
+
+
+@torch.compiler.disable
+def attention_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+    queries, keys, values = (x.transpose(0, 1).split(documents.lengths.values, dim=1) for x in (q, k, v))
     parts = zip(queries, keys, values, strict=True)
     return torch.cat([causal_attention(*part, scale) for part in parts], dim=1).transpose(0, 1)
 
@@ -204,9 +210,16 @@ def find_routes(experts: Tensor, num_experts: int) -> Routes:
     """
     if is_few(experts):
         return Routes(None, len(experts), RowProduct(experts.tolist()))
-    run = path_of(experts).run
-    places, ends = sort_by_expert(experts, num_experts, run)
-    return Routes(places, len(experts) if run == 1 else int(ends[-1]), GroupedProduct(ends))
+    if path_of(experts).run > 1:
+        return routes_in_runs(experts, num_experts)
+    places, ends = sort_by_expert(experts, num_experts)
+    return Routes(places, len(experts), GroupedProduct(ends))
+
+
+@torch.compiler.disable  # which has to end where the host reads a number, and says so at length
+def routes_in_runs(experts: Tensor, num_experts: int) -> Routes:
+    places, ends = sort_by_expert(experts, num_experts, path_of(experts).run)
+    return Routes(places, int(ends[-1]), GroupedProduct(ends))
 
 
 def sort_by_expert(experts: Tensor, num_experts: int, run: int = 1) -> tuple[Tensor, Tensor]:

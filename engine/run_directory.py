@@ -79,7 +79,7 @@ def check_changes(config: TrainConfig) -> None:
     changes = {
         name: f"{name} {old.get(name)!r} -> {new.get(name)!r}"
         for name in old | new
-        if old.get(name) != new.get(name) and name not in ("resume", "debug", "dry_run", "dry_run_ranks")
+        if old.get(name) != new.get(name) and name not in ("resume", "debug") and not name.startswith("dry_run")
     }
     fixed = [change for name, change in changes.items() if name.partition(".")[0] in FIXED_FIELDS]
     check(not fixed, f"{path.parent} cannot be resumed with another configuration: {', '.join(fixed)}")

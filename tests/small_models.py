@@ -10,6 +10,16 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from config import ModelConfig
 from model import DeepSeekV2
 
+# Widths of the small model for NF4, which takes rows of 64 numbers; the heads' are free.
+WIDE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 64,
+    "v_head_dim": 32,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 64,
+}
+
 
 def small_config(**changes: Any) -> ModelConfig:
     """One dense layer and two with experts; every width differs, so that a mix-up cannot go unseen."""

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +158,18 @@ Fault = Callable[[], None]
 FORKSERVER = multiprocessing.get_context("forkserver")
 
 
-def start(arguments: list[str], log: Path, fault: Fault | None = None) -> ForkServerProcess:
-    """Start train_sft.py in a child that appends to `log` what it prints; `fault` is called in it before it begins."""
+def start_forkserver() -> ForkServerContext:
     FORKSERVER.set_forkserver_preload(["pytest", "small_runs"])
     path = os.pathsep.join(str(Path(__file__).resolve().parents[i]) for i in (0, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path, prepend=os.pathsep)
         forkserver.ensure_running()
-    child = FORKSERVER.Process(target=run_child, args=(arguments, log, fault))
+    return FORKSERVER
+
+
+def start(arguments: list[str], log: Path, fault: Fault | None = None) -> ForkServerProcess:
+    """Start train_sft.py in a child that appends to `log` what it prints; `fault` is called in it before it begins."""
+    child = start_forkserver().Process(target=run_child, args=(arguments, log, fault))
     child.start()
     return child
 

@@ -10,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import model as model_module
+from config import TrainConfig
 from datacollator import IGNORE
 from engine import cost
+from engine.build import plan_model
 from engine.cost import measure_peak, training_cost
-from small_models import small_model
+from small_models import WIDE, small_config, small_model
 
 TOKENS, TARGETS = 4000, 1500
 
@@ -56,6 +58,14 @@ def test_frozen_weights_cost_no_gradient_of_their_own(targets: tuple[str, ...]) 
     assert training_cost(model).flops(TOKENS, TARGETS) == pytest.approx(expected, rel=0.06)
     trained = small_model(num_hidden_layers=8)
     assert training_cost(trained).flops(TOKENS, TARGETS) > 1.3 * expected
+
+
+def test_weights_in_4_bits_cost_what_frozen_ones_cost() -> None:
+    """They are no parameters."""
+    changes = {"model": small_config(**WIDE), "dtype": "bfloat16", "lora_rank": 4}
+    plain, quantized = (plan_model(TrainConfig().changed(**changes, quantize=kind))[0] for kind in (None, "nf4"))
+    assert sum(p.numel() for p in quantized.parameters()) < 0.2 * sum(p.numel() for p in plain.parameters())
+    assert training_cost(quantized) == training_cost(plain)
 
 
 def test_starting_a_product_is_no_part_of_a_devices_peak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,24 +5,32 @@ The path is the one that kernels.PATHS names; FlashAttention's kernel is stood i
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from config import TrainConfig
+import lora
+import quantization
+import trainer
+from config import TrainConfig, UserError
+from engine import dry_run as dry_run_module
 from engine import kernels
 from engine.cost import parameter_counts
 from engine.documents import CHUNK, Documents, find_documents, in_one_piece, taken_apart
 from engine.dry_run import DryRun, dry_run
 from engine.kernels import document_attention, plain_attention, sum_cross_entropy
 from model import DeepSeekV2, LossOutput
-from small_models import make_batch, relative_difference, small_config, small_model
+from small_models import WIDE, make_batch, relative_difference, small_config, small_model
+from small_runs import arguments, conversations, train_here, write_jsonl
 
 ROWS, WIDTH, SLOTS = 2, 64, 12
 
@@ -163,8 +171,23 @@ def test_targets_that_are_none_are_not_counted() -> None:
 # ---------------------------------------------------------------- nothing waits
 
 
-def fake_step(packed: bool, **changes: Any) -> None:
-    """A whole micro-batch on tensors without numbers: what asks for one raises."""
+class Uploads(TorchDispatchMode):
+    """Notes what a step takes to the device, which waits for it, and what not every device has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        doubles = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.dtype == torch.float64]
+        if doubles or "lift_fresh" in str(func):
+            self.seen.append(str(func))
+        return result
+
+
+def fake_step(packed: bool, quantized: bool = False, **changes: Any) -> None:
+    """A whole micro-batch on tensors without numbers: what asks for one raises. quantized: with adapters, too."""
     batch = packed_batch(0)
     documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS if packed else None)
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
@@ -174,15 +197,25 @@ def fake_step(packed: bool, **changes: Any) -> None:
 
         model = DeepSeekV2(small_config(**changes)).train()
         model.model.gradient_checkpointing = True
+        if quantized:
+            quantization.plan(model.requires_grad_(False))
+            lora.add_lora(model, 4, 4.0, 0.0, ("kv_b_proj", "down_proj", "experts.gate_up_proj"))
         moved_batch = {name: moved(x) for name, x in batch.items()}
-        on_path(model, moved_batch, Documents(*map(moved, documents)))
-        assert all(p.grad is not None for p in model.parameters())
+        with Uploads() as uploads:
+            on_path(model, moved_batch, Documents(*map(moved, documents)))
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        assert uploads.seen == []
 
 
 @pytest.mark.usefixtures("cudas_path")
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_micro_batch_never_waits_for_the_device(packed: bool) -> None:
     fake_step(packed, n_group=4, topk_group=2, topk_method="group_limited_greedy", device_aux_loss_alpha=0.1)
+
+
+@pytest.mark.usefixtures("cudas_path")
+def test_weights_in_4_bits_have_what_they_need_on_the_device() -> None:
+    fake_step(True, quantized=True, **WIDE)
 
 
 def test_the_test_sees_who_waits() -> None:
@@ -219,11 +252,55 @@ def test_packed_batches_are_compiled_once() -> None:
     for seed in range(50):
         batch = packed_batch(seed)
         documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS)
-        shapes.add((documents.lengths, documents.num_targets))
+        shapes.add((tuple(documents.lengths.values), documents.num_targets))
         on_path(model, batch, documents, backward=seed < 5)
     assert len(shapes) > 40
     assert documents.targets is not None and len(documents.targets) % CHUNK == 0
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("path", ["cpu", "cuda"])
+def test_without_flash_attention_the_first_batch_compiles_all(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is left to Python; no number changes."""
+    monkeypatch.setitem(kernels.PATHS, "cpu", kernels.PATHS[path])
+    plain, compiled = (small_model(qk_nope_head_dim=260).train() for _ in range(2))
+    torch._dynamo.reset()
+    counters.clear()
+    for block in compiled.model.layers:
+        block.compile(backend="eager")
+    graphs = set()
+    for seed in range(20):
+        batch = packed_batch(seed)
+        documents = find_documents(batch["sequence_ids"], batch["labels"], SLOTS)
+        expected, output = (on_path(model, batch, documents) for model in (plain, compiled))
+        assert output.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-6)
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1 and graphs != {0}
+    for name, p in compiled.named_parameters():
+        assert relative_difference(p.grad, plain.get_parameter(name).grad) < 1e-5, name
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("cudas_path", "flash_attention")
+def test_samples_of_a_compiled_run_compile_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_block, answers, graphs = nn.Module.compile, trainer.answers, list[int]()
+
+    def watched(*arguments: Any, **options: Any) -> list[str]:
+        before = counters["stats"]["unique_graphs"]
+        replies = answers(*arguments, **options)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        return replies
+
+    monkeypatch.setattr(trainer, "answers", watched)
+    monkeypatch.setattr(nn.Module, "compile", lambda block: compile_block(block, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    data = write_jsonl(tmp_path / "data.jsonl", conversations(40))
+    command = arguments(data, tmp_path / "run", dtype="bfloat16", max_steps=4, eval_steps=2, save_steps=0)
+    assert train_here([*command, "three or seven", "--compile"], tmp_path) == 0
+    assert counters["stats"]["unique_graphs"] > 0
+    assert graphs == [0, 0]
     torch._dynamo.reset()
 
 
@@ -282,9 +359,46 @@ def test_ddp_sends_each_gradient_once() -> None:
     assert planned(64, parallel="ddp").sent == pytest.approx(2 * 63 / 64 * whole.memory["gradients"], rel=0.01)
 
 
+def test_replicas_of_half_a_node_are_refused() -> None:
+    with pytest.raises(UserError, match="parallel hsdp: 12 ranks don't fill nodes of 8"):
+        planned(12, parallel="hsdp")
+
+
 def test_lora_needs_little_of_it() -> None:
     whole, adapters = planned(), planned(lora_rank=4)
     assert adapters.memory["weights"] < 0.55 * whole.memory["weights"]  # bf16
     assert adapters.memory["optimizer"] < 0.1 * whole.memory["optimizer"]
     assert planned(64, parallel="fsdp", lora_rank=4).memory["weights"] < 1.1 * adapters.memory["weights"] / 64
     assert adapters.flops * 6 > whole.flops * 4 > adapters.flops * 4
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.4, "10.00 s at 40%"), (0.8, "5.00 s at 80%")])
+def test_a_plan_takes_the_share_of_the_peak_that_it_is_told(
+    share: float, seconds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run_module, "dry_run", lambda *_: DryRun({}, 0.0, int(4 * 989e12)))
+    assert f"{seconds} of 989 TFLOP/s" in dry_run_module.report(TrainConfig().changed(dry_run_share=share))
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_a_run_on_a_gpu_is_planned_where_there_is_none(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In bf16, though the processor that plans it doesn't multiply in it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    data = write_jsonl(tmp_path / "data.jsonl", conversations(20))
+    plans = {}
+    for settings in ((device, "auto"), ("cuda", "bfloat16"), ("cuda", "float32")):
+        changes: dict[str, Any] = dict(zip(("device", "dtype"), settings, strict=True), batch_size=64, max_seq_len=1024)
+        assert train_here([*arguments(data, tmp_path / "run", **changes), "--dry-run"], tmp_path) == 0
+        plans[settings] = capsys.readouterr().out.partition("all of them targets; ")[2]
+    expected, other = plans["cuda", "bfloat16"], plans["cuda", "float32"]
+    assert plans[device, "auto"] == expected
+    assert expected.startswith("bfloat16 on cuda\n") and "at the peak" in expected
+    assert expected.splitlines()[1:] != other.splitlines()[1:]
+
+
+def test_a_device_that_torch_does_not_know_is_not_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_here(["tiny", "--device", "abacus", "--dry-run"], Path()) == 2
+    assert "there is no device 'abacus' here" in capsys.readouterr().err

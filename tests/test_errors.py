@@ -155,6 +155,7 @@ finally:
         ({"model_qk_rope_head_dim": 7}, "model.qk_rope_head_dim must be even"),
         ({"model_num_attention_heads": 3}, "model.num_attention_heads (3) must divide model.hidden_size (32)"),
         ({"dtype": "bfloat16", "model_moe_intermediate_size": 12}, "multiples of 8"),
+        ({"dry_run_share": 1.5}, "dry_run_share is 1.5; it must be at most 1"),
         ({"device": "abacus"}, "there is no device 'abacus' here"),
         ({"device": "mps:7"}, "there is no device 'mps:7' here"),
         ({"chat_template": "mine"}, "chat template 'mine' is unknown; use one of chatml"),
@@ -212,6 +213,17 @@ def test_a_hub_that_cannot_be_reached(refused: Callable[..., str]) -> None:
     assert "someone/something is no local directory, and the Hub cannot be reached" in refused(
         dataset="someone/something"
     )
+
+
+def test_a_dry_run_plans_without_the_hub_but_not_without_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here([*arguments(Path("someone/something"), tmp_path / "run"), "--dry-run"], tmp_path) == 0
+    note, _, plan = capsys.readouterr().out.partition("\n1 rank; ")
+    assert "note: someone/something is no local directory, and the Hub cannot be reached" in note
+    assert "at the peak" in plan
+    assert train_here([*arguments(tmp_path / "no.jsonl", tmp_path / "run"), "--dry-run"], tmp_path) == 2
+    assert "there is no file" in capsys.readouterr().err
 
 
 def test_wrong_splits(data: Path, refused: Callable[..., str]) -> None:

@@ -115,6 +115,7 @@ def test_a_value_that_the_checkpoint_has_may_be_repeated(data: Path, base: Path,
     ("changes", "message"),
     [
         ({"parallel": "fsdp"}, "parallel has no effect: this is one process; start several: torchrun"),
+        ({"dry_run_share": 0.5}, "dry_run_share has no effect: this is no dry run"),
         ({"lora_alpha": 8}, "lora_alpha has no effect: lora_rank is 0"),
         ({"lora_dropout": 0.1}, "lora_dropout has no effect: lora_rank is 0"),
         ({"num_train_epochs": 2}, "num_train_epochs has no effect: max_steps is 1"),

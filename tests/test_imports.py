@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "engine.documents": set(),
     "engine.kernels": {"engine.documents"},
     "engine.plots": set(),
-    "engine.cost": {"config", "model"},
+    "engine.cost": {"config", "model", "quantization"},
     "engine.peft_files": {"config", "lora", "engine.files"},
     "engine.build": {
         *("config", "model", "lora", "quantization", "checkpoint", "parallel"),

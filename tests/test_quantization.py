@@ -31,22 +31,13 @@ from model import DeepSeekV2
 from optimizer import make_optimizers
 from quantization import ABSMAX_LEVELS, LEVELS, NF4, FrozenProduct
 from ranks import new_bytes, take_over
-from small_models import relative_difference, small_model, transformers_model
+from small_models import WIDE, relative_difference, small_model, transformers_model
 from small_runs import arguments, conversations, differing, final_tensors, numbers, run_main, train_here, write_jsonl
 from tokenizer import Tokenizer
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel of the Hub's that nothing here needs
 import bitsandbytes.functional as bnb  # noqa: E402
 
-# The widths of the small model, as multiples of 64; the heads' are free.
-WIDE: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "kv_lora_rank": 64,
-    "v_head_dim": 32,
-    "intermediate_size": 192,
-    "moe_intermediate_size": 64,
-}
 DEFAULT = MINI.lora.lora_target_modules
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
@@ -163,7 +154,8 @@ def test_every_number_beside_a_midpoint_goes_to_its_side() -> None:
 
 def test_a_stack_takes_4_13_bits_a_number() -> None:
     stack = packed(torch.randn(8, 128, 512))
-    assert 8 * sum(buffer.nbytes for buffer in stack.buffers()) / stack.numel() == pytest.approx(4.127, abs=1e-3)
+    size = sum(tensor.nbytes for tensor in stack.state_dict().values())
+    assert 8 * size / stack.numel() == pytest.approx(4.127, abs=1e-3)
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
