@@ -78,19 +78,14 @@ class Data:
         """given: see engine/cli.py. Raises UserError for a configuration that train_sft.py refuses."""
         import numpy as np
 
-        from checkpoint import resolve_model
         from datacollator import DataCollator, RowStream
         from dataset import column, load_data
         from engine.data_view import LEGEND, histogram, pick, shares, table
+        from engine.start import find_start
         from parallel import join_world
-        from tokenizer import load_tokenizer
-        from train_sft import resolve
 
-        base, seed = config.checkpoint.init_from, config.compute.seed
-        source = resolve_model(base) if base else None
-        tokenizer = load_tokenizer(config, source)
-        config = resolve(config, given, source, tokenizer, join_world(config.compute.device))
-        options = config.data
+        config, tokenizer, _, _ = find_start(config, given, join_world(config.compute.device))
+        options, seed = config.data, config.compute.seed
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
         collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
         rows = RowStream(data.train, collator, seed, options.shuffle)

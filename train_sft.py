@@ -9,12 +9,10 @@ Without a preset: mini where there is CUDA, else tiny. All fields, their default
 import os
 import sys
 from collections.abc import Collection
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import TrainConfig, UserError, check
-from engine.cli import given_fields, one_line_errors, parse_arguments, useless_flags
+from engine.cli import given_fields, one_line_errors, parse_arguments
 
 if TYPE_CHECKING:
     from datacollator import RowStream
@@ -32,34 +30,23 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
 def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
-    """Config -> tokenizer -> data -> model -> trainer; each of the functions below makes one of them.
+    """Config -> tokenizer -> data -> model -> trainer, each made by one call.
 
     given: the fields that the command line names (engine/cli.py), which have to have an effect.
     """
     import torch
 
-    from engine.build import build_model, describe
+    from engine.build import build_model
     from engine.data_report import write_skipped
-    from engine.job import agents, check_shared_files, is_own_run
-    from engine.run_directory import NO_TRACKER, check_changes, check_start, open_run, start_tracker
+    from engine.job import agents
+    from engine.run_directory import NO_TRACKER, open_run, start_tracker
+    from engine.start import find_start
     from parallel import replicate
-    from tokenizer import load_tokenizer
     from trainer import Trainer
 
-    run = config.checkpoint.output_dir
-    check_shared_files(run, world)
-    goes_on = config.checkpoint.resume or is_own_run(run, world)
-    checkpoint = checkpoint_to_resume(run, world) if goes_on else None
-    config = name_start(config, given, checkpoint, world)
-    source = find_source(config, checkpoint, world)
-    tokenizer = load_tokenizer(config, source, goes_on=checkpoint is not None)
-    config = resolve(config, given, source, tokenizer, world).changed(resume=goes_on)
-    check_start(config)
-    if world.is_main and config.checkpoint.resume:
-        check_changes(config)
+    config, tokenizer, source, checkpoint = find_start(config, given, world)
     if config.watch.dry_run:
-        plan(config, given, tokenizer, world)
-        return
+        return plan(config, given, tokenizer, world)
     train_rows, held_out, skipped = load_rows(config, given, tokenizer, world)
 
     torch.manual_seed(config.compute.seed)
@@ -69,82 +56,15 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     if checkpoint:
         trainer.resume(checkpoint)
     check_length(config, given, trainer)
+
     job, tracker = agents(world), NO_TRACKER
     if world.is_main:
         tracker = start_tracker(config, trainer.step)
         open_run(config, job, tracker)
         if skipped:
             print(write_skipped(config.checkpoint.output_dir, skipped))
-        to_come = (trainer.total_steps - trainer.step) * trainer.rows_per_step
-        epochs = (trainer.rows_seen + to_come) / train_rows.rows_per_epoch
-        print(
-            f"{describe(model)}; step {trainer.step} to {trainer.total_steps} of {trainer.rows_per_step} rows "
-            f"({epochs:.3g} epochs) on {world.size} x {world.device} in {config.compute.dtype} into {run}"
-        )
+        announce(trainer)
     trainer.train(tracker)
-
-
-def checkpoint_to_resume(run: str, world: "World") -> Path | None:
-    """The newest good one, as the first process sees it; None where there is none yet. Raises UserError if all are
-    damaged."""
-    from checkpoint import checkpoints, newest_checkpoint
-    from engine.job import look_up
-
-    checkpoint = look_up(lambda: newest_checkpoint(run), world)
-    damaged = checkpoint is None and checkpoints(run)
-    check(not damaged, f"{run} has no checkpoint left that is whole; start without --resume")
-    return checkpoint
-
-
-def name_start(config: TrainConfig, given: Collection[str], checkpoint: Path | None, world: "World") -> TrainConfig:
-    """With the model directory that init_from stands for, whose tokenizer is taken too. What a resumed run has noted of
-    them stays, wherever that lies by now."""
-    from checkpoint import resolve_model
-    from engine.job import look_up
-
-    base = config.checkpoint.init_from
-    noted = checkpoint and config.checkpoint.resume and "init_from" not in given
-    if base is None or noted:
-        return config
-    start = str(look_up(lambda: resolve_model(base), world))
-    return config.changed(init_from=start, tokenizer=start)
-
-
-def find_source(config: TrainConfig, checkpoint: Path | None, world: "World") -> Path | None:
-    """The directory of the model whose tokenizer and shape a run has, and whose weights it trains or adapts: where it
-    goes on, its own checkpoint or that one's base, which may both have moved. None for a run from scratch."""
-    from engine.adapter_base import model_directory
-    from engine.job import look_up
-
-    base = config.checkpoint.init_from
-    if base is None or checkpoint is None:
-        return Path(base) if base else None
-    return look_up(lambda: model_directory(checkpoint), world)
-
-
-def resolve(
-    config: TrainConfig, given: Collection[str], source: Path | None, tokenizer: "Tokenizer", world: "World"
-) -> TrainConfig:
-    """The complete configuration, as the run has it and keeps it: with what `source` (see find_source), the tokenizer
-    and the device decide. Raises UserError for one that no run can have, or that leaves a flag no effect."""
-    from engine.hub_config import changed_config, load_config
-    from parallel import choose_dtype
-
-    dtype = choose_dtype(config.compute.dtype, world.device)
-    config = config.changed(dtype=dtype, chat_template=tokenizer.chat_template)
-    if source:
-        kept = {f"model.{name}" for name in vars(config.model)} if config.checkpoint.resume else set()
-        loaded = load_config(source)
-        if tokenizer.new_ids:
-            loaded = replace(loaded, vocab_size=max(loaded.vocab_size, tokenizer.vocab_size))
-        model = changed_config(loaded, config.model, kept | set(given), source)
-        config = config.changed(model=model)
-    else:
-        config = config.changed(vocab_size=tokenizer.vocab_size)
-    config.validate()
-    useless = useless_flags(config, given, world.size)
-    check(not useless, "; ".join(useless))
-    return config
 
 
 def plan(config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World") -> None:
@@ -172,6 +92,19 @@ def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer"
         check("warmup_steps" not in given, never)
         if trainer.world.is_main:
             print(f"note: {never}")
+
+
+def announce(trainer: "Trainer") -> None:
+    """What is about to be trained, for how long, on what and where."""
+    from engine.build import describe
+
+    config, world, rows = trainer.config, trainer.world, trainer.rows_per_step
+    to_come = (trainer.total_steps - trainer.step) * rows
+    epochs = (trainer.rows_seen + to_come) / trainer.train_rows.rows_per_epoch
+    print(
+        f"{describe(trainer.plain_model)}; step {trainer.step} to {trainer.total_steps} of {rows} rows ({epochs:.3g} "
+        f"epochs) on {world.size} x {world.device} in {config.compute.dtype} into {config.checkpoint.output_dir}"
+    )
 
 
 def load_rows(

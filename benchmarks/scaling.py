@@ -67,6 +67,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
     from engine.build import build_model
+    from engine.start import resolve
     from parallel import join_world, leave_world, replicate
     from tokenizer import Tokenizer
     from trainer import Trainer
@@ -77,7 +78,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     config = train_sft.parse_arguments(flags)
     tokenizer = Tokenizer(vocab_size=config.model.vocab_size)
     world = join_world(config.compute.device)
-    config = train_sft.resolve(config, (), None, tokenizer, world)
+    config = resolve(config, (), None, tokenizer, world)
     width = config.data.max_seq_len
     data, _ = load_dataset_split("chitchat", "train", tokenizer, width)
     rows = RowStream(data, DataCollator(width, tokenizer.pad_token_id), config.compute.seed)

@@ -12,6 +12,7 @@ from typing import Any
 import train_sft
 import trainer
 from config import UserError
+from engine import start
 
 
 def fail(*_: object) -> Any:
@@ -22,7 +23,7 @@ def main() -> None:
     faults = sys.argv.pop(1).split(",")
     kind, step = faults[int(os.environ["TORCHELASTIC_RESTART_COUNT"])].split(":")
     if kind == "begin":
-        train_sft.resolve = fail
+        start.find_start = fail
     forward = trainer.Trainer.forward
 
     def faulty(self: trainer.Trainer, *arguments: Any) -> Any:

@@ -35,6 +35,10 @@ MAY_IMPORT = {
         *("config", "model", "lora", "quantization", "checkpoint", "parallel"),
         *("engine.hub_config", "engine.new_tokens", "engine.peft_files"),
     },
+    "engine.start": {
+        *("config", "tokenizer", "checkpoint", "parallel"),
+        *("engine.adapter_base", "engine.cli", "engine.hub_config", "engine.job", "engine.run_directory"),
+    },
     "engine.dry_run": {
         *("config", "model", "optimizer", "parallel"),
         *("engine.build", "engine.cost", "engine.documents", "engine.kernels"),

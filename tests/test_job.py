@@ -82,7 +82,7 @@ def look_up_base(world: World) -> object:
 def load_rows(world: World) -> object:
     config = TrainConfig().changed(dataset=("data.jsonl",), train_split="train", eval_steps=0, num_proc=1)
     with cheap_process(Path.cwd()):
-        return len(train_sft.load_rows(config, Tokenizer(vocab_size=512), world)[0].lengths)
+        return len(train_sft.load_rows(config, (), Tokenizer(vocab_size=512), world)[0].lengths)
 
 
 @pytest.mark.parametrize(("work", "result"), [(wait_for_the_first, "[0, 1]"), (look_for_long, "None")])
