@@ -228,7 +228,9 @@ class WatchConfig:
     """How to see what goes on."""
 
     eval_steps: int = 250  # steps between evaluations; 0: none
-    eval_max_rows: int = 0  # rows of the held-out split used at an evaluation; 0: all. The last one always takes all
+    # Rows of the held-out split used at an evaluation; 0: all. The last one always takes all, and is compared with no
+    # other by save_best and early_stopping_patience if those took fewer.
+    eval_max_rows: int = 0
     logging_steps: int = 1  # steps between lines in metrics.jsonl
     # Prompts answered at each evaluation, so that one sees the model learn.
     sample_prompts: tuple[str, ...] = ("Hello! How are you?", "What did you do today?", "Do you like music?")

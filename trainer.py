@@ -116,8 +116,9 @@ class Trainer:
                     log.print("step {step}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(**evaluation))
                     self.print_samples(log.print)
                     log.write(evaluation)
-                    self.best = lowest(self.best, evaluation)
-                    improved = self.best["evaluations_since"] == 0
+                    if not (last and self.evaluates_part and self.best["step"]):  # else it's of other rows
+                        self.best = lowest(self.best, evaluation)
+                        improved = self.best["evaluations_since"] == 0
                     last = last or 0 < patience <= self.best["evaluations_since"]
                 if last or self.stop or self.due(saving.save_steps) or (improved and saving.save_best):
                     self.save()
@@ -127,6 +128,12 @@ class Trainer:
             if self.stop:
                 parallel.leave_world()
                 raise SystemExit(128 + self.stop)
+
+    @property
+    def evaluates_part(self) -> bool:
+        """Whether all evaluations but the last take some of the held-out rows only."""
+        assert self.held_out is not None
+        return 0 < self.config.watch.eval_max_rows < self.held_out.rows.rows_per_epoch
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -222,8 +229,8 @@ class Trainer:
         assert self.held_out is not None
         self.model.eval()
         rows, size = self.held_out.rows.rows_per_epoch, self.config.batch.batch_size
-        if self.config.watch.eval_max_rows and self.step < self.total_steps:
-            rows = min(rows, self.config.watch.eval_max_rows)
+        if self.evaluates_part and self.step < self.total_steps:
+            rows = self.config.watch.eval_max_rows
         losses, counted = [], torch.zeros(2, dtype=torch.int64)  # targets, and their bytes
         for start in range(0, rows, size * self.world.size):
             first = start + self.world.rank * size

@@ -496,6 +496,19 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(
         assert saved_steps(tmp_path) == expected
 
 
+@pytest.mark.parametrize(("losses", "expected"), [([3.0, 2.5, 2.6, 2.0], [2, 4]), ([2.0], [1])])
+def test_the_last_evaluation_is_compared_only_with_those_of_the_same_rows(
+    losses: list[float], expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes all rows: a lower loss over other rows is no better model. If it is the only one, it's the best."""
+    changes = {"eval_steps": 1, "save_total_limit": 1, "save_best": True, "max_steps": len(losses)}
+    trainer = make_trainer(tmp_path, held_out=rows(TEXTS), eval_max_rows=1, **changes)
+    scripted_losses(trainer, monkeypatch, losses)
+    trainer.train()
+    assert saved_steps(tmp_path) == expected
+    assert trainer.best["step"] == expected[0]
+
+
 def test_a_run_ends_when_eval_loss_has_not_fallen_for_so_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
