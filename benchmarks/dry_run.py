@@ -1,8 +1,8 @@
 """What do the presets take on GPUs, and does a run take what --dry-run says? The latter on this machine's CPU.
 
-    python benchmarks/dry_run.py [--dtype bfloat16] [--lengths 512 1024 2048] [--presets mini v2_lite]
+    python benchmarks/dry_run.py [--dtype bfloat16] [--presets mini v2_lite] [--lora 2048 4096] [--lengths 512 1024]
 
-Each line of the second table is a process of its own that takes the same steps on real tensors; its most resident
+Each line of the last table is a process of its own that takes the same steps on real tensors; its most resident
 memory, beyond its libraries', is counted. What is freed is given back at once: else C's allocator keeps a fifth of it.
 """
 
@@ -27,6 +27,8 @@ class Options:
     # Tokens of a row.
     lengths: tuple[int, ...] = (512, 1024, 2048)
     presets: tuple[str, ...] = ("mini", "v2_lite")
+    # Tokens of a micro-batch at which LoRA on V2-Lite is planned.
+    lora: tuple[int, ...] = (2048, 4096)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -48,6 +50,14 @@ def print_plans(preset: str) -> None:
             rest = result.memory["activations"]
             sizes = "".join(f"{size / 1e9:7.1f} GB" for size in (result.peak - rest, rest, result.peak, result.sent))
             print(f"{kind:14}{ranks:5} {engine:7}{sizes}{result.flops / 1e12:9,.0f}", flush=True)
+
+
+def print_lora(length: int) -> None:
+    """On V2-Lite and one GPU, with rows of that length, one a micro-batch."""
+    for kind, changes in list(KINDS.items())[1:]:
+        memory = dry_run(PRESETS["v2_lite"].changed(dtype="bfloat16", max_seq_len=length, **changes)).memory
+        rest, peak = memory["activations"], sum(memory.values())
+        print(f"{length:8,} {kind:12}{(peak - rest) / 1e9:7.1f} GB{rest / 1e9:7.1f} GB{peak / 1e9:7.1f} GB", flush=True)
 
 
 def configuration(dtype: Dtype, length: int, checkpointing: bool) -> TrainConfig:
@@ -81,6 +91,9 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     for preset in options.presets:
         print_plans(preset)
+    print(f"\n{'tokens':>8} {'v2_lite':12}{'state':>10}{'the rest':>10}{'peak':>10}")
+    for length in options.lora:
+        print_lora(length)
     print(f"\n{'tokens':>8}{'checkpointing':>15}{'said':>12}{'taken':>12}{'more':>8}")
     for length in options.lengths:
         for checkpointing in (False, True):

@@ -20,12 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 import torch.distributed as dist
 
 from config import PRESETS
-from engine.cost import Traffic, parameter_counts, training_cost
-from model import DeepSeekV2
+from engine.cost import Traffic, parameter_counts
+from engine.dry_run import dry_run
 
 WARM_UP = COUNTED = 3  # steps
 WORKER = "RANK" in os.environ
@@ -116,25 +115,23 @@ def start(engine: str, ranks: int, options: Options) -> dict[str, float]:
 
 # ---------------------------------------------------------------- a calculation, not a measurement
 
-TOKENS = 4 * 4096  # a GPU's micro-batch: four full rows
 FLOPS = 0.4 * 989e12  # an H100's in bf16, of which 40% is a good share
 INSIDE, BETWEEN = 350e9, 40e9  # bytes a second and GPU: NVLink within a node of 8; 400 Gb/s of network between nodes
 
 
-def calculate(preset: str, micro_batches: int) -> None:
-    """Print how long a step computes and sends, and what is left of perfect scaling. benchmarks/dry_run.py counts the
-    same bytes in the engines' own calls.
+def calculate(preset: str) -> None:
+    """Print how long a step computes and sends, and what is left of perfect scaling. FLOPs are the dry run's;
+    benchmarks/dry_run.py counts the same bytes in the engines' own calls.
 
     Each micro-batch, FSDP gathers bf16 weights twice and scatters fp32 gradients, beside all of the computation; HSDP
     so within a node. What is reduced once a step, all gradients (DDP) or those of a shard between nodes (HSDP), goes
     beside the last micro-batch's backward pass, two thirds of its work.
     """
-    size = 4 * sum(total for total, _ in parameter_counts(PRESETS[preset].model).values())
-    tokens = TOKENS * micro_batches
-    with torch.device("meta"):
-        flops = training_cost(DeepSeekV2(PRESETS[preset].model)).flops(tokens, tokens)
-    computing = flops / FLOPS
-    print(f"\nCalculated, not measured: {preset}, {micro_batches} micro-batches of {TOKENS:,} tokens a GPU and step")
+    config = PRESETS[preset].changed(dtype="bfloat16")
+    size = 4 * sum(total for total, _ in parameter_counts(config.model).values())
+    micro_batches, tokens = config.batch.gradient_accumulation_steps, config.batch.batch_size * config.data.max_seq_len
+    computing = dry_run(config).flops / FLOPS
+    print(f"\nCalculated, not measured: {preset}, {micro_batches} micro-batches of {tokens:,} tokens a GPU and step")
     print(f"{'GPUs':>4} {'engine':6}{'sent per GPU':>14}{'compute':>10}{'send':>10}{'beside it':>11}{'efficiency':>12}")
     last = 2 / 3 * computing / micro_batches
     for ranks, engine in ((8, "ddp"), (8, "fsdp"), (64, "ddp"), (64, "fsdp"), (64, "hsdp")):
@@ -170,7 +167,7 @@ def main() -> None:
             f"{theory(engine, ranks, options.preset) / 1e6:10.2f}{result['wire'] / 1e6:14.2f}"
             f"{result['rate']:11,.0f}{result['rate'] / (ranks * one):12.0%}"
         )
-    calculate("mini", PRESETS["mini"].batch.gradient_accumulation_steps)
+    calculate("mini")
 
 
 if __name__ == "__main__" and WORKER:
