@@ -37,7 +37,7 @@ class Tokens:
     out: str = ""
 
     def show(self) -> None:
-        from engine.data_view import LEGEND, colour, printable
+        from engine.data_view import LEGEND, colour, on_screen, printable
         from tokenizer import Tokenizer
 
         texts = [*self.texts, *["Hello! How can I help you?"] * (len(self.texts) % 2)]
@@ -45,7 +45,7 @@ class Tokens:
         tokenizer = Tokenizer()
         ids, mask = tokenizer.render(messages)
         if not self.out:
-            print(f"{LEGEND} and each token's id\n\n{colour(tokenizer, ids, mask, show_ids=True)}")
+            print(on_screen(f"{LEGEND} and each token's id\n\n{colour(tokenizer, ids, mask, show_ids=True)}"))
             return
         from engine.plots import draw_tokens
 
@@ -81,7 +81,7 @@ class Data:
         from checkpoint import resolve_model
         from datacollator import DataCollator, RowStream
         from dataset import column, load_data
-        from engine.data_view import LEGEND, histogram, pick, shares, table
+        from engine.data_view import LEGEND, histogram, on_screen, pick, shares, table
         from parallel import join_world
         from tokenizer import load_tokenizer
         from train_sft import resolve
@@ -114,7 +114,7 @@ class Data:
             places = np.concatenate([np.arange(part.places.start, part.places.stop) for part in trained])
             chosen = places[pick(rows.lengths[places], self.longest, self.shortest, self.random, seed)].tolist()
             found = [(part, i) for i in chosen for part in trained if i in part.places]
-        print(f"{LEGEND}\n", *(f"{part.describe(i, tokenizer)}\n" for part, i in found), sep="\n")
+        print(on_screen("\n".join([f"{LEGEND}\n", *(f"{part.describe(i, tokenizer)}\n" for part, i in found)])))
 
 
 def show_data(words: list[str]) -> None:
@@ -148,7 +148,7 @@ class Rows:
 
         from datacollator import DataCollator, RowStream
         from dataset import load_dataset_split
-        from engine.data_view import LEGEND, colour, draw_row
+        from engine.data_view import LEGEND, colour, draw_row, on_screen
         from engine.sources import open_splits
         from tokenizer import Tokenizer
 
@@ -165,11 +165,11 @@ class Rows:
             print(f"wrote {self.out}")
             return
         short = int(np.argmin(np.abs(rows.lengths - 150)))  # one that fits on a screen
-        print(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *rows.conversation(short))}\n")
+        print(on_screen(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *rows.conversation(short))}\n"))
         padding = 1 - report.tokens / (rows.rows_per_epoch * self.max_seq_len)
         print(f"{rows.rows_per_epoch:,} rows of {self.max_seq_len:,} tokens, {padding:.2%} padding; the first ten:\n")
         for i in range(min(10, rows.rows_per_epoch)):
-            print(draw_row(rows.lengths[rows.row_indices(i)].tolist(), self.max_seq_len))
+            print(on_screen(draw_row(rows.lengths[rows.row_indices(i)].tolist(), self.max_seq_len)))
 
 
 # ---------------------------------------------------------------- a text, continued
@@ -190,7 +190,7 @@ class Complete:
         import torch
 
         from checkpoint import load_model_and_tokenizer
-        from engine.data_view import colour, printable
+        from engine.data_view import colour, on_screen, printable
         from generation import continuations, room_for_answer
 
         model, tokenizer = load_model_and_tokenizer(self.checkpoint)
@@ -199,7 +199,7 @@ class Complete:
         room = room_for_answer(model, given, self.max_new_tokens)
         ((written, _),) = continuations(model, [given], room, (tokenizer.eos_token_id, tokenizer.pad_token_id))
         ids = given + written
-        print(f"{colour(tokenizer, ids, [0] * len(given) + [1] * len(written))}\n")
+        print(on_screen(f"{colour(tokenizer, ids, [0] * len(given) + [1] * len(written))}\n"))
         with torch.inference_mode():
             probabilities = model(torch.tensor([ids]))[0].softmax(dim=-1)  # (T, V): of the token after each
         for place in range(len(given) - 1, len(ids) - 1):

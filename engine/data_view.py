@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -154,6 +157,12 @@ def pick(lengths: Sequence[int] | np.ndarray, longest: bool, shortest: bool, ran
 TRAINED, CONTEXT = ("\x1b[30;42m", "\x1b[30;102m"), ("\x1b[37;100m", "\x1b[37;40m")
 FAINT, RESET = "\x1b[2m", "\x1b[0m"
 LEGEND = f"{TRAINED[0]} trained {TRAINED[1]} on {RESET} {CONTEXT[0]} only {CONTEXT[1]} read {RESET}"
+
+
+def on_screen(text: str) -> str:
+    """As it is for a terminal, else without colours; FORCE_COLOR keeps them, NO_COLOR (https://no-color.org) never."""
+    wanted = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
+    return text if wanted and not os.environ.get("NO_COLOR") else re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
 def printable(tokenizer: "Tokenizer", ids: list[int]) -> str:

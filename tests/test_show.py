@@ -63,6 +63,35 @@ def test_colours_say_what_is_trained_on() -> None:
     assert [piece.split("m", 1)[1] for piece in pieces if piece.startswith(data_view.TRAINED)] == ["a", "<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "terminal", "coloured"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"FORCE_COLOR": "1"}, False, True),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, True, False),
+    ],
+)
+def test_colours_are_for_terminals(
+    variables: dict[str, str], terminal: bool, coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.setenv(name, variables.get(name, ""))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert data_view.on_screen(data_view.LEGEND) == (data_view.LEGEND if coloured else " trained  on   only  read ")
+
+
+def test_what_goes_into_a_pipe_has_no_colours(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    for words in (["tokens", "Hi"], ["rows", str(data)], ["data", str(data), "tiny", "--num-proc", "1"]):
+        assert run_main(show.main, words, tmp_path) == 0
+        printed = capsys.readouterr().out
+        assert "<|im_start|>" in printed and "\x1b" not in printed
+
+
 def test_rows_are_shown_as_they_are_packed(shown: Callable[..., str], data: Path, tmp_path: Path) -> None:
     printed = shown("rows", data)
     assert "9 conversations" in printed and "<|im_start|>user" in printed and "1 rows of 2,048 tokens" in printed
