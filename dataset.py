@@ -120,8 +120,11 @@ def choose_splits(name: str, splits: dict[str, datasets.Dataset], data: DataConf
     train, evaluation = data.train_split, data.eval_split
     if len(splits) == 1 and train not in splits and not re.search(r"[\[+]", train):
         (train,) = splits
-    if not want_eval or (data.eval_fraction and not splits.keys() & split_names(evaluation)):
+    known = splits.keys() & split_names(evaluation)
+    if not want_eval or (data.eval_fraction and not known):
         return train, ""
+    nothing = f"{name} has no split {evaluation!r}, only {', '.join(splits)}, and eval_fraction is 0"
+    check(bool(known), f"{nothing}; --eval-steps 0 evaluates nothing")
     for trained_split, trained in sources.parts_of(name, splits, train):
         for split, rows in sources.parts_of(name, splits, evaluation):
             apart = trained_split != split or max(rows.start, trained.start) >= min(rows.stop, trained.stop)

@@ -64,12 +64,25 @@ def read_jsonl(file: File) -> Rows:
 
 
 def read_json(file: File) -> Rows:
-    """An array, or one object a line."""
+    """An array, or one object a line. Raises ValueError for one object in several lines."""
     if not file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        first = next(read_jsonl(file), ("", b"{}", ""))[1]
+        rest = file.read() if not is_json(first) else b""
+        if rest and is_json(first + rest):
+            raise ValueError("it is neither an array nor one object a line, but one object")
+        file.seek(0)
         yield from read_jsonl(file)
         return
     for number, row in enumerate(json.load(io.TextIOWrapper(file, "utf-8-sig")), start=1):
         yield f"entry {number}", json.dumps(row).encode(), ""
+
+
+def is_json(text: bytes) -> bool:
+    try:
+        json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_csv(file: File, delimiter: str) -> Rows:

@@ -197,6 +197,14 @@ def test_very_few_conversations_have_one_held_out_and_one_alone_none(tmp_path: P
         load(write(tmp_path / "one.jsonl", *NUMBERED[:1] * 5), want_eval=True)
 
 
+def test_nothing_to_evaluate_on_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *NUMBERED[:9])
+    refused = r"has no split 'test', only train, and eval_fraction is 0; --eval-steps 0 evaluates nothing"
+    with pytest.raises(UserError, match=refused):
+        load(path, want_eval=True, eval_fraction=0)
+    assert len(texts(load(path, eval_fraction=0).train)) == 9
+
+
 def test_what_is_also_trained_on_is_dropped_from_a_split_to_evaluate_on(tmp_path: Path) -> None:
     (tmp_path / "both").mkdir()
     write(tmp_path / "both/train.jsonl", *NUMBERED[:50])
@@ -462,6 +470,8 @@ def test_a_txt_is_one_document(tmp_path: Path) -> None:
         ("a.txt", b"\xff", "byte 1: line: invalid UTF-8"),
         ("a.jsonl.gz", b"not gzip", "cannot be read as a dataset: Not a gzipped file"),
         ("a.json", b'[{"messages": 1}, 2]', "a.json, entry 2: line: not a JSON object"),
+        ("a.json", json.dumps({"data": [GOOD] * 9}, indent=1).encode(), "it is neither an array nor one object a line"),
+        ("a.json", b'{"messages": [1}\n{"messages": 2}', "2 rows cannot be used"),
         ("a.docx", b"", "is no file that can be read: .jsonl, .json, .csv, .tsv, .txt, .parquet"),
     ],
 )
