@@ -160,7 +160,7 @@ LEGEND = f"{TRAINED[0]} trained {TRAINED[1]} on {RESET} {CONTEXT[0]} only {CONTE
 
 
 def on_screen(text: str) -> str:
-    """As it is for a terminal, else without colours unless FORCE_COLOR is set; NO_COLOR wins (https://no-color.org)."""
+    """As it is for a terminal, else without colours; FORCE_COLOR keeps them, NO_COLOR (https://no-color.org) never."""
     wanted = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
     return text if wanted and not os.environ.get("NO_COLOR") else re.sub(r"\x1b\[[\d;]*m", "", text)
 
