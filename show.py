@@ -277,15 +277,19 @@ class Runs:
 
     # Run directories.
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
+    # Only these metrics, as in --metrics loss eval_bpb; none: all.
+    metrics: tuple[str, ...] = ()
     # The picture to write.
     out: str = "runs.png"
 
     def show(self) -> None:
-        from engine.plots import plot_runs
+        from engine.plots import PANELS, plot_runs
         from engine.run_directory import read_metrics
 
         check(self.runs != (), "name a run's directory, or several")
-        plot_runs({run: read_metrics(run) for run in self.runs}, self.out)
+        known = {panel.metric for panel in PANELS}
+        check(known >= {*self.metrics}, f"--metrics: choose from {', '.join(sorted(known))}")
+        plot_runs({run: read_metrics(run) for run in self.runs}, self.out, self.metrics)
         print(f"wrote {self.out}")
 
 

@@ -1,5 +1,6 @@
 """Pictures, drawn with matplotlib from data; where the data comes from, show.py and run_directory.py know."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,10 +52,14 @@ PANELS = (
 )
 
 
-def plot_runs(runs: dict[str, list[dict[str, Any]]], out: str | Path) -> None:
-    """One panel a metric, one colour a run. runs: the lines of metrics.jsonl under the run's name."""
-    figure, axes = plt.subplots(2, 4, figsize=(17, 7), layout="constrained")
-    for axis, panel in zip(axes.flat, PANELS, strict=True):
+def plot_runs(runs: dict[str, list[dict[str, Any]]], out: str | Path, metrics: Sequence[str] = ()) -> None:
+    """One panel a metric, one colour a run. runs: the lines of metrics.jsonl by the run's name. metrics: only these."""
+    panels = [panel for panel in PANELS if not metrics or panel.metric in metrics]
+    columns = 4 if len(panels) > 4 else min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (4.25 * columns, 3.5 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
         for number, lines in enumerate(runs.values()):
             draw_metric(axis, panel, lines, f"C{number % 10}")
         axis.set_title(panel.title, fontsize=10)
@@ -67,6 +72,8 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], out: str | Path) -> None:
             axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
         axis.set_visible(len(axis.lines) > 0)  # a run may have had no evaluation
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     handles = [Line2D([], [], color=f"C{number % 10}") for number in range(len(runs))]
     figure.legend(handles, list(runs), loc="outside lower center", ncols=4)
     save(figure, out, dpi=100)

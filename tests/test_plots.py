@@ -25,14 +25,20 @@ def metrics(low: float, high: float) -> list[dict[str, Any]]:
     return lines
 
 
-def figure_of(lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> dict[str, Axes]:
-    """The panels of loss.png by their titles."""
+def figure_of(lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Axes]:
+    """The panels of loss.png by their titles; only those of the metrics that are named, if any are."""
     drawn: list[Figure] = []
     monkeypatch.setattr(plots, "save", lambda figure, *_, **__: drawn.append(figure))
-    plots.plot_runs({"run": lines}, Path("loss.png"))
+    plots.plot_runs({"run": lines}, Path("loss.png"), names)
     (figure,) = drawn
     figure.canvas.draw()
     return {axis.get_title(): axis for axis in figure.axes}
+
+
+def test_only_the_metrics_that_are_named_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = [panel.title for panel in plots.PANELS if panel.metric in ("loss", "grad_norm")]
+    panels = figure_of(metrics(1.0, 2.0), monkeypatch, "loss", "grad_norm")
+    assert [title for title, axis in panels.items() if axis.get_visible()] == titles
 
 
 @pytest.mark.parametrize("span", [(0.95, 1.35), (0.9, 1.9), (0.85, 1.1), (1.2, 1.3), (0.8, 9.5), (0.5, 60.0)])
