@@ -277,10 +277,10 @@ class Runs:
 
     # Run directories.
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
-    # Only these metrics, as in --metrics loss eval_bpb; none: all.
-    metrics: tuple[str, ...] = ()
     # The picture to write.
     out: str = "runs.png"
+    # Only these metrics, as in --metrics loss eval_bpb; none: all.
+    metrics: tuple[str, ...] = ()
 
     def show(self) -> None:
         from engine.plots import PANELS, plot_runs

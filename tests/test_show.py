@@ -142,6 +142,7 @@ def test_runs_are_drawn_and_what_is_no_run_is_named(shown: Callable[..., str], t
     assert (tmp_path / "runs.png").read_bytes().startswith(PNG)
     assert shown("runs", tmp_path) == f"error: {tmp_path} is no run: it has no metrics.jsonl\n"
     assert shown("runs") == "error: name a run's directory, or several\n"
+    assert shown("runs", tmp_path / "a", "--metrics", "lust").startswith("error: --metrics: choose from eval_bpb")
 
 
 # ---------------------------------------------------------------- a run's data
