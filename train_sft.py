@@ -67,19 +67,31 @@ def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     trainer.train(tracker)
 
 
-def plan(config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World") -> None:
-    """A dry run: what the run would see, and what it would take. That needs no data: where the Hub cannot be reached,
-    it is said. Raises UserError for data that no run can have."""
-    from engine.dry_run import report
+def load_rows(
+    config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World"
+) -> tuple["RowStream", "RowStream | None", list[dict[str, Any]]]:
+    """What is trained on and what is held out, in rows; and the malformed rows that were skipped. Raises UserError for
+    an eval_fraction that was told and that no source needs."""
+    from datacollator import DataCollator, RowStream
+    from dataset import load_data
+    from engine.data_view import table
+    from parallel import first_process_first, from_all_ranks
 
-    try:
-        load_rows(config, given, tokenizer, world)
-    except UserError as error:
-        if world.size > 1 or not isinstance(error.__cause__, ConnectionError):
-            raise
-        print(f"note: {error}")
-    if world.size == 1:
-        print(report(config))
+    options, seed = config.data, config.compute.seed
+    with first_process_first(world):
+        data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
+    useless = f"eval_fraction has no effect: all that is trained on has a split {options.eval_split!r} to evaluate on"
+    check(data.divided or "eval_fraction" not in given, useless)
+    collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
+    train = RowStream(data.train, collator, seed, options.shuffle)
+    unequal = f"{', '.join(options.dataset)}: not all ranks have read the same rows; give all nodes the same data"
+    check(len(set(from_all_ranks(train.fingerprint, world))) == 1, unequal)
+    if world.is_main:
+        print(
+            *data.notes, *([table(data, train, config, world.size)] if config.watch.dry_run else data.reports), sep="\n"
+        )
+    # Shuffled, so that the first rows of it are a fair sample.
+    return train, RowStream(data.held_out, collator, seed) if data.held_out else None, data.skipped
 
 
 def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer") -> None:
@@ -107,31 +119,19 @@ def announce(trainer: "Trainer") -> None:
     )
 
 
-def load_rows(
-    config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World"
-) -> tuple["RowStream", "RowStream | None", list[dict[str, Any]]]:
-    """What is trained on and what is held out, in rows; and the malformed rows that were skipped. Raises UserError for
-    an eval_fraction that was told and that no source needs."""
-    from datacollator import DataCollator, RowStream
-    from dataset import load_data
-    from engine.data_view import table
-    from parallel import first_process_first, from_all_ranks
+def plan(config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World") -> None:
+    """A dry run: what the run would see, and what it would take. That needs no data: where the Hub cannot be reached,
+    it is said. Raises UserError for data that no run can have."""
+    from engine.dry_run import report
 
-    options, seed = config.data, config.compute.seed
-    with first_process_first(world):
-        data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
-    useless = f"eval_fraction has no effect: all that is trained on has a split {options.eval_split!r} to evaluate on"
-    check(data.divided or "eval_fraction" not in given, useless)
-    collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
-    train = RowStream(data.train, collator, seed, options.shuffle)
-    unequal = f"{', '.join(options.dataset)}: not all ranks have read the same rows; give all nodes the same data"
-    check(len(set(from_all_ranks(train.fingerprint, world))) == 1, unequal)
-    if world.is_main:
-        print(
-            *data.notes, *([table(data, train, config, world.size)] if config.watch.dry_run else data.reports), sep="\n"
-        )
-    # Shuffled, so that the first rows of it are a fair sample.
-    return train, RowStream(data.held_out, collator, seed) if data.held_out else None, data.skipped
+    try:
+        load_rows(config, given, tokenizer, world)
+    except UserError as error:
+        if world.size > 1 or not isinstance(error.__cause__, ConnectionError):
+            raise
+        print(f"note: {error}")
+    if world.size == 1:
+        print(report(config))
 
 
 def main() -> None:

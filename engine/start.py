@@ -64,7 +64,8 @@ def name_start(config: TrainConfig, given: Collection[str], checkpoint: Path | N
 
 def find_source(config: TrainConfig, checkpoint: Path | None, world: World) -> Path | None:
     """The directory of the model whose tokenizer and shape a run has, and whose weights it trains or adapts: where it
-    goes on, its own checkpoint or that one's base, which may both have moved. None for a run from scratch."""
+    goes on, its own checkpoint or that one's base, which may both have moved. None for a run from scratch, whose
+    configuration says both."""
     base = config.checkpoint.init_from
     if base is None or checkpoint is None:
         return Path(base) if base else None
