@@ -215,8 +215,9 @@ class RunLog:
         if shown:
             kept = [line for line in read_metrics(self.run) if line["step"] <= step] if self.path.exists() else []
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        # The delay is short: it is there so that nothing is printed yet.
-        self.bar = tqdm(total=total_steps, initial=step, disable=not shown, dynamic_ncols=True, unit="step", delay=0.01)
+        # Drawn at each step, but not yet (hence the delay): tqdm ends the line of a bar only if a step has drawn it.
+        how = {"dynamic_ncols": True, "unit": "step", "delay": 0.01, "mininterval": 0, "miniters": 1}
+        self.bar = tqdm(total=total_steps, initial=step, disable=not shown, **how)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -235,11 +236,12 @@ class RunLog:
     def advance(self, metrics: dict[str, float]) -> None:
         """Move the bar by one step."""
         with printing_to_nobody():
-            self.bar.update()
             self.bar.set_postfix_str(
                 f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-                f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}"
+                f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}",
+                refresh=False,
             )
+            self.bar.update()
 
     def print(self, text: str) -> None:
         """A line above the bar."""
