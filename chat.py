@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from config import Quantization, UserError, check
-from engine.cli import one_line_errors, parse_flags
+from launch.command_line import one_line_errors, parse_flags
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,7 @@ def chat(config: ChatConfig) -> None:
     for model, _ in models:
         model.eval()
     if config.web:
-        from engine.web import serve
+        from view.page import serve
 
         return serve(models, config.checkpoints, config.host, vars(config))
     ((model, tokenizer),) = models
@@ -272,7 +272,7 @@ def at_terminal() -> bool:
 def answer_all(config: ChatConfig, device: str) -> None:
     """Questions from a file, or a single one, by one checkpoint or two, one after the other."""
     from checkpoint import load_model_and_tokenizer, resolve_checkpoint
-    from engine.questions import AnswerFile, answer_questions, read_question, read_questions
+    from questions import AnswerFile, answer_questions, read_question, read_questions
 
     if config.prompts:
         questions = read_questions(Path(config.prompts), config.system)

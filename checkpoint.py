@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from config import ModelConfig, Quantization, UserError, check
-from engine import peft_files
-from engine.adapter_base import ADAPTER_CONFIG, find_base
-from engine.files import (
+from files import (
     damaged_files,
     disk_errors,
     inside,
@@ -28,8 +26,10 @@ from engine.files import (
     write_json,
     write_tensors,
 )
-from engine.hub_config import hub_config, load_config
-from engine.hub_tokenizer import save_tokenizer
+from hub import peft as peft_files
+from hub.adapter_base import ADAPTER_CONFIG, find_base
+from hub.config_json import hub_config, load_config
+from hub.tokenizer_json import save_tokenizer
 from model import DeepSeekV2
 from quantization import NF4, plan, quantized_weights
 from tokenizer import Tokenizer

@@ -18,7 +18,7 @@ Quantization = Literal["nf4"]
 
 
 class UserError(ValueError):
-    """Something the user can mend. The entry points print it as one line, without a traceback (engine/cli.py)."""
+    """An error that the user can fix. The commands print it as one line, without a traceback."""
 
 
 def check(condition: bool, message: str) -> None:

@@ -19,14 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from config import DataConfig, UserError, check
-from engine import sources, text_files
-from engine.data_report import DataReport
-from engine.pieces import SPEAKERS, tokenize
+from data import sources, text_files
+from data.pieces import SPEAKERS, tokenize
+from data.report import DataReport
 from tokenizer import Tokenizer
 
 
 class Data(NamedTuple):
-    """What a run trains on and evaluates on. The datasets' columns: engine/pieces.py."""
+    """What a run trains on and evaluates on. The datasets' columns: data/pieces.py."""
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None

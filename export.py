@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from config import check
-from engine.cli import one_line_errors, parse_flags
+from launch.command_line import one_line_errors, parse_flags
 
 # torch takes a while to import, so each command imports what it needs.
 
@@ -30,7 +30,7 @@ class Merge:
     out: Annotated[Positional[str], arg(metavar="OUT")]
 
     def export(self) -> None:
-        from engine.merge import merge_adapter
+        from merge import merge_adapter
 
         merge_adapter(self.adapter, self.out)
 
@@ -50,11 +50,11 @@ class Hub:
 
     def export(self) -> None:
         from checkpoint import resolve_checkpoint
-        from engine.adapter_base import ADAPTER_CONFIG, publish_base
-        from engine.files import CHECKSUMS, disk_errors, write_directory
-        from engine.model_card import model_card, run_of
-        from engine.plots import plot_runs
-        from engine.run_directory import read_metrics
+        from files import CHECKSUMS, disk_errors, write_directory
+        from hub.adapter_base import ADAPTER_CONFIG, publish_base
+        from hub.card import model_card, run_of
+        from launch.run_directory import read_metrics
+        from view.plots import plot_runs
 
         out = Path(self.out)
         check(not out.exists(), f"{out} exists already; choose a new directory")
@@ -92,8 +92,8 @@ class Gguf:
         check(find_spec("gguf") is not None, "GGUF needs a package: pip install -r requirements-gguf.txt")
         import lora
         from checkpoint import load_model_and_tokenizer
-        from engine.files import disk_errors
-        from engine.gguf_file import write_gguf
+        from files import disk_errors
+        from hub.gguf import write_gguf
 
         model, tokenizer = load_model_and_tokenizer(self.run)
         lora.merge(model)

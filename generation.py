@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from config import UserError, check
-from engine.kernels import compute_dtype, fast_decoding
+from kernels import compute_dtype, fast_decoding
 from model import Block, DeepSeekV2, LayerCache
 from tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""LoRA (https://arxiv.org/abs/2106.09685) from scratch. Its files, in PEFT's format: engine/peft_files.py.
+"""LoRA (https://arxiv.org/abs/2106.09685) from scratch. Its files, in PEFT's format: hub/peft.py.
 
 A weight W stays as it is; beside it a product of two small matrices is learned: y = W x + alpha / r * B A x, with A
 (r, in) and B (out, r). B starts at zero, so training starts from the base model exactly.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import LoraConfig, check
-from engine.kernels import Product
+from kernels import Product
 from model import Experts
 from quantization import NF4
 

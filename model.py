@@ -8,7 +8,7 @@ documents: padding is gone before the first layer, so nothing can attend to it, 
 padded batches are the same computation.
 
 Modules are named as in the checkpoints on Hugging Face, so that `state_dict()` needs almost no translation. The hot
-operations (attention within documents, the experts' product, the loss) are asked of engine/kernels.py, which has each
+operations (attention within documents, the experts' product, the loss) are asked of kernels.py, which has each
 in a plain form and in a fast one.
 """
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
-from engine.documents import Documents, find_documents
-from engine.kernels import (
+from documents import Documents, find_documents
+from kernels import (
     Product,
     compute_dtype,
     document_attention,

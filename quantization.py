@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from config import check
-from engine.kernels import Product, compute_dtype, linear, path_of
+from kernels import Product, compute_dtype, linear, path_of
 from model import Experts
 
 BLOCK = 64  # numbers in a row that share an absmax

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from config import PRESETS, ModelConfig, TrainConfig, check
-from engine.cli import given_fields, one_line_errors, parse_arguments, parse_flags
+from launch.command_line import given_fields, one_line_errors, parse_arguments, parse_flags
 
 # torch, datasets and matplotlib take a while to import, so each command imports what it needs.
 
@@ -37,8 +37,8 @@ class Tokens:
     out: str = ""
 
     def show(self) -> None:
-        from engine.data_view import LEGEND, colour, on_screen, printable
         from tokenizer import Tokenizer
+        from view.terminal import LEGEND, colour, on_screen, printable
 
         texts = [*self.texts, *["Hello! How can I help you?"] * (len(self.texts) % 2)]
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -47,7 +47,7 @@ class Tokens:
         if not self.out:
             print(on_screen(f"{LEGEND} and each token's id\n\n{colour(tokenizer, ids, mask, show_ids=True)}"))
             return
-        from engine.plots import draw_tokens
+        from view.plots import draw_tokens
 
         draw_tokens([printable(tokenizer, [i]) for i in ids], mask, self.out)
         print(f"wrote {self.out}")
@@ -75,14 +75,14 @@ class Data:
     out: str = ""
 
     def show_run(self, config: TrainConfig, given: Collection[str]) -> None:
-        """given: see engine/cli.py. Raises UserError for a configuration that train_sft.py refuses."""
+        """given: see launch/command_line.py. Raises UserError for a configuration that train_sft.py refuses."""
         import numpy as np
 
         from datacollator import DataCollator, RowStream
         from dataset import column, load_data
-        from engine.data_view import LEGEND, histogram, on_screen, pick, shares, table
-        from engine.start import find_start
+        from launch.start import find_start
         from parallel import join_world
+        from view.terminal import LEGEND, histogram, on_screen, pick, shares, table
 
         config, tokenizer, _, _ = find_start(config, given, join_world(config.compute.device))
         options, seed = config.data, config.compute.seed
@@ -91,7 +91,7 @@ class Data:
         rows = RowStream(data.train, collator, seed, options.shuffle)
         targets = column(data.train, "targets")
         if self.out:
-            from engine.plots import draw_histograms
+            from view.plots import draw_histograms
 
             draw_histograms({"tokens of a piece": rows.lengths, "of them trained on": targets}, self.out)
             print(f"wrote {self.out}")
@@ -141,18 +141,18 @@ class Rows:
     def show(self) -> None:
         import numpy as np
 
+        from data.sources import open_splits
         from datacollator import DataCollator, RowStream
         from dataset import load_dataset_split
-        from engine.data_view import LEGEND, colour, draw_row, on_screen
-        from engine.sources import open_splits
         from tokenizer import Tokenizer
+        from view.terminal import LEGEND, colour, draw_row, on_screen
 
         tokenizer = Tokenizer()
         split = self.split or next(iter(open_splits(self.dataset)))
         data, report = load_dataset_split(self.dataset, split, tokenizer, self.max_seq_len)
         rows = RowStream(data, DataCollator(self.max_seq_len, tokenizer.pad_token_id))
         if self.out:
-            from engine.plots import draw_packing
+            from view.plots import draw_packing
 
             fullest = max(range(rows.rows_per_epoch), key=lambda i: len(rows.row_indices(i)))
             batch = rows.batch([fullest])
@@ -185,8 +185,8 @@ class Complete:
         import torch
 
         from checkpoint import load_model_and_tokenizer
-        from engine.data_view import colour, on_screen, printable
         from generation import continuations, room_for_answer
+        from view.terminal import colour, on_screen, printable
 
         model, tokenizer = load_model_and_tokenizer(self.checkpoint)
         model.eval()
@@ -221,7 +221,7 @@ class Model:
 
 def describe(config: ModelConfig) -> str:
     """The architecture as a table, and what its cache takes against multi-head attention's."""
-    from engine.cost import cache_entries, parameter_counts
+    from launch.cost import cache_entries, parameter_counts
 
     counts = parameter_counts(config)
     counts["all"] = sum(total for total, _ in counts.values()), sum(active for _, active in counts.values())
@@ -253,8 +253,8 @@ class Nf4:
         import torch
 
         from checkpoint import iterate_weights, load_config, resolve_checkpoint
-        from engine.plots import draw_levels
         from quantization import BLOCK, LEVELS, quantize
+        from view.plots import draw_levels
 
         directory = resolve_checkpoint(self.checkpoint)
         weights = iterate_weights(directory, load_config(directory))
@@ -283,8 +283,8 @@ class Runs:
     metrics: tuple[str, ...] = ()
 
     def show(self) -> None:
-        from engine.plots import PANELS, plot_runs
-        from engine.run_directory import read_metrics
+        from launch.run_directory import read_metrics
+        from view.plots import PANELS, plot_runs
 
         check(self.runs != (), "name a run's directory, or several")
         known = {panel.metric for panel in PANELS}
@@ -302,7 +302,7 @@ class Idea:
     out: str = "idea.png"
 
     def show(self) -> None:
-        from engine.diagrams import IDEAS
+        from docs.draw import IDEAS
 
         IDEAS[self.name](self.out)
         print(f"wrote {self.out}")

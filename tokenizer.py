@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import TrainConfig, UserError, check
-from engine.files import read_json
-from engine.new_tokens import add_control_tokens as add_tokens
-from engine.vocabulary import load_cl100k, load_directory
+from files import read_json
+from vocabulary import add_control_tokens as add_tokens
+from vocabulary import load_cl100k, load_directory
 
 
 class Turn(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from config import TrainConfig, UserError, check
-from engine.cli import given_fields, one_line_errors, parse_arguments
+from launch.command_line import given_fields, one_line_errors, parse_arguments
 
 if TYPE_CHECKING:
     from datacollator import RowStream
@@ -32,15 +32,15 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
     """Config -> tokenizer -> data -> model -> trainer, each made by one call.
 
-    given: the fields that the command line names (engine/cli.py), which have to have an effect.
+    given: the fields that the command line names (launch/command_line.py), which have to have an effect.
     """
     import torch
 
-    from engine.build import build_model
-    from engine.data_report import write_skipped
-    from engine.job import agents
-    from engine.run_directory import NO_TRACKER, open_run, start_tracker
-    from engine.start import find_start
+    from data.report import write_skipped
+    from launch.build import build_model
+    from launch.job import agents
+    from launch.run_directory import NO_TRACKER, open_run, start_tracker
+    from launch.start import find_start
     from parallel import replicate
     from trainer import Trainer
 
@@ -74,8 +74,8 @@ def load_rows(
     an eval_fraction that was told and that no source needs."""
     from datacollator import DataCollator, RowStream
     from dataset import load_data
-    from engine.data_view import table
     from parallel import first_process_first, from_all_ranks
+    from view.terminal import table
 
     options, seed = config.data, config.compute.seed
     with first_process_first(world):
@@ -108,7 +108,7 @@ def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer"
 
 def announce(trainer: "Trainer") -> None:
     """What is about to be trained, for how long, on what and where."""
-    from engine.build import describe
+    from launch.build import describe
 
     config, world, rows = trainer.config, trainer.world, trainer.rows_per_step
     to_come = (trainer.total_steps - trainer.step) * rows
@@ -122,7 +122,7 @@ def announce(trainer: "Trainer") -> None:
 def plan(config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World") -> None:
     """A dry run: what the run would see, and what it would take. That needs no data: where the Hub cannot be reached,
     it is said. Raises UserError for data that no run can have."""
-    from engine.dry_run import report
+    from launch.dry_run import report
 
     try:
         load_rows(config, given, tokenizer, world)

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 import parallel
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError, check
+from data.report import too_few_rows
 from datacollator import RowStream
-from engine.adapter_base import describe_base, record_base
-from engine.cli import STOP_SIGNALS, StopSignal
-from engine.cost import measure_peak, training_cost
-from engine.data_report import too_few_rows
-from engine.documents import MicroBatch
-from engine.hub_tokenizer import save_tokenizer
-from engine.peft_files import save_adapter
-from engine.prefetch import Step, StepLoader
-from engine.run_directory import NO_EVALUATION, NO_TRACKER, RunLog, Tracker, lowest
+from documents import MicroBatch
 from generation import answers
+from hub.adapter_base import describe_base, record_base
+from hub.peft import save_adapter
+from hub.tokenizer_json import save_tokenizer
+from launch.command_line import STOP_SIGNALS, StopSignal
+from launch.cost import measure_peak, training_cost
+from launch.run_directory import NO_EVALUATION, NO_TRACKER, RunLog, Tracker, lowest
 from model import DeepSeekV2, LossOutput
 from optimizer import learning_rate, make_optimizers
 from parallel import World
+from prefetch import Step, StepLoader
 from tokenizer import Tokenizer
 
 STATE = "trainer_state.pt"

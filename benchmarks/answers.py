@@ -22,9 +22,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import load_model_and_tokenizer
-from engine.cli import one_line_errors
-from engine.sources import open_split
+from data.sources import open_split
 from generation import answers
+from launch.command_line import one_line_errors
 
 PARAPHRASES = Path(__file__).resolve().parents[1] / "tests/data/paraphrases.json"
 PROMPTS = (

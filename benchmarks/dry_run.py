@@ -16,8 +16,8 @@ import tyro
 from rivals import benchmark_config, in_child, peak_memory  # first: sets the environment
 
 from config import PRESETS, Dtype, TrainConfig
-from engine.build import plan_model
-from engine.dry_run import dry_run, full_rows, step
+from launch.build import plan_model
+from launch.dry_run import dry_run, full_rows, step
 from optimizer import make_optimizers
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import hub_parts, write_model
 from config import V2_LITE, ModelConfig, check
-from engine.run_directory import read_metrics
+from launch.run_directory import read_metrics
 from model import DeepSeekV2
 from tokenizer import Tokenizer
 

@@ -28,8 +28,8 @@ from checkpoint import load_model_and_tokenizer, load_pretrained, resolve_checkp
 from config import LoraConfig, OptimizerConfig, check
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
 from dataset import load_dataset_split
-from engine import peft_files
-from engine.cli import one_line_errors
+from hub import peft as peft_files
+from launch.command_line import one_line_errors
 from optimizer import make_optimizers
 from tokenizer import Tokenizer
 

@@ -30,8 +30,8 @@ from torch import nn
 
 from config import ModelConfig, OptimizerConfig
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream, pack_best_fit
-from engine.cost import measure_peak
-from engine.hub_tokenizer import save_tokenizer
+from hub.tokenizer_json import save_tokenizer
+from launch.cost import measure_peak
 from model import DeepSeekV2, LossOutput
 from optimizer import make_optimizers
 from tokenizer import Tokenizer

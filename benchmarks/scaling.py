@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch.distributed as dist
 
 from config import PRESETS
-from engine.cost import Traffic, parameter_counts
-from engine.dry_run import dry_run
+from launch.cost import Traffic, parameter_counts
+from launch.dry_run import dry_run
 
 WARM_UP = COUNTED = 3  # steps
 WORKER = "RANK" in os.environ
@@ -65,8 +65,8 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     import train_sft
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
-    from engine.build import build_model
-    from engine.start import resolve
+    from launch.build import build_model
+    from launch.start import resolve
     from parallel import join_world, leave_world, replicate
     from tokenizer import Tokenizer
     from trainer import Trainer

@@ -18,7 +18,7 @@ from rivals import benchmark_config, in_child, our_loop, peak_memory  # first: s
 
 from config import Dtype, ModelConfig
 from datacollator import Conversation
-from engine.cost import parameter_counts
+from launch.cost import parameter_counts
 from parallel import choose_dtype
 
 WARM_UP, TIMED = 3, 5  # steps

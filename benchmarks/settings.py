@@ -15,11 +15,11 @@ from torch import nn
 
 from config import ModelConfig, TrainConfig
 from datacollator import DataCollator, RowStream
-from engine.build import build_model
-from engine.cost import attention_flops, measure_peak, training_cost
-from engine.prefetch import Step, StepLoader
+from launch.build import build_model
+from launch.cost import attention_flops, measure_peak, training_cost
 from optimizer import make_optimizers
 from parallel import World
+from prefetch import Step, StepLoader
 from tokenizer import Tokenizer
 
 WARM_UP = 3  # steps

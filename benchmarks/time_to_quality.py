@@ -22,7 +22,7 @@ from rivals import autocast, transformers_loss, transformers_model  # first: set
 from config import ModelConfig
 from datacollator import IGNORE, DataCollator, RowStream
 from dataset import load_dataset_split
-from engine.run_directory import read_metrics
+from launch.run_directory import read_metrics
 from parallel import choose_dtype
 from tokenizer import Tokenizer
 

@@ -41,7 +41,7 @@ from settings import settings_table
 
 from config import Dtype, ModelConfig
 from datacollator import IGNORE, Conversation
-from engine.cost import attention_flops, training_cost
+from launch.cost import attention_flops, training_cost
 from model import DeepSeekV2
 from parallel import choose_device, choose_dtype
 

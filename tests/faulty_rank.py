@@ -12,7 +12,7 @@ from typing import Any
 import train_sft
 import trainer
 from config import UserError
-from engine import start
+from launch import start
 
 
 def fail(*_: object) -> Any:

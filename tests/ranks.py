@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 import parallel
 import train_sft
 import trainer
-from engine.cli import given_fields
-from engine.cost import Traffic
-from engine.documents import MicroBatch
-from engine.prefetch import Step
+from documents import MicroBatch
+from launch.command_line import given_fields
+from launch.cost import Traffic
 from model import LossOutput
+from prefetch import Step
 from small_runs import cheap_process
 
 # ---------------------------------------------------------------- watching

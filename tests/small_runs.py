@@ -27,12 +27,14 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+import files
 import train_sft
 import trainer
 from checkpoint import load_state, newest_checkpoint
-from engine import files, plots, run_directory
-from engine.cli import STOP_SIGNALS
-from engine.documents import MicroBatch
+from documents import MicroBatch
+from launch import run_directory
+from launch.command_line import STOP_SIGNALS
+from view import plots
 
 WORDS = ("one", "three", "seven", "eleven", "the", "a", "is", "was", "not", "and", "or", "but", "there", "☂", "é")
 

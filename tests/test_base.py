@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from checkpoint import load_pretrained
 from config import BASE, TINY
-from engine.sources import open_split
+from data.sources import open_split
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ import export
 import train_sft
 from checkpoint import load_model_and_tokenizer, newest_checkpoint
 from config import UserError
-from engine.files import write_tensors
+from files import write_tensors
 from small_models import relative_difference
 from small_runs import arguments, conversations, differing, final_tensors, run_main, train_here, write_jsonl
 

@@ -21,13 +21,15 @@ import generation
 import lora
 from chat import ChatConfig, Reply, Writer
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
-from engine import formats, peft_files, trace
-from engine.questions import columns, read_question
+from data import formats
 from generation import generate
+from hub import peft as peft_files
 from model import DeepSeekV2
+from questions import columns, read_question
 from small_models import small_model, transformers_model
 from small_runs import run_main
 from tokenizer import CHAT_TEMPLATES, Tokenizer
+from view import trace
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 128

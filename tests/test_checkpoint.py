@@ -32,8 +32,8 @@ from checkpoint import (
     save_state,
 )
 from config import RopeScaling, UserError
-from engine import peft_files
 from generation import generate
+from hub import peft as peft_files
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
 from small_runs import conversations, peak_memory, run_python, train_here, write_jsonl

@@ -12,9 +12,9 @@ import lora
 import model as model_module
 from config import TrainConfig
 from datacollator import IGNORE
-from engine import cost
-from engine.build import plan_model
-from engine.cost import measure_peak, training_cost
+from launch import cost
+from launch.build import plan_model
+from launch.cost import measure_peak, training_cost
 from small_models import WIDE, small_config, small_model
 
 TOKENS, TARGETS = 4000, 1500

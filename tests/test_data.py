@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import DataConfig, UserError
+from data import formats, sources, text_files
+from data.pieces import PIECE, SPEAKERS, tokenize_row
 from dataset import Data, column, load_data, lottery, parse_source
-from engine import formats, sources, text_files
-from engine.pieces import PIECE, SPEAKERS, tokenize_row
 from small_runs import arguments, conversations, train_here, write_jsonl
 from tokenizer import CHAT_TEMPLATES, ROLES, ChatTemplate, Tokenizer, Turn
 

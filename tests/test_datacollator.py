@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.sources import read_chitchat
 from datacollator import DataCollator, RowStream, pack_best_fit
-from engine.sources import read_chitchat
 from tokenizer import Tokenizer
 
 CAPACITY, PAD = 24, 999

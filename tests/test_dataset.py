@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as tokenizer_module
+import vocabulary
 from config import UserError
+from data import formats, pieces, text_files
+from data.pieces import tokenize_row
+from data.sources import BUILT_IN, open_split, read_chatterbot, read_chitchat, read_chitchat_text
 from dataset import load_dataset_split
-from engine import formats, pieces, text_files, vocabulary
-from engine.pieces import tokenize_row
-from engine.sources import BUILT_IN, open_split, read_chatterbot, read_chitchat, read_chitchat_text
 from tokenizer import ROLES, Tokenizer
 
 TOKENIZER = Tokenizer(vocab_size=512)

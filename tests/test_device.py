@@ -18,16 +18,16 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import kernels
 import lora
 import quantization
 import trainer
 from config import TrainConfig, UserError
-from engine import dry_run as dry_run_module
-from engine import kernels
-from engine.cost import parameter_counts
-from engine.documents import CHUNK, Documents, find_documents, in_one_piece, taken_apart
-from engine.dry_run import DryRun, dry_run
-from engine.kernels import document_attention, plain_attention, sum_cross_entropy
+from documents import CHUNK, Documents, find_documents, in_one_piece, taken_apart
+from kernels import document_attention, plain_attention, sum_cross_entropy
+from launch import dry_run as dry_run_module
+from launch.cost import parameter_counts
+from launch.dry_run import DryRun, dry_run
 from model import DeepSeekV2, LossOutput
 from small_models import WIDE, make_batch, relative_difference, small_config, small_model
 from small_runs import arguments, conversations, train_here, write_jsonl

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from checkpoint import save_pretrained
-from engine.hub_tokenizer import save_tokenizer
 from generation import generate
+from hub.tokenizer_json import save_tokenizer
 from model import DeepSeekV2
 from small_models import small_model
 from small_runs import conversations

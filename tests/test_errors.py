@@ -14,7 +14,7 @@ import pytest
 import train_sft
 from checkpoint import save_pretrained
 from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError
-from engine.cli import one_line_errors
+from launch.command_line import one_line_errors
 from small_models import small_model
 from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl
 from tokenizer import Tokenizer

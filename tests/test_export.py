@@ -18,11 +18,11 @@ import export
 import lora
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
 from config import PRESETS, RopeScaling, UserError
-from engine import peft_files
-from engine.cli import parse_arguments
-from engine.files import write_tensors
-from engine.model_card import command
-from engine.run_directory import read_metrics
+from files import write_tensors
+from hub import peft as peft_files
+from hub.card import command
+from launch.command_line import parse_arguments
+from launch.run_directory import read_metrics
 from model import DeepSeekV2
 from small_models import relative_difference, small_model
 from small_runs import arguments, conversations, run_main, train_here, write_jsonl

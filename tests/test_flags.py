@@ -10,9 +10,9 @@ import pytest
 
 from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint
 from config import OptimizerConfig, RopeScaling
-from engine.cli import given_fields, parse_arguments
-from engine.files import write_json
-from engine.run_directory import read_metrics
+from files import write_json
+from launch.command_line import given_fields, parse_arguments
+from launch.run_directory import read_metrics
 from optimizer import learning_rate
 from small_runs import arguments, conversations, train_here, write_jsonl
 

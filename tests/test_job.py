@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 import train_sft
 from config import TrainConfig, UserError
-from engine.job import agents, fingerprint, is_own_run, look_up
-from engine.run_directory import AGENTS
+from launch.job import agents, fingerprint, is_own_run, look_up
+from launch.run_directory import AGENTS
 from parallel import World, first_process_first, from_all_ranks
 from small_runs import cheap_process, conversations, start_forkserver, write_jsonl
 from tokenizer import Tokenizer

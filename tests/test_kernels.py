@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import kernels
-from engine.documents import find_documents
-from engine.kernels import (
+import kernels
+from documents import find_documents
+from kernels import (
     ChunkedCrossEntropy,
     document_attention,
     fast_decoding,

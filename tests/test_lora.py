@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import lora
 from config import MINI, OptimizerConfig, UserError
-from engine import peft_files
 from generation import generate
+from hub import peft as peft_files
 from model import DeepSeekV2, Experts
 from optimizer import make_optimizers
 from small_models import relative_difference, small_config, small_model, transformers_model

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from checkpoint import load_pretrained, load_state, newest_checkpoint
-from engine.run_directory import read_metrics
+from launch.run_directory import read_metrics
 from ranks import take_over
 from small_runs import arguments, conversations, final_tensors, finish_job, numbers, start_job, train_here, write_jsonl
 from trainer import STATE

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine import plots
+from view import plots
 
 STEPS, TOKENS = 60, 100  # of a run, and in a step
 

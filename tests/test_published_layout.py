@@ -18,9 +18,9 @@ import lora
 import trainer
 from checkpoint import load_model_and_tokenizer, load_pretrained, load_state, newest_checkpoint
 from config import LoraConfig
-from engine.merge import merge_adapter
-from engine.run_directory import read_metrics
 from generation import answers
+from launch.run_directory import read_metrics
+from merge import merge_adapter
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
 from small_runs import arguments, conversations, peak_memory, train_here, write_jsonl
@@ -270,7 +270,7 @@ import lora, model, parallel
 from checkpoint import load_config
 from config import TrainConfig
 from parallel import World
-from engine.build import build_model
+from launch.build import build_model
 changes = {"lora_rank": 4, "dtype": "bfloat16", "init_from": sys.argv[1], "model": load_config(sys.argv[1])}
 config = TrainConfig().changed(**changes)
 """

@@ -19,14 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import chat
 import checkpoint
+import kernels
 import lora
 import quantization
 from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint, save_pretrained
 from config import MINI, OptimizerConfig, UserError
-from engine import kernels, peft_files
-from engine.kernels import GroupedProduct, RowProduct
-from engine.merge import merge_adapter
 from generation import generate
+from hub import peft as peft_files
+from kernels import GroupedProduct, RowProduct
+from merge import merge_adapter
 from model import DeepSeekV2
 from optimizer import make_optimizers
 from quantization import ABSMAX_LEVELS, LEVELS, NF4, FrozenProduct

@@ -17,8 +17,8 @@ import torch
 import small_runs
 from checkpoint import load_pretrained, load_state
 from config import CheckpointConfig, ModelConfig, RopeScaling, TrainConfig, UserError
-from engine.files import checksum, write_json
-from engine.run_directory import check_changes, open_run, read_metrics
+from files import checksum, write_json
+from launch.run_directory import check_changes, open_run, read_metrics
 from small_runs import (
     arguments,
     conversations,

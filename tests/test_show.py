@@ -16,16 +16,19 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import prefetch
 import show
 from checkpoint import save_pretrained
 from config import PRESETS
-from engine import data_view, diagrams, plots, prefetch
-from engine.cli import one_line_errors
+from docs import draw as diagrams
 from generation import generate
+from launch.command_line import one_line_errors
 from model import DeepSeekV2
 from small_models import small_model
 from small_runs import conversations, run_main, train_here, write_jsonl
 from tokenizer import Tokenizer
+from view import plots
+from view import terminal as data_view
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG"

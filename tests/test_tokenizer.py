@@ -12,10 +12,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vocabulary
 from config import UserError
-from engine import vocabulary
-from engine.hub_tokenizer import save_tokenizer
-from engine.sources import read_chitchat
+from data.sources import read_chitchat
+from hub.tokenizer_json import save_tokenizer
 from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
 
 TEMPLATES = list(CHAT_TEMPLATES)

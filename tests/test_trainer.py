@@ -19,21 +19,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+import kernels
 import lora
 import train_sft
 import trainer as trainer_module
 from checkpoint import load_pretrained
 from config import OptimizerConfig, TrainConfig, UserError, check
 from datacollator import DataCollator, RowStream
-from engine import kernels, plots, run_directory
-from engine.documents import Documents, MicroBatch
-from engine.run_directory import read_metrics
+from documents import Documents, MicroBatch
+from launch import run_directory
+from launch.run_directory import read_metrics
 from optimizer import Muon, learning_rate
 from parallel import World
 from small_models import small_config, small_model
 from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl
 from tokenizer import Tokenizer
 from trainer import Trainer
+from view import plots
 
 TOKENIZER = Tokenizer(vocab_size=512)
 TEXTS = conversations(12, seed=1)

@@ -21,13 +21,14 @@ from selenium.webdriver.support.wait import WebDriverWait
 import chat
 import model as model_module
 from checkpoint import save_pretrained
-from engine import trace, web
-from engine.cost import cache_entries
 from generation import LatentCache, generate
+from launch.cost import cache_entries
 from model import DeepSeekV2, MoE
 from small_models import small_model
 from small_runs import run_main
 from tokenizer import Tokenizer
+from view import page as web
+from view import trace
 
 SETTINGS = {"system": None, "max_new_tokens": 24, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0}
 QUESTION = "Hello! How are you?"

@@ -6,6 +6,7 @@ import json
 import os
 import select
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKSUMS = "checksums.json"
+
+
+def printable(text: str) -> str:
+    """Return text from a file or a model with its control characters, except newline and tab, as U+FFFD: a terminal
+    would obey them (title, clipboard, clear screen)."""
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 # ---------------------------------------------------------------- one file

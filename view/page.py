@@ -1,4 +1,4 @@
-"""The page in the browser (`python chat.py RUN --web`): a chat, and beside it what engine/trace.py sees inside.
+"""The page in the browser (`python chat.py RUN --web`): a chat, and beside it what view/trace.py sees inside.
 
 Made with Gradio, an optional requirement. What people and models write is shown as text: the chat, which would take it
 for HTML, gets it escaped; the only HTML written here is made of numbers. Nothing leaves the machine: no analytics, no
@@ -14,12 +14,12 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from config import UserError
-from engine.cost import cache_entries
-from engine.kernels import compute_dtype
-from engine.trace import Seen, write
 from generation import fit_into_context
+from kernels import compute_dtype
+from launch.cost import cache_entries
 from model import DeepSeekV2
 from tokenizer import Tokenizer
+from view.trace import Seen, write
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr

@@ -13,7 +13,7 @@ import tiktoken
 import tokenizers
 
 from config import UserError
-from engine.files import read_json
+from files import read_json
 
 
 class Vocabulary(NamedTuple):
@@ -183,3 +183,18 @@ def text_encoder(path: Path, spec: dict) -> Callable[[str], list[int]]:
         return encoder.encode(text, add_special_tokens=False).ids
 
     return encode
+
+
+def add_control_tokens(vocabulary: Vocabulary, names: Sequence[str]) -> Vocabulary:
+    """Return the vocabulary with `names` appended as control tokens, for a base model without a chat template."""
+    first = len(vocabulary.tokens)
+    new = {name: first + i for i, name in enumerate(names)}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+    def to_json() -> str:
+        spec = json.loads(vocabulary.to_json())
+        spec["added_tokens"] += [{"id": i, "content": name, **plain, "special": True} for name, i in new.items()]
+        return json.dumps(spec, ensure_ascii=False)
+
+    tokens = vocabulary.tokens + [name.encode() for name in names]
+    return Vocabulary(vocabulary.encode, tokens, vocabulary.control_ids | new, to_json)

@@ -16,10 +16,10 @@ from checkpoint import (
     write_model,
 )
 from config import ModelConfig, check
-from engine import peft_files
-from engine.adapter_base import find_base
-from engine.files import disk_errors, write_directory
-from engine.hub_config import load_config
+from files import disk_errors, write_directory
+from hub import peft as peft_files
+from hub.adapter_base import find_base
+from hub.config_json import load_config
 from model import DeepSeekV2
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import ModelConfig, UserError, check
-from engine.files import checksum, read_json, write_json
-from engine.hub_config import hub_config, parse_config
+from files import checksum, read_json, write_json
+from hub.config_json import hub_config, parse_config
 
 ADAPTER_CONFIG, BASE = "adapter_config.json", "base.json"
 

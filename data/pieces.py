@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.fingerprint import Hasher
 
-from engine import formats, text_files
-from engine.formats import Message, RowError
+from data import formats, text_files
+from data.formats import Message, RowError
 from tokenizer import ROLES, RenderedTurn, Tokenizer
 
 INTEGER, STRING = datasets.Value("int32"), datasets.Value("string")
@@ -55,7 +55,7 @@ PIECE = datasets.Features(
 
 
 # What is tokenised depends on their code.
-CODE = (__name__, "engine.formats", "engine.text_files", "engine.vocabulary", "tokenizer")
+CODE = (__name__, "data.formats", "data.text_files", "vocabulary", "tokenizer")
 
 
 def tokenize(

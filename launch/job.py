@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from config import check
-from engine.run_directory import AGENTS
+from launch.run_directory import AGENTS
 from parallel import World, first_process_first, from_all_ranks, from_first_rank
 
 

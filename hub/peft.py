@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import UserError, check
-from engine.files import read_json, write_json, write_tensors
+from files import read_json, write_json, write_tensors
 from lora import LoRAExperts, LoRALinear, adaptable_weights, adapters, attach, set_adapters
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

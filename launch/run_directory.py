@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from config import ModelConfig, RopeScaling, TrainConfig, UserError, check
-from engine.files import disk_errors, printing_to_nobody, read_json, replace_file
+from files import disk_errors, printing_to_nobody, read_json, replace_file
 
 CONFIG, METRICS, TRACKER_ID = "config.json", "metrics.jsonl", "tracker_id"
 AGENTS = ".job"  # what started the job that the run belongs to, a line each
@@ -168,7 +168,7 @@ def check_start(config: TrainConfig) -> None:
 
 
 def open_run(config: TrainConfig, agents: Iterable[str] = (), tracker: Tracker = NO_TRACKER) -> None:
-    """Make the run directory, and write into it the configuration, the job's agents (engine/job.py) and the tracker's
+    """Make the run directory, and write into it the configuration, the job's agents (launch/job.py) and the tracker's
     number. A run that is there and is not resumed moves aside: nothing is overwritten."""
     directory = Path(config.checkpoint.output_dir)
     if holds_a_run(directory) and not config.checkpoint.resume:
@@ -229,7 +229,7 @@ class RunLog:
         if self.shown:
             self.tracker.close()
         if self.shown and error is None:
-            from engine.plots import plot_runs  # matplotlib takes a while to import
+            from view.plots import plot_runs  # matplotlib takes a while to import
 
             plot_runs({str(self.run): read_metrics(self.run)}, self.run / "loss.png")
 

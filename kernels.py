@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from engine.documents import CHUNK, IGNORE, Documents
+from documents import CHUNK, IGNORE, Documents
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from config import PRESETS
-from engine.run_directory import CONFIG, METRICS, flatten, read_configuration, read_metrics
-from engine.sources import KINDS
-from engine.text_files import file_kind
+from data.sources import KINDS
+from data.text_files import file_kind
+from launch.run_directory import CONFIG, METRICS, flatten, read_configuration, read_metrics
 
 # Settings that name a place: of this machine, or on the Hub.
 PLACES = {"dataset", "tokenizer", "init_from"}

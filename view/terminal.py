@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from config import TrainConfig
-from engine.data_report import DataReport, too_few_rows
+from data.report import DataReport, too_few_rows
 
 if TYPE_CHECKING:
     import datasets

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from checkpoint import checkpoints, newest_checkpoint, resolve_model
 from config import TrainConfig, check
-from engine.adapter_base import model_directory
-from engine.cli import useless_flags
-from engine.hub_config import changed_config, load_config
-from engine.job import check_shared_files, is_own_run, look_up
-from engine.run_directory import check_changes, check_start
+from hub.adapter_base import model_directory
+from hub.config_json import changed_config, load_config
+from launch.command_line import useless_flags
+from launch.job import check_shared_files, is_own_run, look_up
+from launch.run_directory import check_changes, check_start
 from parallel import World, choose_dtype
 from tokenizer import Tokenizer, load_tokenizer
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from engine.formats import RowError, kind
+from data.formats import RowError, kind
 
 # A row's place, itself in JSON and not parsed yet, or else why it can't be read.
 LINES = {"place": datasets.Value("string"), "json": datasets.Value("large_binary"), "error": datasets.Value("string")}

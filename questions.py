@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from config import UserError, check
-from engine import formats
-from engine.files import disk_errors, replace_file
-from engine.text_files import parse_line
+from data import formats
+from data.text_files import parse_line
+from files import disk_errors, replace_file
 
 if TYPE_CHECKING:
     from model import DeepSeekV2
@@ -43,7 +43,7 @@ class Prompt(NamedTuple):
 
 # ---------------------------------------------------------------- reading them
 
-# The columns that a question may have, as engine/formats.py reads them for training, and in its order: a dataset's own
+# The columns that a question may have, as data/formats.py reads them for training, and in its order: a dataset's own
 # rows are questions, too, up to the assistant's last turn.
 READERS: dict[str, Callable[[formats.Fields, str], formats.Content]] = {
     "messages": formats.read_conversation,

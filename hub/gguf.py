@@ -14,10 +14,10 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from config import ModelConfig, check
-from engine.hub_tokenizer import jinja_template
-from engine.vocabulary import BYTE_TO_CHAR, CL100K_PATTERN
+from hub.tokenizer_json import jinja_template
 from model import DeepSeekV2
 from tokenizer import Tokenizer
+from vocabulary import BYTE_TO_CHAR, CL100K_PATTERN
 
 # Our module's name within a block, and GGUF's.
 BLOCK_NAMES = {

@@ -1,17 +1,17 @@
 """A run's model: planned without memory, divided among the ranks, filled one tensor at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import lora
 import quantization
 from checkpoint import iterate_weights
 from config import TrainConfig
-from engine import peft_files
-from engine.hub_config import load_config
-from engine.new_tokens import with_new_rows
+from hub import peft as peft_files
+from hub.config_json import load_config
 from model import DeepSeekV2, RMSNorm, Router
 from parallel import Part, World, load_weights, make_mesh, parallelize
 from quantization import NF4
@@ -79,3 +79,17 @@ def describe(model: DeepSeekV2) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_4_bits = f", {quantized / 1e6:,.1f} M of them in 4 bits" if quantized else ""
     return f"{parameters / 1e6:,.1f} M parameters{in_4_bits}, {trained / 1e6:,.1f} M of them trained"
+
+
+def with_new_rows(
+    weights: Iterable[tuple[str, Tensor]], vocab_size: int, new_ids: Sequence[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights with embedding and head enlarged to `vocab_size` rows. The rows of new_ids start at the mean of
+    all existing rows, so that a new token is no more and no less likely than the others on average."""
+    for name, tensor in weights:
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            rows = tensor.new_empty(vocab_size, tensor.shape[1])
+            rows[: len(tensor)] = tensor
+            rows[list(new_ids)] = tensor[: min(new_ids)].float().mean(dim=0).to(tensor.dtype)
+            tensor = rows
+        yield name, tensor

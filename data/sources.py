@@ -20,8 +20,8 @@ from datasets.fingerprint import Hasher
 from pyarrow import parquet
 
 from config import UserError, check
-from engine import text_files
-from engine.text_files import LINES, READERS, file_kind, read_files
+from data import text_files
+from data.text_files import LINES, READERS, file_kind, read_files
 
 KINDS = (*READERS, ".parquet")
 STRING = datasets.Value("string")

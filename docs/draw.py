@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 
 from config import PRESETS, ModelConfig
 from datacollator import IGNORE, DataCollator
-from engine.kernels import sort_by_expert
-from engine.plots import CONTEXT, TRAINED, save
+from kernels import sort_by_expert
 from tokenizer import Tokenizer
+from view.plots import CONTEXT, TRAINED, save
 
 COLOURS = ("#a5d8ff", "#ffd8a8", "#d0bfff", "#b2f2bb", "#ffc9c9", "#ffec99")
 
@@ -183,7 +183,7 @@ def experts_of_three_tokens(out: str) -> None:
 
 
 def rows_of_two_ranks(out: str) -> None:
-    """As StepLoader (engine/prefetch.py) takes them."""
+    """As StepLoader (prefetch.py) takes them."""
     ranks, micro_batches, size = 2, 3, 4
     starts = {(m, rank): (m * ranks + rank) * size for m in range(micro_batches) for rank in range(ranks)}
     draw_ranks({place: range(start, start + size) for place, start in starts.items()}, out)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from engine.files import write_json
+from files import write_json
 from tokenizer import ChatTemplate, Tokenizer
 
 # In Jinja: `content` as one text, from whichever form it comes in.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from config import ModelConfig, RopeScaling, UserError, check
-from engine.files import inside, read_json
+from files import inside, read_json
 
 # Settings of DeepSeek-V2's config.json that this model has no choice in; a missing one means the same.
 SUPPORTED = {

@@ -8,7 +8,7 @@ import torch
 
 from config import BatchConfig
 from datacollator import IGNORE, Counts, RowStream
-from engine.documents import MicroBatch, make_micro_batch
+from documents import MicroBatch, make_micro_batch
 from parallel import World
 
 

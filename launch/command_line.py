@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import tyro
 
 from config import PRESETS, RopeScaling, TrainConfig, UserError, check
-from engine.files import reader_has_left
-from engine.run_directory import saved_configuration
+from files import reader_has_left
+from launch.run_directory import saved_configuration
 
 Config = TypeVar("Config")
 

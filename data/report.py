@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from config import TrainConfig
-from engine.files import replace_file
+from files import replace_file
 
 
 @dataclass

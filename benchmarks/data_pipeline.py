@@ -1,6 +1,6 @@
 """How fast do conversations become batches? Render, mask and pack chitchat on one core.
 
-    python benchmarks/data.py [--width 2048] [--vocab-size 100277]
+    python benchmarks/data_pipeline.py [--width 2048] [--vocab-size 100277]
 
 Against tiktoken alone, without template, mask or batch, and against `apply_chat_template` with the assistant's mask.
 """
@@ -14,9 +14,9 @@ from typing import TypeVar
 import tyro
 from rivals import BATCH_SIZE, transformers_tokenizer  # first: sets the environment
 
+from data.pieces import tokenize_row
+from data.sources import open_split
 from datacollator import Batch, Conversation, DataCollator, pack_best_fit
-from engine.pieces import tokenize_row
-from engine.sources import open_split
 from tokenizer import Tokenizer
 
 Result = TypeVar("Result")

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+import kernels
 from config import TrainConfig
-from engine import kernels
-from engine.build import gathered_parts, plan_model
-from engine.cost import Traffic, attention_flops, training_cost
-from engine.documents import Documents, find_documents
+from documents import Documents, find_documents
+from launch.build import gathered_parts, plan_model
+from launch.cost import Traffic, attention_flops, training_cost
 from model import DeepSeekV2
 from optimizer import make_optimizers
 from parallel import World, make_mesh, parallelize, synchronize_gradients
