@@ -1,4 +1,13 @@
-"""How the weights move: the schedule of the learning rate, AdamW, and Muon from scratch."""
+"""The learning rate's schedule, and two optimizers: AdamW, and Muon from scratch.
+
+The rate rises linearly for `warmup_steps`, then follows half a cosine down to a share of its peak. Muon
+(https://kellerjordan.github.io/posts/muon/) orthogonalises each matrix's momentum before it steps.
+
+>>> from config import OptimizerConfig
+>>> config = OptimizerConfig(learning_rate=1.0, min_learning_rate_ratio=0.1, warmup_steps=2)
+>>> [round(learning_rate(step, config, total_steps=10), 3) for step in (0, 1, 2, 6, 10)]
+[0.5, 1.0, 1.0, 0.55, 0.1]
+"""
 
 import math
 from collections.abc import Iterable
@@ -9,21 +18,25 @@ from torch import Tensor, nn
 from config import OptimizerConfig
 
 
-def learning_rate(step: float, config: OptimizerConfig, total_steps: float) -> float:
-    """Rate of a step counted from 0, or of a place between two: linear warm-up, then half a cosine down to
-    a share of the peak."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+def learning_rate(step: int, config: OptimizerConfig, total_steps: float, progress: float | None = None) -> float:
+    """Return the rate of the optimizer step that follows `step` others, at most `config.learning_rate`.
+
+    progress: how much of `total_steps` has been seen, `step` by default. The two differ in a run that was resumed with
+    another global batch: its cosine follows the data, but a warm-up that is over stays over.
+    """
+    progress = step if progress is None else progress
+    decay_steps = max(total_steps - config.warmup_steps, 1)
+    decayed = min(max((progress - config.warmup_steps) / decay_steps, 0.0), 1.0)
     floor = config.min_learning_rate_ratio
-    return config.learning_rate * (floor + (1 - floor) * cosine)
+    share = min(floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decayed)), 1.0)  # rounding could exceed 1
+    warmed_up = min((step + 1) / max(config.warmup_steps, 1), 1.0)
+    return config.learning_rate * share * warmed_up
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """AdamW, whose decay pulls on matrices only, not on the norms' gains; with `optimizer` muon, Muon for the blocks'
-    matrices. AdamW keeps router, embedding and head, whose rows stand for experts and words, each on its own, and the
-    stacked experts, where Muon cost more time than it saved. dtype: that Muon multiplies in."""
+    """Return AdamW for all trained parameters or, with `optimizer` muon, Muon for the blocks' matrices and AdamW for
+    the rest: router, embedding and head, whose rows are separate experts and tokens, and the stacked experts, where
+    Muon costs more time than it saves. Weight decay applies to matrices only. dtype: what Muon multiplies in."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     in_blocks = [n for n, p in trained.items() if ".layers." in n and p.dim() == 2 and ".gate." not in n]
     blocks = [trained.pop(name) for name in (in_blocks if config.optimizer == "muon" else [])]
@@ -41,14 +54,14 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig, dtype: torch.dtyp
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (https://kellerjordan.github.io/posts/muon/): a matrix moves equally far in all of its
-    directions, not mostly along the few that dominate its gradient.
+    """Orthogonalised momentum: a matrix moves equally far in all directions, not mostly along the few that dominate
+    its gradient.
 
-    torch.optim.Muon does the same, but always multiplies in bf16, which takes ages where the hardware can't.
+    torch.optim.Muon does the same, but always multiplies in bf16, which is very slow without hardware support.
     """
 
     MOMENTUM = 0.95
-    found_inf: Tensor | None = None  # (), 1 to leave everything as it is; torch's fused optimizers look at theirs, too
+    found_inf: Tensor | None = None  # (), 1: skip this step; torch's fused optimizers read theirs in the same way
 
     def __init__(self, matrices: Iterable[nn.Parameter], weight_decay: float, dtype: torch.dtype) -> None:
         super().__init__(matrices, {"lr": 1e-3, "weight_decay": weight_decay})
@@ -64,8 +77,8 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 mean = state["momentum_buffer"].lerp(gradient, 1 - self.MOMENTUM)
-                update = orthogonalize(gradient.lerp(mean, self.MOMENTUM), self.dtype)  # Nesterov's: one step ahead
-                # Brought to the size of AdamW's updates, so that both take the same learning rate
+                update = orthogonalize(gradient.lerp(mean, self.MOMENTUM), self.dtype)  # Nesterov: one step ahead
+                # Scaled to the size of AdamW's updates, so that both use the same learning rate
                 # (https://arxiv.org/abs/2502.16982, equation 4).
                 rate = group["lr"] * 0.2 * math.sqrt(max(matrix.shape))
                 moved = matrix.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
@@ -74,9 +87,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix U S V^T (out, in) to about U V^T in `dtype`, by five steps of Newton and Schulz's iteration.
+    """Map a matrix U S V^T (out, in) to approximately U V^T in `dtype`, by five Newton-Schulz iterations.
 
-    The coefficients push small singular values up fast; all end between 0.7 and 1.2.
+    The coefficients increase small singular values quickly; all end between 0.7 and 1.2.
     """
     tall = x.shape[0] > x.shape[1]
     y = (x.T if tall else x).to(dtype)

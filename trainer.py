@@ -143,7 +143,7 @@ class Trainer:
         divided by the number of these tokens. Nothing waits for the device before the optimizer has been told."""
         began, counts = time.perf_counter(), step.counts
         now, end = self.place
-        rate = learning_rate(now, self.config.optimizer, end)
+        rate = learning_rate(self.step, self.config.optimizer, end, progress=now)
         # for dropout; torch takes 64 bits
         torch.manual_seed(((self.config.compute.seed << 40) + self.step * self.world.size + self.world.rank) % 2**64)
         sums: list[Tensor] = []
