@@ -1,13 +1,15 @@
-"""How well does a chat model answer? python benchmarks/answers.py CHECKPOINT [CHECKPOINT ...] [--out answers.jsonl]
+"""How well does a chat model answer?
 
-For each checkpoint, greedy throughout:
+    python benchmarks/answers.py CHECKPOINT [CHECKPOINT ...] [--prompts] [--out answers.jsonl]
 
-- memorised: chatterbot's openings that have one answer only, answered by it letter by letter;
-- paraphrased: tests/data/paraphrases.json, 30 of these openings put in other words, which nothing was trained on,
-  answered as the original is;
+Count greedy answers of three kinds for each checkpoint:
+
+- memorised: openings of chatterbot with exactly one answer in the data, reproduced verbatim;
+- paraphrased: the 30 rewordings of such openings in tests/data/paraphrases.json, which no run trains on, answered like
+  the original;
 - whole sentences: replies to the first turns of 100 held-out chitchat conversations that `is_whole` accepts.
 
-All replies go to --out, for a reader to judge. With --prompts, ten prompts are answered by each, side by side.
+--prompts also prints the answers to ten prompts side by side; --out writes all replies to a file.
 """
 
 import argparse
@@ -36,7 +38,7 @@ MAX_NEW_TOKENS = 80
 
 
 def unique_openings() -> dict[str, str]:
-    """chatterbot's opening prompts to their answers, where all exchanges that open so agree."""
+    """Map each opening of chatterbot to its answer, if all exchanges with that opening have the same one."""
     found: dict[str, set[str]] = defaultdict(set)
     for row in open_split("chatterbot", "train+test"):
         prompt, answer = row["messages"][:2]
@@ -45,13 +47,13 @@ def unique_openings() -> dict[str, str]:
 
 
 def first_turns(number: int) -> list[str]:
-    """How that many held-out chitchat conversations begin."""
+    """Return the first message of each of the first `number` held-out chitchat conversations."""
     return [row["messages"][0]["content"] for row in open_split("chitchat", f"test[:{number}]")]
 
 
 def is_whole(reply: str) -> bool:
-    """It begins with a capital letter, a digit or a quote, ends with a full stop, a question or an exclamation mark (a
-    smiley or a quote may follow), was not cut off, and has no word or sentence twice in a row."""
+    """Return whether a reply begins with a capital letter, digit or quote, ends with a full stop, question mark or
+    exclamation mark (a smiley or a quote may follow), and repeats no word or sentence immediately."""
     text = reply.strip()
     sentences = [sentence.strip().lower() for sentence in re.split(r"(?<=[.!?])\s+", text)]
     words = re.findall(r"[\w']+", text.lower())
@@ -60,7 +62,7 @@ def is_whole(reply: str) -> bool:
 
 
 def answer(checkpoint: str, questions: Sequence[str], batch_size: int = 64) -> list[str]:
-    """Greedy answers; one that does not end within MAX_NEW_TOKENS ends with an ellipsis."""
+    """Return the greedy answers, with an ellipsis after each one that does not end within MAX_NEW_TOKENS."""
     model, tokenizer = load_model_and_tokenizer(checkpoint)
     model.eval()
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
@@ -71,8 +73,8 @@ def answer(checkpoint: str, questions: Sequence[str], batch_size: int = 64) -> l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--out", metavar="PATH", help="file for all replies, one JSON object a line")
-    parser.add_argument("--prompts", action="store_true", help="also show ten prompts side by side")
+    parser.add_argument("--out", metavar="PATH", help="file for all replies, one JSON object per line")
+    parser.add_argument("--prompts", action="store_true", help="also print answers to ten prompts side by side")
     options = parser.parse_args()
     openings, paraphrases, turns = unique_openings(), json.loads(PARAPHRASES.read_text()), first_turns(100)
     lines = []

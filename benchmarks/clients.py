@@ -1,9 +1,9 @@
-"""Does what was trained here run elsewhere, and say the same? Greedy answers to seven prompts, 60 tokens each.
+"""Do other programs give the same answers with our files? Greedy answers to seven prompts, 60 tokens each.
 
     python benchmarks/clients.py CHECKPOINT [--adapter ADAPTER]
 
-Tries each client that is installed on a checkpoint, an adapter and an export of it. llama.cpp needs `llama-cpp-python`,
-lm-evaluation-harness `lm-eval`; neither is among the requirements.
+Each installed client is tried on a checkpoint, on an adapter and on the adapter's merged model. llama.cpp needs
+`llama-cpp-python` and lm-evaluation-harness needs `lm-eval`; neither is among the requirements.
 """
 
 import argparse
@@ -38,13 +38,13 @@ CHATS: list[Chat] = [[{"role": "user", "content": question}] for question in QUE
 
 
 class Subject(NamedTuple):
-    """What a client is tried on."""
+    """A checkpoint or adapter with our own answers, to which a client's are compared."""
 
     directory: Path
     model: DeepSeekV2
     tokenizer: Tokenizer
     prompts: list[list[int]]
-    answers: list[list[int]]  # ours, up to the token that ends them
+    answers: list[list[int]]  # ours, up to and including the end token
 
 
 def read_subject(path: Path) -> Subject:
@@ -59,11 +59,11 @@ def until_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
     return tokens[: tokens.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in tokens else tokens
 
 
-# ---------------------------------------------------------------- clients: how many of the answers are ours
+# ---------------------------------------------------------------- clients: each returns its number of equal answers
 
 
 def try_transformers(subject: Subject) -> int:
-    """Each prompt alone."""
+    """One prompt at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(subject.directory)
@@ -77,7 +77,7 @@ def try_transformers(subject: Subject) -> int:
 
 
 def try_pipeline(subject: Subject) -> int:
-    """Batches padded on the side that the tokenizer says."""
+    """One batch, padded on the tokenizer's own side."""
     from transformers import pipeline
 
     pipe = pipeline("text-generation", str(subject.directory))
@@ -99,7 +99,7 @@ def try_peft(subject: Subject) -> int:
 
 
 def try_trl(subject: Subject) -> int:
-    """Not the answers: which tokens TRL would train on in conversations that hold them."""
+    """Compare TRL's labels of conversations with these answers to ours; nothing is generated."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -123,7 +123,7 @@ def try_trl(subject: Subject) -> int:
 
 
 def try_lm_eval(subject: Subject) -> int:
-    """A local task, whose prompts are the chats as text and whose right answers are ours."""
+    """Run a local task whose prompts are the rendered chats and whose targets are our answers."""
     import lm_eval
 
     with tempfile.TemporaryDirectory() as directory:
@@ -152,7 +152,7 @@ def try_lm_eval(subject: Subject) -> int:
 
 
 def try_llama_cpp(subject: Subject) -> int:
-    """Through a GGUF file, with a cache in fp32 as ours (llama.cpp's default is fp16)."""
+    """Export to GGUF and decode with an fp32 cache, like ours (llama.cpp's default is fp16)."""
     from llama_cpp import GGML_TYPE_F32, Llama
 
     with tempfile.TemporaryDirectory() as directory:
@@ -197,7 +197,7 @@ MODEL_CLIENTS: dict[str, tuple[str, Callable[[Subject], int]]] = {
 
 
 def attempt(what: str, name: str, package: str, client: Callable[[Subject], int], subject: Subject) -> str:
-    """A row of the table."""
+    """Try a client and return its row of the table."""
     try:
         number = version(package)
     except PackageNotFoundError:
@@ -218,7 +218,7 @@ def main() -> None:
     rows = ["| of | client | version | works | same |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as directory:
         subject = read_subject(resolve_checkpoint(options.checkpoint))
-        export = Path(directory, "export")  # as a checkpoint of today: tokenizer files of an older one may differ
+        export = Path(directory, "export")  # an older checkpoint's tokenizer files may differ
         save_pretrained(export, subject.model, subject.tokenizer)
         subject = subject._replace(directory=export)
         rows += [attempt("checkpoint", name, *client, subject) for name, client in MODEL_CLIENTS.items()]

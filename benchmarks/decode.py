@@ -1,9 +1,9 @@
-"""How fast does the model answer? Our latent cache against transformers' `generate` with its cache.
+"""How fast is generation? Our latent cache against transformers' `generate` with its cache.
 
     python benchmarks/decode.py [--prompts 64 2048] [--new-tokens 64] [--rounds 3] [--model.FIELD VALUE]
 
-The same random weights in fp32, one prompt at a time, greedy, the two taking turns. Tokens per second count from the
-first new token on; the time to the first is the prompt's.
+Both have the same random weights in fp32, decode greedily, one prompt at a time, and take turns. Tokens per second are
+counted from the first new token on; the time to the first token is the prompt's.
 """
 
 import statistics
@@ -27,7 +27,7 @@ class Options:
     prompts: tuple[int, ...] = (64, 2048)
     # Tokens to generate after each.
     new_tokens: int = 64
-    # Times that each answers each prompt; the table shows medians.
+    # Number of prompts per length; the table shows medians.
     rounds: int = 3
     model: ModelConfig = field(default_factory=benchmark_config)
 
@@ -39,7 +39,7 @@ class Answer(NamedTuple):
 
 
 class Clock:
-    """Notes when tokens come; transformers takes it for a streamer."""
+    """Record the time of each token. transformers accepts it as a streamer."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
@@ -51,7 +51,8 @@ class Clock:
         pass
 
     def answer(self, tokens: Iterable[int]) -> Answer:
-        """Of the last len(tokens) moments; before them lie the start and, with transformers, the prompt's own."""
+        """Return the tokens with their speed. The last len(tokens) times are theirs; the start and, with transformers,
+        the prompt come before."""
         ids = list(tokens)
         times = self.times[-len(ids) :]
         return Answer(ids, (len(ids) - 1) / (times[-1] - times[0]), times[0] - self.times[0])

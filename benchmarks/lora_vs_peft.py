@@ -1,10 +1,10 @@
-"""LoRA here, PEFT around transformers, and full fine-tuning: what each learns, and what it takes.
+"""LoRA here, PEFT around transformers, and full fine-tuning: what each learns, and its time and memory.
 
     python benchmarks/lora_vs_peft.py [BASE] [--dataset ../shared/data/ultrachat_200k] [--steps 50]
 
-All start from BASE, a model directory or a run, and see the same batches of 8 conversations in fp32; the two kinds of
-LoRA start from the same adapters on the same weights. They take turns on each batch, we on packed rows and PEFT on
-padded ones. Memory is what a fresh process of each comes to hold beyond its libraries.
+All three start from BASE, a model directory or a run, and train on the same batches of 8 conversations in fp32; both
+kinds of LoRA start from the same adapter. They take turns on each batch, ours with packed rows and PEFT with padded
+ones. Memory is the peak of a fresh process, minus what it holds after importing its libraries.
 """
 
 import statistics
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import lora
 from checkpoint import load_model_and_tokenizer, load_pretrained, resolve_checkpoint, save_pretrained
-from config import LoraConfig, OptimizerConfig, check
+from config import LoraConfig, OptimizerConfig, UserError
 from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
 from dataset import load_dataset_split
 from hub import peft as peft_files
@@ -43,7 +43,7 @@ Batches = Sequence[Sequence[Conversation]]
 
 @dataclass
 class Options:
-    # Where to start: a model directory or a run. `python train_sft.py tiny` makes the default one.
+    # Model directory or run to start from. `python train_sft.py tiny` makes the default one.
     base: Annotated[str, tyro.conf.Positional] = "runs/tiny"
     dataset: str = "../shared/data/ultrachat_200k"
     train_split: str = "train_sft"
@@ -51,7 +51,7 @@ class Options:
     steps: int = 50
     # Held-out conversations.
     eval_rows: int = 200
-    # Steps in the processes whose memory is measured.
+    # Steps of the processes whose memory is measured.
     memory_steps: int = 5
 
 
@@ -60,11 +60,11 @@ class Options:
 
 class Contender(NamedTuple):
     model: nn.Module
-    # Conversations, one a row or packed, to a batch.
+    # Collates conversations into a batch, padded or packed.
     collate: Callable[[Sequence[Conversation]], Batch]
-    # A batch to the sum of its cross entropy; without balance losses, which transformers does not have.
+    # Returns a batch's summed cross entropy, without balance losses, which transformers does not have.
     loss: Callable[[Batch], Tensor]
-    # Writes what has been trained.
+    # Writes the trained parameters.
     save: Callable[[str], Any]
 
 
@@ -82,7 +82,7 @@ def build_lora(base: Path, adapter: str) -> Contender:
 
 
 def build_peft(base: Path, adapter: str) -> Contender:
-    """With transformers' fastest attention and experts, and the head at target positions only."""
+    """Use transformers' fastest attention and experts, and apply the head at target positions only."""
     fastest = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **fastest)
     adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True)
@@ -93,7 +93,7 @@ CONTENDERS = {FULL: build_full, LORA: build_lora, PEFT: build_peft}
 
 
 def new_adapter(base: Path, directory: str) -> None:
-    """What both kinds of LoRA start from, in a file that both read."""
+    """Write the adapter from which both kinds of LoRA start."""
     torch.manual_seed(0)
     model = load_pretrained(base, torch.float32)
     lora.add_lora(model, RANK, ALPHA, 0.0, LoraConfig.lora_target_modules)
@@ -125,7 +125,7 @@ def evaluate(contender: Contender, batches: Batches) -> float:
 
 
 def training_step(contender: Contender) -> Callable[[Sequence[Conversation]], float]:
-    """A function of conversations that trains on them and returns their mean loss."""
+    """Return a function that trains on some conversations and returns their mean loss."""
     (optimizer,) = make_optimizers(contender.model, OptimizerConfig(), torch.float32)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
@@ -141,7 +141,7 @@ def training_step(contender: Contender) -> Callable[[Sequence[Conversation]], fl
 
 
 def train_in_turns(contenders: dict[str, Contender], batches: Batches) -> tuple[dict, dict]:
-    """Losses and seconds of each contender's steps."""
+    """Return the losses and the seconds of each contender's steps."""
     steps = {name: training_step(contender) for name, contender in contenders.items()}
     losses: dict[str, list[float]] = {name: [] for name in steps}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -154,7 +154,7 @@ def train_in_turns(contenders: dict[str, Contender], batches: Batches) -> tuple[
 
 
 def measure_memory(name: str, base: Path, adapter: str, batches: Batches) -> float:
-    """The most that this process holds while it builds and trains, beyond what it held before."""
+    """Return the peak memory of building and training in this process, minus what it held before, in bytes."""
     resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     before = int(resident.split()[1]) * 1024
     step = training_step(CONTENDERS[name](base, adapter))
@@ -164,13 +164,13 @@ def measure_memory(name: str, base: Path, adapter: str, batches: Batches) -> flo
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
-    """Trained, and all."""
+    """Return the numbers of trained and of all parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def file_size(contender: Contender) -> int:
-    """Bytes of the weights that a checkpoint holds."""
+    """Return the size of a checkpoint's weights in bytes."""
     with tempfile.TemporaryDirectory() as directory:
         contender.save(directory)
         return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
@@ -193,7 +193,8 @@ def reported(curve: Sequence[float]) -> list[int]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    check(Path(options.base).exists(), f"there is no {options.base}; `python train_sft.py tiny` makes runs/tiny")
+    if not Path(options.base).exists():
+        raise UserError(f"{options.base} does not exist; `python train_sft.py tiny` makes runs/tiny")
     base = resolve_checkpoint(options.base)
     tokenizer = Tokenizer(str(base))
     train = batches_of(load_rows(options, tokenizer, options.train_split), options.steps * BATCH_SIZE)

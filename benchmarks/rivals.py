@@ -1,6 +1,7 @@
-"""What the benchmarks share: the work, our training step, and what people would use instead.
+"""What the benchmarks share: data, our training step, and the alternatives to it.
 
-Every step is a function of 8 conversations that returns the mean loss. Not a script: see train_step.py, decode.py.
+Each training step is a function of 8 conversations that returns the mean loss. This is not a script: see train_step.py
+and decode.py.
 """
 
 import contextlib
@@ -15,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# As train_sft.py does, and it helps everybody: large tensors from huge pages; oneDNN is not to keep the code that it
-# generates for a thousand shapes of matrices, since no two batches have the same.
+# As train_sft.py does, and to everyone's benefit: take large tensors from huge pages, and limit oneDNN's cache of
+# generated code, which would otherwise hold a thousand matrix shapes, because hardly two batches have the same.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
@@ -45,7 +46,7 @@ LEARNING_RATE = 1e-4
 
 
 def benchmark_config(**changes: Any) -> ModelConfig:
-    """58 million parameters, most of them in the embedding and the head."""
+    """A shape of 58 million parameters, most of them in the embedding and the head."""
     shape: dict[str, Any] = {
         "hidden_size": 256,
         "num_hidden_layers": 4,
@@ -64,8 +65,8 @@ def benchmark_config(**changes: Any) -> ModelConfig:
 
 
 def load_conversations(count: int, vocab_size: int) -> list[list[Conversation]]:
-    """`count` batches of 8 shuffled chitchat conversations under 1,000 tokens."""
-    from dataset import load_dataset_split  # takes 200 MB that no training step should be charged with
+    """Return `count` batches of 8 shuffled chitchat conversations of less than 1,000 tokens."""
+    from dataset import load_dataset_split  # takes 200 MB, which are not part of a training step
 
     tokenizer = Tokenizer(vocab_size=vocab_size)
     data, _ = load_dataset_split("chitchat", "train", tokenizer, MAX_TOKENS)
@@ -75,7 +76,7 @@ def load_conversations(count: int, vocab_size: int) -> list[list[Conversation]]:
 
 
 def pack(conversations: Sequence[Conversation]) -> Batch:
-    """Several conversations a row, as we train."""
+    """Collate with several conversations per row, as our trainer does."""
     lengths = [len(ids) for ids, _ in conversations]
     width = max(ROW, *lengths)
     rows = pack_best_fit(lengths, width)
@@ -83,12 +84,12 @@ def pack(conversations: Sequence[Conversation]) -> Batch:
 
 
 def pad(conversations: Sequence[Conversation]) -> Batch:
-    """One conversation a row, padded to the longest, as most people train."""
+    """Collate with one conversation per row, padded to the longest, as most trainers do."""
     return DataCollator(ROW, pad_token_id=0, packing=False)([[conversation] for conversation in conversations])
 
 
 def count_tokens(conversations: Sequence[Conversation]) -> tuple[int, int]:
-    """Real tokens, and the targets among them."""
+    """Return the numbers of real tokens and of targets."""
     return sum(len(ids) for ids, _ in conversations), sum(sum(map(int, mask[1:])) for _, mask in conversations)
 
 
@@ -106,7 +107,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def our_loop(config: ModelConfig, dtype: str) -> Step:
-    """What Trainer.train_step does, without its bookkeeping."""
+    """Trainer.train_step without its bookkeeping."""
     torch.manual_seed(0)
     model = DeepSeekV2(config)
     (optimizer,) = make_optimizers(model, OptimizerConfig(), getattr(torch, dtype))
@@ -127,7 +128,10 @@ def our_loop(config: ModelConfig, dtype: str) -> Step:
 
 
 def transformers_model(config: ModelConfig, weights: dict[str, torch.Tensor] | None = None) -> Any:
-    """DeepseekV2ForCausalLM of the same shape, with its fastest attention and experts; weights: ours, or new ones."""
+    """Return a DeepseekV2ForCausalLM of the same shape, with its fastest attention and experts.
+
+    weights: ours; None: random ones.
+    """
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
     settings = asdict(config)
@@ -143,15 +147,15 @@ def transformers_model(config: ModelConfig, weights: dict[str, torch.Tensor] | N
 
 
 def transformers_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Summed cross entropy of a padded batch, with the head at target positions only. Padding is on the right, so that
-    the causal mask is all that attention needs."""
+    """Return the summed cross entropy of a padded batch, with the head at target positions only. Padding is on the
+    right, so attention needs no mask but the causal one."""
     learned = batch["labels"] != IGNORE
     hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
     return F.cross_entropy(model.lm_head(hidden[learned]).float(), batch["labels"][learned], reduction="sum")
 
 
 def transformers_loop(config: ModelConfig, dtype: str) -> Step:
-    """The bare loop that one would write around transformers' model, knowing what is slow."""
+    """A plain loop around transformers' model that avoids its known slow paths."""
     model = transformers_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
 
@@ -170,7 +174,7 @@ def transformers_loop(config: ModelConfig, dtype: str) -> Step:
 
 
 def trl_sft(config: ModelConfig, dtype: str, batches: Batches) -> list[float]:
-    """Seconds that each step of TRL's SFTTrainer takes on these batches."""
+    """Return the seconds of each step of TRL's SFTTrainer on these batches."""
     import datasets
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -199,7 +203,7 @@ def trl_sft(config: ModelConfig, dtype: str, batches: Batches) -> list[float]:
             max_length=MAX_TOKENS,
             train_sampling_strategy="sequential",
             bf16=dtype == "bfloat16",
-            gradient_checkpointing=False,  # on by default: less memory, but a third more to compute
+            gradient_checkpointing=False,  # on by default: less memory, a third more compute
             optim="adamw_torch_fused",
             learning_rate=LEARNING_RATE,
             use_cpu=True,
@@ -221,7 +225,7 @@ def trl_sft(config: ModelConfig, dtype: str, batches: Batches) -> list[float]:
 
 
 def transformers_tokenizer(tokenizer: Tokenizer, directory: str) -> Any:
-    """Our vocabulary and chat template as transformers' tokenizer."""
+    """Return transformers' tokenizer with our vocabulary and chat template."""
     from transformers import AutoTokenizer
 
     save_tokenizer(directory, tokenizer)
@@ -232,12 +236,12 @@ def transformers_tokenizer(tokenizer: Tokenizer, directory: str) -> Any:
 
 
 def gemm_peak(dtype: str) -> float:
-    """FLOP/s of large matrix products: the most that this machine could do."""
+    """Return the FLOP/s of large matrix products, the upper limit on this machine."""
     return measure_peak(torch.device("cpu"), getattr(torch, dtype), largest=4096)
 
 
 class Child:
-    """A process of its own: what it holds can be counted, and nothing that others leave behind slows it down."""
+    """A separate process, whose memory can be measured and which no earlier measurement affects."""
 
     def __init__(self) -> None:
         self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
@@ -253,12 +257,12 @@ class Child:
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, from a fresh process."""
+    """Return the function's result, computed in a fresh process."""
     with Child() as child:
         return child.run(function, *arguments)
 
 
 def peak_memory() -> float:
-    """The most memory that this process ever held, in bytes. (ru_maxrss would include the process that started it.)"""
+    """Return this process's peak memory in bytes. (ru_maxrss would include the process that started it.)"""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -1,11 +1,11 @@
-"""Who learns faster by the clock: `tiny`, or a plain loop around transformers' DeepSeek-V2?
+"""Which learns faster in wall-clock time: `tiny`, or a plain loop around transformers' DeepSeek-V2?
 
     python benchmarks/time_to_quality.py [--seconds 180] [--plot docs/time_to_quality.png]
 
-Both start from random weights. First the loop (hidden 192, 4 layers, 8 experts, top 2, 8,192 entries, AdamW, 8 rows of
-512), then `train_sft.py tiny`, one after the other on the same machine, the same training and held-out conversations,
-both in bf16 where the hardware has it. The clock counts training steps, not evaluations. Bits per byte as in
-trainer.py: all target tokens, the end of the turn too, over the bytes of the assistant's text.
+Both start from random weights and use the same training and held-out conversations, in bf16 where the hardware has it.
+The loop (hidden size 192, 4 layers, 8 experts, top 2, vocabulary of 8,192, AdamW, 8 rows of 512 tokens) runs first,
+`train_sft.py tiny` second. Only training steps are timed, not evaluations. Bits per byte are the trainer's: the loss of
+all target tokens, the end of the turn included, over the bytes of the assistant's text.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def evaluate(model: torch.nn.Module, held_out: RowStream, num_bytes: torch.Tenso
 
 
 def run_loop(seconds: float, peak_rate: float) -> Curve:
-    """A rival's loop, with a schedule that ends when its time does."""
+    """Train with a plain loop for that many seconds, over which its schedule extends."""
     tokenizer = Tokenizer(vocab_size=LOOP_MODEL.vocab_size)
     train, held_out = rows("train", tokenizer, shuffle=True), rows("test", tokenizer, shuffle=False)
     num_bytes = torch.tensor(tokenizer.token_num_bytes)
@@ -95,7 +95,7 @@ def run_loop(seconds: float, peak_rate: float) -> Curve:
 
 
 def run_tiny(arguments: list[str]) -> Curve:
-    """`train_sft.py tiny` from scratch; the clock is the sum of its steps' durations."""
+    """Run `train_sft.py tiny` from random weights. Its time is the sum of its steps' durations."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "train_sft.py", "tiny", "--output-dir", directory, "--sample-prompts"]
         command += ["--init-from", "none", "--dataset", "chitchat", "--long-conversations", "truncate"]
