@@ -1,6 +1,6 @@
 """What happens if a part of SFT is left out? `tiny`, trained once as it is and once with each textbook mistake.
 
-    python benchmarks/ablations.py [--steps 200] [--seeds 1 2 3] [--variants NAME ...] [--folder runs/ablations]
+    python benchmarks/ablations.py [--steps 120] [--seeds 1 2 3] [--variants NAME ...] [--folder runs/ablations]
 
 A variant replaces one or two functions of this repository from outside; seed, data and steps stay the same. Each run
 has a process of its own and appends a line to FOLDER/results.jsonl. Runs that are already there are skipped, so an
@@ -299,7 +299,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps per run")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps per run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="where runs and results are kept")
