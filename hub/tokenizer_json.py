@@ -1,4 +1,4 @@
-"""A tokenizer's files, as transformers' AutoTokenizer reads them, with its chat template in Jinja."""
+"""A tokenizer's files as transformers' AutoTokenizer reads them, with the chat template in Jinja."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from files import write_json
 from tokenizer import ChatTemplate, Tokenizer
 
-# In Jinja: `content` as one text, from whichever form it comes in.
+# In Jinja: `content` as one text, whether it is given as text or as a list of text parts.
 CONTENT = (
     "{% set content = message['content'] %}{% if content is not string %}"
     "{% for part in content if part['type'] != 'text' %}{{ raise_exception('not text: ' + part['type']) }}{% endfor %}"
@@ -15,13 +15,15 @@ CONTENT = (
 
 
 def jinja_template(template: ChatTemplate, mark_trained: bool = True) -> str:
-    """The template for transformers' `apply_chat_template`, which takes a content as text or as a list of text parts.
-    mark_trained: with `{% generation %}`, which not every engine knows, around what is trained on."""
+    """Return the template in Jinja, for transformers' `apply_chat_template`.
+
+    mark_trained: put `{% generation %}`, which some engines do not know, around what is trained on.
+    """
     branches = ""
     for role, turn in template.turns.items():
-        header, lead, trail, end, footer = map(json.dumps, turn)
+        header, lead, end, footer = map(json.dumps, turn)
         content = "content | trim" if template.trim else "content"
-        body = f"{{{{ {lead} + {content} + {trail} + {end} }}}}"
+        body = f"{{{{ {lead} + {content} + {end} }}}}"
         if role == "assistant" and mark_trained:
             body = f"{{% generation %}}{body}{{% endgeneration %}}"
         keyword = "elif" if branches else "if"
@@ -35,8 +37,10 @@ def jinja_template(template: ChatTemplate, mark_trained: bool = True) -> str:
 
 
 def save_tokenizer(directory: str | Path, tokenizer: Tokenizer, max_length: int | None = None) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which `Tokenizer` reads too. max_length: the model's context, in
-    tokens."""
+    """Write tokenizer.json and tokenizer_config.json, which `Tokenizer` reads too.
+
+    max_length: the model's context in tokens.
+    """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": jinja_template(tokenizer.template),
