@@ -40,7 +40,7 @@ from generation import continuations
 from launch.run_directory import read_metrics
 from model import DeepSeekV2, LossOutput
 from prefetch import Step, StepLoader
-from tokenizer import ROLES, RenderedTurn, Tokenizer
+from tokenizer import ROLES, EncodedTurn, RenderedTurn, Tokenizer
 from trainer import Trainer
 
 Replace = Callable[[Any, str, Any], None]  # owner, name, replacement
@@ -66,13 +66,19 @@ def loss_on_all_tokens(replace: Replace) -> None:
     replace(Tokenizer, "join", join_all)
 
 
+def without_end(turn: RenderedTurn) -> RenderedTurn:
+    """Return the turn with its last trained token masked, the one that ends it."""
+    if 1 in turn.mask:
+        turn.mask[len(turn.mask) - 1 - turn.mask[::-1].index(1)] = 0
+    return turn
+
+
 def end_not_trained(replace: Replace) -> None:
     """`<|im_end|>` is masked. transformers: `pad_token = eos_token` under DataCollatorForLanguageModeling."""
     render_turn = Tokenizer.render_turn
 
     def render(self: Tokenizer, message: Message) -> RenderedTurn:
-        header, body, footer, trained = render_turn(self, message)
-        return RenderedTurn(header, body[:-1], body[-1:] + footer, trained)
+        return without_end(render_turn(self, message))
 
     replace(Tokenizer, "render_turn", render)
 
@@ -83,8 +89,10 @@ def header_trained(replace: Replace) -> None:
     render_turn = Tokenizer.render_turn
 
     def render(self: Tokenizer, message: Message) -> RenderedTurn:
-        header, body, footer, trained = render_turn(self, message)
-        return RenderedTurn(header[:-1], header[-1:] + body, footer, trained)
+        turn = render_turn(self, message)
+        if 1 in turn.mask:
+            turn.mask[turn.mask.index(1) - 1] = 1
+        return turn
 
     replace(Tokenizer, "render_turn", render)
 
@@ -143,7 +151,7 @@ def roles_as_words(replace: Replace) -> None:
         newline = self.encode("\n")
         for role in ROLES:
             header = self.encode(f"{role.title()}:")
-            self._turns[role] = (header, " ", "", newline, [], int(role == "assistant"))
+            self._turns[role] = EncodedTurn(header, " ", "", newline, [], header)
         self.stop_ids = (newline[-1], self.pad_token_id)
 
     replace(Tokenizer, "__init__", init_with_words)
@@ -208,9 +216,9 @@ def words_only(messages: Sequence[Message], tokenizer: Tokenizer) -> Conversatio
     """A conversation whose targets are the assistant's words, without the token that ends its turn."""
     ids, mask = list(tokenizer.start), [0] * len(tokenizer.start)
     for message in messages:
-        header, body, footer, trained = tokenizer.render_turn(message)
-        ids += header + body + footer
-        mask += [0] * len(header) + [trained] * (len(body) - 1) + [0] * (1 + len(footer))
+        turn = without_end(tokenizer.render_turn(message))
+        ids += turn.ids
+        mask += turn.mask
     return ids, mask
 
 
