@@ -1,33 +1,47 @@
-"""Conversations to batches: pack or pad, then shift.
+"""Pieces of conversations to batches: pack or pad, then shift. The stream of rows, and its loader.
 
-A row of a batch holds one conversation and padding, or, packed, as many conversations as fit. Packing changes no
-result: `position_ids` restart and `sequence_ids` differ, so the model keeps conversations apart. It saves the padding.
+A row of a batch holds one piece and padding or, packed, as many pieces as fit (best fit decreasing). Packing changes no
+result: `position_ids` restart and `sequence_ids` differ, so the model keeps pieces apart. It saves the padding.
+
+>>> pieces = [([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1]), ([6, 7], [0, 1])]  # token ids, mask
+>>> rows = pack_best_fit([len(ids) for ids, _ in pieces], capacity=5)
+>>> batch = DataCollator(max_seq_len=5, pad_token_id=0)([[pieces[i] for i in row] for row in rows])
+>>> batch["labels"].tolist()
+[[2, 3, -100, 5, -100], [7, -100, -100, -100, -100]]
+>>> batch["position_ids"].tolist()
+[[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
 """
 
 import functools
 import zlib
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from config import BatchConfig
+from documents import IGNORE, Documents, find_documents
+from parallel import World
 
 if TYPE_CHECKING:
     import datasets
 
 # input_ids, labels, position_ids, sequence_ids: each (B, T) int64.
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Tensor]
 # Token ids and mask (1: trained on), of equal length.
-Conversation = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
+Piece = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 
-IGNORE = -100  # a label that the loss ignores
+# ---------------------------------------------------------------- pieces to batches
 
 
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Indices of lengths, grouped into rows of at most `capacity`: best fit decreasing.
+    """Group indices of lengths into rows of at most `capacity` tokens: best fit decreasing.
 
     From the longest on, each goes into the row that it fills best. The number of rows depends on the lengths, not on
     their order. Raises ValueError for a length above capacity.
@@ -38,7 +52,7 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[li
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[index])
         if length > capacity:
-            raise ValueError(f"conversation {index} has {length} tokens, more than a row's {capacity}")
+            raise ValueError(f"piece {index} has {length} tokens, more than a row's {capacity}")
         at = bisect_left(rooms, length)
         if at == len(rooms):
             room, row = capacity, len(rows)
@@ -58,20 +72,20 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[li
 
 @dataclass(frozen=True)
 class DataCollator:
-    """Rows of conversations to a Batch."""
+    """Makes a Batch of rows of pieces."""
 
-    # Width of a packed row, and the most that a padded one can have.
+    # Width of a packed row, and the largest width of a padded one.
     max_seq_len: int
-    # Fills what is left; never seen by attention, experts or loss.
+    # Fills the rest of a row; never seen by attention, experts or loss.
     pad_token_id: int
-    # Every row max_seq_len wide with any number of conversations; otherwise one each, padded to the longest.
+    # Every row max_seq_len wide with any number of pieces; otherwise one piece per row, padded to the longest.
     packing: bool = True
 
-    def __call__(self, rows: Sequence[Sequence[Conversation]]) -> Batch:
-        """Each row is a list of conversations (ids, mask).
+    def __call__(self, rows: Sequence[Sequence[Piece]]) -> Batch:
+        """Return the batch of these rows, each a list of pieces.
 
-        labels[b, t] is the token after input_ids[b, t] in the same conversation if that one is trained on, else -100.
-        position_ids count from 0 and sequence_ids are 1, 2, 3 ... for the conversations of a row, both 0 in padding.
+        labels[b, t] is the token after input_ids[b, t] in the same piece if that one is trained on, else -100.
+        position_ids count from 0 and sequence_ids are 1, 2, 3 ... for the pieces of a row, both 0 in padding.
         """
         width = self.max_seq_len if self.packing else max(len(ids) for row in rows for ids, _ in row)
         input_ids = np.full((len(rows), width), self.pad_token_id)
@@ -91,8 +105,11 @@ class DataCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+# ---------------------------------------------------------------- the stream of rows
+
+
 class Counts(NamedTuple):
-    """What some rows hold."""
+    """Totals over some rows."""
 
     targets: int
     documents: int
@@ -100,7 +117,7 @@ class Counts(NamedTuple):
 
 
 def count_targets(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Of conversations that begin at these offsets: tokens that are trained on, but for the first of each."""
+    """Count the targets of each piece that begins at these offsets: tokens that are trained on, except its first."""
     sums = np.concatenate(([0], np.cumsum(mask == 1)))
     return sums[offsets[1:]] - sums[np.minimum(offsets[:-1] + 1, offsets[1:])]
 
@@ -108,59 +125,52 @@ def count_targets(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
 class RowStream:
     """An endless stream of rows, of which row i is a pure function of the data, the seed and i.
 
-    So there are no partial batches, any process can take any rows, and all that a resumed run needs is its step.
-    Row i is in epoch i // rows_per_epoch; every epoch is shuffled and packed anew, into the same number of rows.
-    Without shuffling rows come in the order of the data, as far as packing allows: by their first conversation.
+    So there are no partial batches, any process can read any rows, and a resumed run needs only its step. Row i is in
+    epoch i // rows_per_epoch; every epoch is shuffled and packed anew, into the same number of rows. Without shuffling,
+    rows follow the order of the data, as far as packing allows: by their first piece.
     """
 
     def __init__(self, dataset: "datasets.Dataset", collator: DataCollator, seed: int = 0, shuffle: bool = True):
-        """dataset: columns input_ids and mask, as `dataset.load_data` gives them."""
+        """dataset: columns input_ids and mask, as `dataset.load_data` returns them."""
         self.collator = collator
         self.seed = seed
         self.shuffle = shuffle
-        # Arrow's own buffers, usually a memory map: for each chunk, where conversations begin, and their tokens.
+        # Arrow's own buffers, usually a memory map: for each chunk, where pieces begin, and their tokens.
         chunks = [dataset.data.column(name).chunks for name in ("input_ids", "mask")]
         self._ids, self._mask = ([(c.offsets.to_numpy(), c.values.to_numpy()) for c in column] for column in chunks)
         self._chunk_starts = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._ids])
         lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._ids])
-        # Where the dataset is a choice of rows, their places in the buffers: it's looked up there, nothing is copied.
+        # If the dataset is a selection of rows, their places in the buffers; nothing is copied.
         chosen = dataset._indices
         self._places = np.arange(len(lengths)) if chosen is None else chosen.column(0).to_numpy().astype(np.int64)
         self.lengths = lengths[self._places]
         self.num_targets = np.concatenate([count_targets(*chunk) for chunk in self._mask])[self._places]
-        # Of other data, or of the same in another order, it's another number.
+        # Changes with the data or its order.
         self.fingerprint = zlib.crc32(self.lengths.tobytes())
         self._epoch_rows = functools.lru_cache(maxsize=2)(self._arrange_epoch)
         self.rows_per_epoch = len(self._epoch_rows(0))
 
-    def conversation(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids and mask of conversation number `index` of the dataset."""
+    def piece(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and mask of row `index` of the dataset."""
         place = int(self._places[index])
         chunk = int(np.searchsorted(self._chunk_starts, place, side="right")) - 1
         at = place - self._chunk_starts[chunk]
-        pieces = (self._ids[chunk], self._mask[chunk])
-        ids, mask = (values[offsets[at] : offsets[at + 1]] for offsets, values in pieces)
+        columns = (self._ids[chunk], self._mask[chunk])
+        ids, mask = (values[offsets[at] : offsets[at + 1]] for offsets, values in columns)
         return ids, mask
 
     def row_indices(self, i: int) -> list[int]:
-        """Which conversations of the dataset row i holds."""
+        """Return the indices of the pieces that row i holds."""
         epoch, at = divmod(i, self.rows_per_epoch)
         return self._epoch_rows(epoch)[at]
 
-    def counts(self, rows: Iterable[int]) -> "Counts":
-        """What these rows hold, for which no token has to be read."""
+    def counts(self, rows: Iterable[int]) -> Counts:
+        """Count what these rows hold, without reading their tokens."""
         indices = [index for i in rows for index in self.row_indices(i)]
         return Counts(int(self.num_targets[indices].sum()), len(indices), int(self.lengths[indices].sum()))
 
-    @property
-    def most_conversations(self) -> int:
-        """No row of any epoch holds more: as many of the shortest ones as fit into a row."""
-        if not self.collator.packing:
-            return 1
-        return int(np.searchsorted(np.sort(self.lengths).cumsum(), self.collator.max_seq_len, side="right"))
-
-    def row(self, i: int) -> list[Conversation]:
-        return [self.conversation(index) for index in self.row_indices(i)]
+    def row(self, i: int) -> list[Piece]:
+        return [self.piece(index) for index in self.row_indices(i)]
 
     def batch(self, rows: Iterable[int]) -> Batch:
         return self.collator([self.row(i) for i in rows])
@@ -174,3 +184,64 @@ class RowStream:
             return [[index] for index in order.tolist()]
         rows = [order[row].tolist() for row in pack_best_fit(self.lengths[order], self.collator.max_seq_len)]
         return [rows[i] for i in rng.permutation(len(rows))] if self.shuffle else sorted(rows, key=min)
+
+
+# ---------------------------------------------------------------- the loader of steps
+
+
+class MicroBatch(NamedTuple):
+    """The model's arguments for some rows: a batch whose documents have been found."""
+
+    input_ids: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T)
+    documents: Documents
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """Return the same micro-batch with `move` applied to each tensor."""
+        return MicroBatch(move(self.input_ids), move(self.position_ids), self.documents.map(move))
+
+    def arguments(self, device: torch.device) -> dict[str, Any]:
+        """Return the model's arguments on the device. From pinned memory they are copied while it computes."""
+        return self.map(lambda x: x.to(device, non_blocking=True))._asdict()
+
+
+class Step(NamedTuple):
+    """Data of one optimizer step, for one rank."""
+
+    micro_batches: list[MicroBatch]  # this rank's
+    counts: Counts  # of all ranks' rows: a function of the data, so no rank has to ask another
+
+
+class StepLoader:
+    """Loads a rank's share of the rows of each step."""
+
+    def __init__(self, rows: RowStream, config: BatchConfig, world: World, fixed_length: bool) -> None:
+        """fixed_length: pads packed batches to the same number of tokens, which avoids recompilation."""
+        self.rows, self.batch_size, self.world = rows, config.batch_size, world
+        self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
+        self.fixed_length = fixed_length and rows.collator.packing
+
+    def steps(self, first_row: int, number: int) -> Generator[Step, None, None]:
+        """Yield `number` steps from a row on; a thread loads the next one during each."""
+        with ThreadPoolExecutor(1) as pool:
+            following = pool.submit(self.load, first_row)
+            for step in range(1, number + 1):
+                loaded = following.result()
+                following = pool.submit(self.load, first_row + step * self.rows_per_step)
+                yield loaded
+
+    def load(self, first_row: int) -> Step:
+        """Load the step that begins with this row."""
+        size, end = self.batch_size, first_row + self.rows_per_step
+        starts = range(first_row + self.world.rank * size, end, size * self.world.size)
+        micro_batches = [self.micro_batch(range(start, start + size)) for start in starts]
+        return Step(micro_batches, self.rows.counts(range(first_row, end)))
+
+    def micro_batch(self, rows: Iterable[int], counted: bool = True) -> MicroBatch:
+        """Load these rows. counted: False removes their targets."""
+        batch = self.rows.batch(rows)
+        if not counted:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+        documents = find_documents(batch["sequence_ids"], batch["labels"], self.fixed_length)
+        made = MicroBatch(batch["input_ids"], batch["position_ids"], documents)
+        return made.map(Tensor.pin_memory) if self.world.device.type == "cuda" else made

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from documents import CHUNK, IGNORE, Documents
+from documents import Documents
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -27,27 +27,39 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class Path(NamedTuple):
-    """What suits a kind of processor. Whichever path is taken, results are the same but for rounding."""
+class Tuning(NamedTuple):
+    """Sizes that suit a kind of processor. Results do not depend on them, except for rounding."""
 
-    flash: int  # FlashAttention's kernel takes heads up to that width, in bf16
-    longest_plain: int  # documents up to that length are attended to by plain products
-    run: int  # numbers of rows are rounded up to multiples of it, for which the host must know them
+    flash: int  # widest heads for FlashAttention's kernel, in bf16
+    longest_plain: int  # longest document that is attended to by plain matrix products
+    run: int  # row counts are rounded up to multiples of it, for which the host must know them
     block: int  # rows of logits at a time
-    few: int  # rows in generation that are so few that memory sets the pace
+    few: int  # row counts in generation up to which memory, not arithmetic, sets the pace
     unpacked: int  # experts whose quantised weights exist in full precision at a time; a GPU never waits: all of them
-    chunk: int  # numbers at a time whose intermediate results stay in the processor's cache
+    chunk: int  # numbers at a time whose intermediate results fit into the processor's cache
+    targets: int  # target tokens whose logits exist at a time
 
 
-PATHS = {
-    "cpu": Path(flash=0, longest_plain=1024, run=64, block=16, few=32, unpacked=1, chunk=2**18),
-    "cuda": Path(flash=256, longest_plain=0, run=1, block=CHUNK, few=0, unpacked=2**20, chunk=2**24),
+TUNING = {
+    "cpu": Tuning(flash=0, longest_plain=1024, run=64, block=16, few=32, unpacked=1, chunk=2**18, targets=512),
+    "cuda": Tuning(flash=256, longest_plain=0, run=1, block=512, few=0, unpacked=2**20, chunk=2**24, targets=512),
 }
-ELSEWHERE = PATHS["cuda"]._replace(flash=0)
+OTHER_DEVICES = TUNING["cuda"]._replace(flash=0)
 
 
-def path_of(x: Tensor) -> Path:
-    return PATHS.get(x.device.type, ELSEWHERE)
+def tuning(x: Tensor) -> Tuning:
+    return TUNING.get(x.device.type, OTHER_DEVICES)
+
+
+@contextlib.contextmanager
+def tuned_as(device_type: str) -> Iterator[None]:
+    """Within the block, tensors on the CPU are handled like those on another kind of device: for dry runs and tests."""
+    saved = TUNING["cpu"]
+    TUNING["cpu"] = TUNING.get(device_type, OTHER_DEVICES)._replace(run=1)
+    try:
+        yield
+    finally:
+        TUNING["cpu"] = saved
 
 
 # ---------------------------------------------------------------- attention within documents
@@ -71,7 +83,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, sc
     weights to memory. Elsewhere each document is one call, which compiled code leaves to Python: it would be compiled
     anew for every number of them.
     """
-    if q.dtype == torch.bfloat16 and max(q.shape[-1], v.shape[-1]) <= path_of(q).flash:
+    if q.dtype == torch.bfloat16 and max(q.shape[-1], v.shape[-1]) <= tuning(q).flash:
         offsets, longest = documents.offsets, documents.longest
         q, k, wide_v = equally_wide(q, k, v, multiple=8)
         output = varlen_attn(q, k, wide_v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
@@ -89,7 +101,7 @@ def attention_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """One document, heads first: q, k (H, T, qk_head_dim), v (H, T, v_head_dim) -> like v."""
-    if q.shape[1] <= path_of(q).longest_plain:
+    if q.shape[1] <= tuning(q).longest_plain:
         return causal_attention_in_blocks(q, k, v, scale)
     q, k, wide_v = (x[None] for x in equally_wide(q, k, v))
     return F.scaled_dot_product_attention(q, k, wide_v, is_causal=True, scale=scale)[0, ..., : v.shape[-1]]
@@ -113,7 +125,7 @@ def causal_attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) ->
     They keep T^2 / 2 weights for the backward pass, so that longer ones are left to the kernel. Lengths are rounded up,
     since oneDNN generates code for each new shape of matrix, which takes longer than the product itself.
     """
-    length, run = q.shape[1], path_of(q).run
+    length, run = q.shape[1], tuning(q).run
     outputs = []
     q, k, v = (F.pad(x, (0, 0, 0, -length % run)) for x in (q, k, v))  # what is added lies in the others' future
     with torch.autocast(q.device.type, enabled=False):  # it would hold the weights in fp32, as softmax computes anyway
@@ -210,7 +222,7 @@ def find_routes(experts: Tensor, num_experts: int) -> Routes:
     """
     if is_few(experts):
         return Routes(None, len(experts), RowProduct(experts.tolist()))
-    if path_of(experts).run > 1:
+    if tuning(experts).run > 1:
         return routes_in_runs(experts, num_experts)
     places, ends = sort_by_expert(experts, num_experts)
     return Routes(places, len(experts), GroupedProduct(ends))
@@ -218,7 +230,7 @@ def find_routes(experts: Tensor, num_experts: int) -> Routes:
 
 @torch.compiler.disable  # which has to end where the host reads a number, and says so at length
 def routes_in_runs(experts: Tensor, num_experts: int) -> Routes:
-    places, ends = sort_by_expert(experts, num_experts, path_of(experts).run)
+    places, ends = sort_by_expert(experts, num_experts, tuning(experts).run)
     return Routes(places, int(ends[-1]), GroupedProduct(ends))
 
 
@@ -255,20 +267,20 @@ def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
 
 
 def sum_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`plain_cross_entropy`, fast, in fp32; products are taken in `compute_dtype`. A target of -100 isn't counted."""
-    if not torch.is_grad_enabled():  # an autograd function is told that a parameter needs its gradient all the same
+    """Fast `plain_cross_entropy`, in fp32; products are computed in `compute_dtype`."""
+    if not torch.is_grad_enabled():  # an autograd function sees requires_grad of a parameter all the same
         hidden, weight = hidden.detach(), weight.detach()
     return ChunkedCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The logits of 100,000 entries are by far the largest tensor of a step. So they exist for CHUNK targets at a time,
-    in one buffer, and their gradient is taken at once, in place, as long as they are there. What works on them goes
-    `Path.block` rows or ENTRIES columns at a time, whose intermediate results stay in a CPU's cache. A whole training
+    """Cross entropy without ever holding all logits, which at 100,000 entries are by far the largest tensor of a step.
+
+    They exist for `Tuning.targets` tokens at a time, in one buffer, and their gradient is computed at once, in place.
+    On CPU, work on them proceeds by `Tuning.block` rows or ENTRIES columns at a time, which stay in cache: a training
     step with 58 million parameters was a sixth faster for it and took 1.8 GB instead of 3.2.
     """
 
-    CHUNK = CHUNK
     ENTRIES = 8192
 
     @staticmethod
@@ -277,24 +289,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        rows = min(ChunkedCrossEntropy.CHUNK, len(targets))
-        block = min(path_of(hidden).block, rows)
-        counted = targets != IGNORE
-        targets = targets.clamp(min=0)[:, None]
+        size = min(tuning(hidden).targets, len(targets))
+        block = min(tuning(hidden).block, size)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(dtype)
-            all_logits = weight.new_empty(rows, len(weight))
+            all_logits = weight.new_empty(size, len(weight))
             buffer = weight.new_empty(block, len(weight), dtype=torch.float32)
-            for start in range(0, len(targets), ChunkedCrossEntropy.CHUNK):
-                chunk = slice(start, start + ChunkedCrossEntropy.CHUNK)
-                h, ones = hidden[chunk].to(dtype), counted[chunk, None].to(dtype)
-                logits = torch.mm(h, weight.T, out=all_logits[: len(h)])  # (CHUNK, V)
-                blocks = (x.split(block) for x in (logits, targets[chunk], counted[chunk]))
-                for z, y, own in zip(*blocks, strict=True):
-                    loss += (cross_entropy_and_gradient_(z, y, buffer[: len(z)]) * own).sum()
-                h = h * ones
+            for start in range(0, len(targets), size or 1):
+                chunk = slice(start, start + size)
+                h = hidden[chunk].to(dtype)
+                logits = torch.mm(h, weight.T, out=all_logits[: len(h)])  # (size, V)
+                for z, y in zip(logits.split(block), targets[chunk, None].split(block), strict=True):
+                    loss += cross_entropy_and_gradient_(z, y, buffer[: len(z)]).sum()
                 if grad_hidden is not None:
-                    grad_hidden[chunk] = logits @ weight * ones
+                    grad_hidden[chunk] = logits @ weight
                 if grad_weight is not None:
                     for part in range(0, len(weight), ChunkedCrossEntropy.ENTRIES):
                         entries = slice(part, part + ChunkedCrossEntropy.ENTRIES)
@@ -333,7 +341,7 @@ def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor)
 
 def is_few(rows: Tensor) -> bool:
     """Whether it is generation on CPU, a few tokens at a time, where the memory sets the pace."""
-    return len(rows) <= path_of(rows).few and torch.is_inference_mode_enabled()
+    return len(rows) <= tuning(rows).few and torch.is_inference_mode_enabled()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -415,7 +415,8 @@ class DeepSeekV2(nn.Module):
         if documents is None:
             documents = find_documents(sequence_ids, labels)
         tokens = documents.tokens
-        contexts = [documents] * self.config.num_hidden_layers
+        # without targets, whose number compiled layers would be recompiled for
+        contexts = [documents._replace(targets=None, labels=None)] * self.config.num_hidden_layers
         hidden, routings = self.model(input_ids.flatten()[tokens], position_ids.flatten()[tokens], contexts)
         if documents.targets is None or documents.labels is None:
             logits = self.logits(hidden)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from config import check
-from kernels import Product, compute_dtype, linear, path_of
+from kernels import Product, compute_dtype, linear, tuning
 from model import Experts
 
 BLOCK = 64  # numbers in a row that share an absmax
@@ -60,7 +60,7 @@ def quantize(x: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
     inside = torch.full((33,), torch.inf, device=x.device).index_copy(0, cells.long(), midpoints)
     codes = torch.empty(x.numel() // 2, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(x.numel() // BLOCK, device=x.device)
-    size = path_of(x).chunk
+    size = tuning(x).chunk
     chunks = zip(x.flatten().split(size), codes.split(size // 2), absmax.split(size // BLOCK), strict=True)
     for chunk, chunk_codes, largest in chunks:
         blocks = chunk.view(-1, BLOCK).float()
@@ -105,7 +105,7 @@ def pairs_of_levels() -> Tensor:
 def dequantize(codes: Tensor, absmax: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
     """codes (n / 2,), absmax (n / 64,) fp32 -> (n,) in `dtype`, rounded once. pairs: those of `pairs_of_levels`."""
     output = torch.empty(2 * len(codes), dtype=dtype, device=codes.device)
-    size = min(path_of(codes).chunk, output.numel())
+    size = min(tuning(codes).chunk, output.numel())
     index = torch.empty(size // 2, dtype=torch.int32, device=codes.device)
     found = torch.empty(size // 2, dtype=torch.int64, device=codes.device)
     chunks = zip(codes.split(size // 2), absmax.split(size // BLOCK), output.split(size), strict=True)
@@ -217,7 +217,7 @@ class QuantizedExperts(Experts):
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj  # type: ignore[assignment]
 
     def project(self, name: str, x: Tensor, product: Product) -> Tensor:
-        return FrozenProduct.apply(x, getattr(self, name), list(product.parts(path_of(x).unpacked)))
+        return FrozenProduct.apply(x, getattr(self, name), list(product.parts(tuning(x).unpacked)))
 
 
 # ---------------------------------------------------------------- a quantised model

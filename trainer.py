@@ -14,8 +14,7 @@ import parallel
 from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
 from config import TrainConfig, UserError, check
 from data.report import too_few_rows
-from datacollator import RowStream
-from documents import MicroBatch
+from datacollator import MicroBatch, RowStream, Step, StepLoader
 from generation import answers
 from hub.adapter_base import describe_base, record_base
 from hub.peft import save_adapter
@@ -26,7 +25,6 @@ from launch.run_directory import NO_EVALUATION, NO_TRACKER, RunLog, Tracker, low
 from model import DeepSeekV2, LossOutput
 from optimizer import learning_rate, make_optimizers
 from parallel import World
-from prefetch import Step, StepLoader
 from tokenizer import Tokenizer
 
 STATE = "trainer_state.pt"
@@ -58,9 +56,9 @@ class Trainer:
         self.plain_model = cast(DeepSeekV2, getattr(model, "module", model))
         self.dtype = getattr(torch, config.compute.dtype)
         self.optimizers = make_optimizers(model, config.optimizer, self.dtype)
-        fixed_shapes = world.device.type != "cpu" or config.compute.compile
-        self.batches = StepLoader(train, config.batch, world, fixed_shapes)
-        self.held_out = StepLoader(held_out, config.batch, world, fixed_shapes) if held_out else None
+        fixed_length = config.compute.compile
+        self.batches = StepLoader(train, config.batch, world, fixed_length)
+        self.held_out = StepLoader(held_out, config.batch, world, fixed_length) if held_out else None
         self.rows_per_step = self.batches.rows_per_step
         self.data_name = ", ".join(config.data.dataset)
         problem = too_few_rows(config, train.rows_per_epoch, self.rows_per_step)
@@ -238,7 +236,8 @@ class Trainer:
             # under FSDP every rank has to take part in every forward pass
             micro_batch = self.held_out.micro_batch(mine or [0], counted=len(mine) > 0)
             losses.append(self.forward(micro_batch).loss_sum)
-            targets = micro_batch.documents.real_labels
+            targets = micro_batch.documents.labels
+            assert targets is not None
             counted += torch.stack((torch.tensor(len(targets)), self.token_num_bytes[targets].sum()))
         loss_sum = parallel.sum_over_ranks(torch.stack(losses).sum()).item()
         num_targets, num_bytes = parallel.sum_over_ranks(counted.to(self.world.device)).tolist()

@@ -28,18 +28,18 @@ import datasets
 import numpy as np
 import torch
 from answers import first_turns, is_whole
+from prefetch import Step, StepLoader
 from rivals import in_child  # first: sets the environment
 
 import model as model_module
 import train_sft
 from checkpoint import load_model_and_tokenizer
 from data.sources import open_split
-from datacollator import Conversation, Counts, DataCollator, RowStream
+from datacollator import Counts, DataCollator, Piece, RowStream
 from documents import MicroBatch, make_micro_batch
 from generation import continuations
 from launch.run_directory import read_metrics
 from model import DeepSeekV2, LossOutput
-from prefetch import Step, StepLoader
 from tokenizer import ROLES, EncodedTurn, RenderedTurn, Tokenizer
 from trainer import Trainer
 
@@ -101,7 +101,7 @@ def packed_see_each_other(replace: Replace) -> None:
     """A row is one long text. nanoGPT and nanochat; transformers' `run_clm.py` (`group_texts`)."""
     row, counts = RowStream.row, RowStream.counts
 
-    def one_text(self: RowStream, i: int) -> list[Conversation]:
+    def one_text(self: RowStream, i: int) -> list[Piece]:
         ids, masks = zip(*row(self, i), strict=True)
         return [(np.concatenate(ids), np.concatenate(masks))]
 
@@ -212,7 +212,7 @@ def train(name: str, run: Path, cache: Path, *flags: str) -> tuple[DeepSeekV2, T
         return load_model_and_tokenizer(run)
 
 
-def words_only(messages: Sequence[Message], tokenizer: Tokenizer) -> Conversation:
+def words_only(messages: Sequence[Message], tokenizer: Tokenizer) -> Piece:
     """A conversation whose targets are the assistant's words, without the token that ends its turn."""
     ids, mask = list(tokenizer.start), [0] * len(tokenizer.start)
     for message in messages:

@@ -16,7 +16,7 @@ from rivals import BATCH_SIZE, transformers_tokenizer  # first: sets the environ
 
 from data.pieces import tokenize_row
 from data.sources import open_split
-from datacollator import Batch, Conversation, DataCollator, pack_best_fit
+from datacollator import Batch, DataCollator, Piece, pack_best_fit
 from tokenizer import Tokenizer
 
 Result = TypeVar("Result")
@@ -43,12 +43,12 @@ def fastest(work: Callable[[], Result], repeats: int) -> tuple[Result, float]:
     return result, min(times)
 
 
-def render(tokenizer: Tokenizer, conversations: list[Messages], width: int) -> list[Conversation]:
+def render(tokenizer: Tokenizer, conversations: list[Messages], width: int) -> list[Piece]:
     rendered = [tokenizer.render(messages) for messages in conversations]
     return [(ids[:width], mask[:width]) for ids, mask in rendered]
 
 
-def collate(rendered: list[Conversation], rows: list[list[int]], collator: DataCollator) -> list[Batch]:
+def collate(rendered: list[Piece], rows: list[list[int]], collator: DataCollator) -> list[Batch]:
     return [
         collator([[rendered[i] for i in row] for row in rows[start : start + BATCH_SIZE]])
         for start in range(0, len(rows), BATCH_SIZE)

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 import lora
 from checkpoint import load_model_and_tokenizer, load_pretrained, resolve_checkpoint, save_pretrained
 from config import LoraConfig, OptimizerConfig, UserError
-from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream
+from datacollator import IGNORE, Batch, DataCollator, Piece, RowStream
 from dataset import load_dataset_split
 from hub import peft as peft_files
 from launch.command_line import one_line_errors
@@ -38,7 +38,7 @@ RANK, ALPHA = 8, 16.0
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 8
 MAX_TOKENS = 512
-Batches = Sequence[Sequence[Conversation]]
+Batches = Sequence[Sequence[Piece]]
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Options:
 class Contender(NamedTuple):
     model: nn.Module
     # Collates conversations into a batch, padded or packed.
-    collate: Callable[[Sequence[Conversation]], Batch]
+    collate: Callable[[Sequence[Piece]], Batch]
     # Returns a batch's summed cross entropy, without balance losses, which transformers does not have.
     loss: Callable[[Batch], Tensor]
     # Writes the trained parameters.
@@ -124,13 +124,13 @@ def evaluate(contender: Contender, batches: Batches) -> float:
     return sum(contender.loss(batch).item() for batch in collated) / sum(map(num_targets, collated))
 
 
-def training_step(contender: Contender) -> Callable[[Sequence[Conversation]], float]:
+def training_step(contender: Contender) -> Callable[[Sequence[Piece]], float]:
     """Return a function that trains on some conversations and returns their mean loss."""
     (optimizer,) = make_optimizers(contender.model, OptimizerConfig(), torch.float32)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
 
-    def step(conversations: Sequence[Conversation]) -> float:
+    def step(conversations: Sequence[Piece]) -> float:
         batch = contender.collate(conversations)
         loss = contender.loss(batch) / num_targets(batch)
         loss.backward()

@@ -30,15 +30,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import ModelConfig, OptimizerConfig
-from datacollator import IGNORE, Batch, Conversation, DataCollator, RowStream, pack_best_fit
+from datacollator import IGNORE, Batch, DataCollator, Piece, RowStream, pack_best_fit
 from hub.tokenizer_json import save_tokenizer
 from launch.cost import measure_peak
 from model import DeepSeekV2, LossOutput
 from optimizer import make_optimizers
 from tokenizer import Tokenizer
 
-Step = Callable[[Sequence[Conversation]], float]
-Batches = Sequence[Sequence[Conversation]]
+Step = Callable[[Sequence[Piece]], float]
+Batches = Sequence[Sequence[Piece]]
 BATCH_SIZE = 8
 MAX_TOKENS = 1000  # conversations longer than this are left out
 ROW = 2048  # width of our packed rows
@@ -64,7 +64,7 @@ def benchmark_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(shape | changes))
 
 
-def load_conversations(count: int, vocab_size: int) -> list[list[Conversation]]:
+def load_conversations(count: int, vocab_size: int) -> list[list[Piece]]:
     """Return `count` batches of 8 shuffled chitchat conversations of less than 1,000 tokens."""
     from dataset import load_dataset_split  # takes 200 MB, which are not part of a training step
 
@@ -75,7 +75,7 @@ def load_conversations(count: int, vocab_size: int) -> list[list[Conversation]]:
     return [[rows.row(next(short))[0] for _ in range(BATCH_SIZE)] for _ in range(count)]
 
 
-def pack(conversations: Sequence[Conversation]) -> Batch:
+def pack(conversations: Sequence[Piece]) -> Batch:
     """Collate with several conversations per row, as our trainer does."""
     lengths = [len(ids) for ids, _ in conversations]
     width = max(ROW, *lengths)
@@ -83,12 +83,12 @@ def pack(conversations: Sequence[Conversation]) -> Batch:
     return DataCollator(width, pad_token_id=0)([[conversations[i] for i in row] for row in rows])
 
 
-def pad(conversations: Sequence[Conversation]) -> Batch:
+def pad(conversations: Sequence[Piece]) -> Batch:
     """Collate with one conversation per row, padded to the longest, as most trainers do."""
     return DataCollator(ROW, pad_token_id=0, packing=False)([[conversation] for conversation in conversations])
 
 
-def count_tokens(conversations: Sequence[Conversation]) -> tuple[int, int]:
+def count_tokens(conversations: Sequence[Piece]) -> tuple[int, int]:
     """Return the numbers of real tokens and of targets."""
     return sum(len(ids) for ids, _ in conversations), sum(sum(map(int, mask[1:])) for _, mask in conversations)
 
@@ -114,7 +114,7 @@ def our_loop(config: ModelConfig, dtype: str) -> Step:
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
 
-    def step(conversations: Sequence[Conversation]) -> float:
+    def step(conversations: Sequence[Piece]) -> float:
         with autocast(dtype):
             output: LossOutput = model(**pack(conversations))
         (output.loss_sum / output.num_targets + output.balance_loss / output.num_documents).backward()
@@ -159,7 +159,7 @@ def transformers_loop(config: ModelConfig, dtype: str) -> Step:
     model = transformers_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
 
-    def step(conversations: Sequence[Conversation]) -> float:
+    def step(conversations: Sequence[Piece]) -> float:
         batch = pad(conversations)
         with autocast(dtype):
             loss = transformers_loss(model, batch) / (batch["labels"] != IGNORE).sum()

@@ -17,7 +17,7 @@ import tyro
 from rivals import benchmark_config, in_child, our_loop, peak_memory  # first: sets the environment
 
 from config import Dtype, ModelConfig
-from datacollator import Conversation
+from datacollator import Piece
 from launch.cost import parameter_counts
 from parallel import choose_dtype
 
@@ -61,7 +61,7 @@ def measure(work: Work, dtype: str) -> tuple[float, float]:
     times = []
     for _ in range(WARM_UP + TIMED):
         ids = torch.randint(work.config.vocab_size, (work.tokens // work.length, work.length)).tolist()
-        conversations: list[Conversation] = [(row, mask) for row in ids]
+        conversations: list[Piece] = [(row, mask) for row in ids]
         began = time.perf_counter()
         step(conversations)
         times.append(time.perf_counter() - began)

@@ -14,12 +14,11 @@ from rivals import in_child, peak_memory  # first: sets the environment
 from torch import nn
 
 from config import ModelConfig, TrainConfig
-from datacollator import DataCollator, RowStream
+from datacollator import DataCollator, RowStream, Step, StepLoader
 from launch.build import build_model
 from launch.cost import attention_flops, measure_peak, training_cost
 from optimizer import make_optimizers
 from parallel import World
-from prefetch import Step, StepLoader
 from tokenizer import Tokenizer
 
 WARM_UP = 3  # steps
@@ -90,7 +89,7 @@ def load_steps(config: TrainConfig, world: World, number: int) -> list[Step]:
     tokenizer, width = Tokenizer(vocab_size=config.model.vocab_size), config.data.max_seq_len
     data, _ = load_dataset_split("chitchat", "train", tokenizer, width)
     rows = RowStream(data, DataCollator(width, tokenizer.pad_token_id), seed=0)
-    loader = StepLoader(rows, config.batch, world, fixed_shapes=True)
+    loader = StepLoader(rows, config.batch, world, fixed_length=True)
     return [loader.load(step * loader.rows_per_step) for step in range(number)]
 
 

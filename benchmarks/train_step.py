@@ -40,7 +40,7 @@ from rivals import (  # first: sets the environment
 from settings import settings_table
 
 from config import Dtype, ModelConfig
-from datacollator import IGNORE, Conversation
+from datacollator import IGNORE, Piece
 from launch.cost import attention_flops, training_cost
 from model import DeepSeekV2
 from parallel import choose_device, choose_dtype
@@ -95,7 +95,7 @@ def start(build: Callable[[ModelConfig, str], Step], config: ModelConfig, dtype:
     in_this_process.append(build(config, dtype))
 
 
-def seconds(conversations: Sequence[Conversation]) -> float:
+def seconds(conversations: Sequence[Piece]) -> float:
     began = time.perf_counter()
     in_this_process[0](conversations)
     return time.perf_counter() - began
@@ -120,7 +120,7 @@ def measure_trl(config: ModelConfig, dtype: str, batches: Batches) -> Result:
 
 
 @torch.no_grad()
-def compare_losses(config: ModelConfig, dtype: str, conversations: Sequence[Conversation]) -> dict[str, float]:
+def compare_losses(config: ModelConfig, dtype: str, conversations: Sequence[Piece]) -> dict[str, float]:
     """The mean loss of one batch with the same weights, as each computes it."""
     ours, packed, padded = DeepSeekV2(config), pack(conversations), pad(conversations)
     theirs = transformers_model(config, ours.state_dict())

@@ -183,7 +183,7 @@ def experts_of_three_tokens(out: str) -> None:
 
 
 def rows_of_two_ranks(out: str) -> None:
-    """As StepLoader (prefetch.py) takes them."""
+    """As StepLoader (datacollator.py) takes them."""
     ranks, micro_batches, size = 2, 3, 4
     starts = {(m, rank): (m * ranks + rank) * size for m in range(micro_batches) for rank in range(ranks)}
     draw_ranks({place: range(start, start + size) for place, start in starts.items()}, out)

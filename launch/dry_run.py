@@ -8,7 +8,6 @@ gathered together.) Left out is what no tensor shows: CUDA's context (half a GB)
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-import kernels
 from config import TrainConfig
-from documents import Documents, find_documents
+from datacollator import MicroBatch
+from documents import find_documents
+from kernels import tuned_as
 from launch.build import gathered_parts, plan_model
 from launch.cost import Traffic, attention_flops, training_cost
 from model import DeepSeekV2
@@ -67,7 +67,7 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
     """Whatever the configuration says of LoRA, checkpointing, sharding, on the device that it names; "auto" is CUDA."""
     world = World(0, ranks, torch.device("cpu"), min(ranks, NODE_SIZE))
     dtype = torch.float32 if config.compute.dtype == "float32" else torch.bfloat16
-    with fake_group(ranks), on_path_of(config.compute.device, dtype):
+    with fake_group(ranks), tuned_as(kind_of(config.compute.device)):
         mesh = make_mesh(config.compute.parallel, world)
         batch = full_rows(config.batch.batch_size, config.data.max_seq_len)
         with FakeTensorMode() as fake:
@@ -75,7 +75,7 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
             parallelize(model, gathered_parts(model, str(dtype).removeprefix("torch.")), mesh)
             model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
             optimizers = make_optimizers(model, config.optimizer, dtype)
-            moved = {name: move(fake, x) for name, x in batch.items()}
+            moved = batch.map(fake.from_tensor)._asdict()
             live = LiveMemory(model, optimizers)
             step(model, optimizers, moved, config, dtype)  # in which optimizer state, and DTensor's plans, come to be
             with live:
@@ -104,29 +104,10 @@ def fake_group(ranks: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def on_path_of(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """The kernels' path of a device, on tensors of the CPU. Rows aren't rounded up: nobody knows how many there are. In
-    fp32 a product with one expert's matrix stands for the grouped one, which torch can't do without numbers there."""
-    path = kernels.PATHS.get(kind_of(device), kernels.ELSEWHERE)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.dict(kernels.PATHS, cpu=path._replace(run=1)))
-        if dtype == torch.float32:
-            one_product = patch.object(kernels.GroupedProduct, "__call__", lambda _, x, matrices: x @ matrices[0].mT)
-            stack.enter_context(one_product)
-        yield
-
-
-def full_rows(rows: int, length: int) -> dict[str, Any]:
-    """The model's arguments for rows of one conversation each."""
+def full_rows(rows: int, length: int) -> MicroBatch:
+    """Rows of one conversation each, all of whose tokens are targets."""
     ids = torch.zeros(rows, length, dtype=torch.int64)
-    return {"input_ids": ids, "position_ids": ids, "documents": find_documents(ids + 1, ids)}
-
-
-def move(fake: FakeTensorMode, x: Any) -> Any:
-    if isinstance(x, Documents):
-        return Documents(*(move(fake, field) for field in x))
-    return fake.from_tensor(x) if isinstance(x, Tensor) else x
+    return MicroBatch(ids, ids, find_documents(ids + 1, ids))
 
 
 def step(

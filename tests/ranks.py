@@ -21,11 +21,10 @@ from torch.distributed.tensor import DTensor
 import parallel
 import train_sft
 import trainer
-from documents import MicroBatch
+from datacollator import MicroBatch, Step
 from launch.command_line import given_fields
 from launch.cost import Traffic
 from model import LossOutput
-from prefetch import Step
 from small_runs import cheap_process
 
 # ---------------------------------------------------------------- watching

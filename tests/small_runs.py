@@ -31,7 +31,7 @@ import files
 import train_sft
 import trainer
 from checkpoint import load_state, newest_checkpoint
-from documents import MicroBatch
+from datacollator import MicroBatch
 from launch import run_directory
 from launch.command_line import STOP_SIGNALS
 from view import plots

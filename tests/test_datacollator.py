@@ -61,7 +61,7 @@ def test_packing_is_best_fit_decreasing(lengths):
 
 
 def test_a_conversation_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="conversation 1 has 25 tokens, more than a row's 24"):
+    with pytest.raises(ValueError, match="piece 1 has 25 tokens, more than a row's 24"):
         pack_best_fit([3, 25], CAPACITY)
 
 
@@ -158,7 +158,7 @@ def test_conversations_are_read_from_any_table():
         stream = RowStream(dataset, DataCollator(CAPACITY, PAD))
         assert stream.lengths.tolist() == [len(ids) for ids, _ in expected]
         for i, (ids, mask) in enumerate(expected):
-            assert [array.tolist() for array in stream.conversation(i)] == [ids, mask]
+            assert [array.tolist() for array in stream.piece(i)] == [ids, mask]
 
 
 def test_unshuffled_rows_come_in_the_order_of_the_data_and_shuffled_ones_of_any_length():

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from documents import find_documents
 from kernels import (
-    ChunkedCrossEntropy,
     document_attention,
     fast_decoding,
     linear,
@@ -121,7 +120,7 @@ def test_rows_are_sorted_by_expert_and_keep_their_order(experts: list[int], run:
 @pytest.mark.parametrize("chunk", [1, 7, 32, 64, 1024])
 @pytest.mark.parametrize("n", [1, 50, 64])
 def test_the_loss_in_chunks(n: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", chunk)
+    monkeypatch.setitem(kernels.TUNING, "cpu", kernels.TUNING["cpu"]._replace(targets=chunk))
     targets = torch.randint(0, 301, (n,))
     inputs = random_tensors((n, 24), (301, 24))
     assert_same(lambda h, w: sum_cross_entropy(h, w, targets), lambda h, w: plain_cross_entropy(h, w, targets), inputs)

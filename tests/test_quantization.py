@@ -117,7 +117,7 @@ def test_codes_and_numbers_are_those_of_bitsandbytes(
     weight *= torch.rand(*rows, blocks, 1, generator=generator).ge(zeros).expand(*rows, blocks, 64).flatten(-2)
     weight = weight.to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(kernels.PATHS, "cpu", kernels.PATHS["cpu"]._replace(chunk=chunk))
+        patch.setitem(kernels.TUNING, "cpu", kernels.TUNING["cpu"]._replace(chunk=chunk))
         ours = packed(weight)
         numbers = {kind: ours.dequantize(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)}
         parts = [ours.dequantize(torch.float32, slice(i, i + 2)) for i in range(0, len(weight), 2)]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import prefetch
+import datacollator
 import show
 from checkpoint import save_pretrained
 from config import PRESETS
@@ -382,7 +382,7 @@ def test_the_picture_of_ranks_has_the_rows_that_each_rank_takes(
     diagrams.rows_of_two_ranks("")
     taken = {}
     for rank in range(2):
-        loader = prefetch.StepLoader.__new__(prefetch.StepLoader)
+        loader = datacollator.StepLoader.__new__(datacollator.StepLoader)
         loader.batch_size, loader.rows_per_step, loader.world = 4, 24, SimpleNamespace(rank=rank, size=2)
         loader.rows = SimpleNamespace(counts=lambda rows: None)
         monkeypatch.setattr(loader, "micro_batch", lambda rows: rows)

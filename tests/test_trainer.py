@@ -26,7 +26,6 @@ import trainer as trainer_module
 from checkpoint import load_pretrained
 from config import OptimizerConfig, TrainConfig, UserError, check
 from datacollator import DataCollator, RowStream
-from documents import Documents, MicroBatch
 from launch import run_directory
 from launch.run_directory import read_metrics
 from optimizer import Muon, learning_rate
@@ -246,7 +245,7 @@ def test_a_step_waits_for_its_numbers_once_after_the_optimizer(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CUDA's path and on tensors without numbers, where whatever else asks for one raises."""
-    monkeypatch.setitem(kernels.PATHS, "cpu", kernels.PATHS["cuda"])
+    monkeypatch.setitem(kernels.TUNING, "cpu", kernels.TUNING["cuda"])
     train, done = rows(TEXTS, packing=True), []
     changes = {"gradient_accumulation_steps": 2, "batch_size": 1, "compile": True, "dtype": "bfloat16"}
     with FakeTensorMode() as fake:
@@ -257,15 +256,10 @@ def test_a_step_waits_for_its_numbers_once_after_the_optimizer(
     monkeypatch.setattr(trainer, "update_weights", lambda *x: done.append("optimizer") or update_weights(*x))
     monkeypatch.setattr(FakeTensor, "tolist", lambda x: done.append("numbers") or [1.0] * x.numel())
     forward = trainer.forward
-    monkeypatch.setattr(trainer, "forward", lambda x: forward(fake_micro_batch(x, fake)))
+    monkeypatch.setattr(trainer, "forward", lambda x: forward(x.map(fake.from_tensor)))
     with fake:
         trainer.train_step(step)
     assert done == ["optimizer", "numbers"]
-
-
-def fake_micro_batch(micro_batch: MicroBatch, fake: FakeTensorMode) -> MicroBatch:
-    moved = {n: fake.from_tensor(x) if isinstance(x, Tensor) else x for n, x in micro_batch.fields().items()}
-    return MicroBatch(moved.pop("input_ids"), moved.pop("position_ids"), Documents(**moved), None)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -273,7 +267,7 @@ def test_a_packed_step_of_fixed_shapes_is_the_same_step(optimizer: str, tmp_path
     """As compiled code and GPUs get it, against the CPU's, which leaves padding out."""
     train, changes = rows(TEXTS, packing=True, shuffle=True), {"optimizer": optimizer, "batch_size": 2}
     plain, fixed = (make_trainer(tmp_path, train, compile=wanted, **changes) for wanted in (False, True))
-    assert plain.batches.slots is None and fixed.batches.slots
+    assert fixed.batches.fixed_length and not plain.batches.fixed_length
     torch.testing.assert_close(losses(run_steps(fixed, 4)), losses(run_steps(plain, 4)), atol=0, rtol=1e-5)
     assert_same_weights(fixed.model, plain.model, ROUNDING)
 
