@@ -28,14 +28,13 @@ import datasets
 import numpy as np
 import torch
 from answers import first_turns, is_whole
-from prefetch import Step, StepLoader
 from rivals import in_child  # first: sets the environment
 
 import model as model_module
 import train_sft
 from checkpoint import load_model_and_tokenizer
 from data.sources import open_split
-from datacollator import Counts, DataCollator, Piece, RowStream
+from datacollator import Counts, DataCollator, Piece, RowStream, Step, StepLoader
 from documents import MicroBatch, make_micro_batch
 from generation import continuations
 from launch.run_directory import read_metrics
