@@ -205,6 +205,13 @@ class MicroBatch(NamedTuple):
         return self.map(lambda x: x.to(device, non_blocking=True))._asdict()
 
 
+def make_micro_batch(batch: Batch, device: torch.device, fixed_length: bool = False) -> MicroBatch:
+    """Find the documents of a batch. For CUDA its tensors are pinned. fixed_length: see `find_documents`."""
+    documents = find_documents(batch["sequence_ids"], batch["labels"], fixed_length)
+    micro_batch = MicroBatch(batch["input_ids"], batch["position_ids"], documents)
+    return micro_batch.map(Tensor.pin_memory) if device.type == "cuda" else micro_batch
+
+
 class Step(NamedTuple):
     """Data of one optimizer step, for one rank."""
 
@@ -242,6 +249,4 @@ class StepLoader:
         batch = self.rows.batch(rows)
         if not counted:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE)
-        documents = find_documents(batch["sequence_ids"], batch["labels"], self.fixed_length)
-        made = MicroBatch(batch["input_ids"], batch["position_ids"], documents)
-        return made.map(Tensor.pin_memory) if self.world.device.type == "cuda" else made
+        return make_micro_batch(batch, self.world.device, self.fixed_length)

@@ -34,8 +34,7 @@ import model as model_module
 import train_sft
 from checkpoint import load_model_and_tokenizer
 from data.sources import open_split
-from datacollator import Counts, DataCollator, Piece, RowStream, Step, StepLoader
-from documents import MicroBatch, make_micro_batch
+from datacollator import Counts, DataCollator, MicroBatch, Piece, RowStream, Step, StepLoader, make_micro_batch
 from generation import continuations
 from launch.run_directory import read_metrics
 from model import DeepSeekV2, LossOutput
@@ -121,7 +120,7 @@ def mean_of_means(replace: Replace) -> None:
         ordered = sorted((c for i in rows for c in self.rows.row(i)), key=lambda conversation: len(conversation[0]))
         pad = DataCollator(self.rows.collator.max_seq_len, self.rows.collator.pad_token_id, packing=False)
         parts = [[[ordered[i]] for i in part] for part in np.array_split(np.arange(len(ordered)), 4)]
-        micro_batches = [make_micro_batch(pad(part), None, self.world.device) for part in parts]
+        micro_batches = [make_micro_batch(pad(part), self.world.device) for part in parts]
         return Step(micro_batches, self.rows.counts(rows)._replace(targets=len(parts)))
 
     def mean_loss(self: Trainer, micro_batch: MicroBatch) -> LossOutput:
