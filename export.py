@@ -1,10 +1,11 @@
-"""A model for elsewhere.
+"""Export a model for other programs.
 
 python export.py merge ADAPTER OUT                       # a LoRA adapter and its base as a plain model directory
 python export.py hub RUN OUT [--base-name ORG/MODEL]     # a directory to publish, with a model card
 python export.py gguf RUN OUT.gguf                       # a file that llama.cpp, Ollama and LM Studio run
 """
 
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -14,15 +15,26 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from config import check
+import lora
+from checkpoint import load_model_and_tokenizer, resolve_checkpoint
+from config import UserError
+from files import disk_errors, inside, read_json, write_directory, write_json
+from hub.adapter_base import ADAPTER_CONFIG, publish_base
+from hub.card import model_card
 from launch.command_line import one_line_errors, parse_flags
+from launch.run_directory import CONFIG, METRICS, read_metrics
+from view.plots import plot_runs
 
-# torch takes a while to import, so each command imports what it needs.
+# A checkpoint's files for others; run state and checksums stay here.
+PUBLISHED = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|adapter_config|base|model\.safetensors\.index)\.json"
+    r"|(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors"
+)
 
 
 @dataclass
 class Merge:
-    """Add an adapter to the weights that it was trained on: a model directory like any other."""
+    """Add an adapter to the weights that it was trained on, as a model directory."""
 
     # The adapter's directory, or its run's.
     adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
@@ -37,50 +49,56 @@ class Merge:
 
 @dataclass
 class Hub:
-    """A model or an adapter with a model card, and nothing that only this machine needs: no run state, no checksums."""
+    """Copy a model or an adapter for publication, with a model card and without anything private."""
 
     # A run, or one of its checkpoints.
     run: Annotated[Positional[str], arg(metavar="RUN")]
     # The directory to write.
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    # What the model was trained from, by its name on the Hub. An adapter must have it: it would name a local directory.
+    # The Hub name of the model that this one was trained from. Required for an adapter, which would otherwise name a
+    # local directory.
     base_name: str = ""
-    # The card's; one of the Hub's identifiers, as mit or apache-2.0.
+    # The card's license; one of the Hub's identifiers, such as mit or apache-2.0.
     license: str = "unknown"
 
     def export(self) -> None:
-        from checkpoint import resolve_checkpoint
-        from files import CHECKSUMS, disk_errors, write_directory
-        from hub.adapter_base import ADAPTER_CONFIG, publish_base
-        from hub.card import model_card, run_of
-        from launch.run_directory import read_metrics
-        from view.plots import plot_runs
-
         out = Path(self.out)
-        check(not out.exists(), f"{out} exists already; choose a new directory")
+        check_new(out)
         checkpoint = resolve_checkpoint(self.run)
         is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
-        named = self.base_name != "" or not is_adapter
-        check(named, "name the adapter's base on the Hub: --base-name ORG/MODEL")
+        if is_adapter and not self.base_name:
+            raise UserError("an adapter needs the name of its base on the Hub: --base-name ORG/MODEL")
+        run = checkpoint.resolve().parent.parent
+        is_run = checkpoint.resolve().parent.name == "checkpoints" and (run / METRICS).is_file()
+        config, metrics = (read_json(run / CONFIG), read_metrics(run)) if is_run else ({}, [])
 
         def write(directory: Path) -> None:
             for file in checkpoint.iterdir():
-                if file.suffix in (".json", ".safetensors") and file.name != CHECKSUMS:
-                    shutil.copyfile(file, directory / file.name)
+                if PUBLISHED.fullmatch(file.name):
+                    publish(inside(checkpoint, file.name), directory / file.name)
             if is_adapter:
                 publish_base(directory, self.base_name)
-            card = model_card(checkpoint, out.name, self.base_name, self.license)
+            card = model_card(out.name, self.base_name, self.license, is_adapter, config, metrics)
             (directory / "README.md").write_text(card, encoding="utf-8")
-            if run := run_of(checkpoint):
-                plot_runs({out.name: read_metrics(run)}, directory / "loss.png")
+            if metrics:
+                plot_runs({out.name: metrics}, directory / "loss.png")
 
         with disk_errors(out):
             write_directory(out, write, checksums=False)
 
 
+def publish(file: Path, copy: Path) -> None:
+    """Copy a checkpoint's file. Settings that are absolute paths, as some libraries record them, are left out."""
+    if file.suffix == ".json" and file.name != "tokenizer.json":
+        content = read_json(file)
+        write_json(copy, {k: v for k, v in content.items() if not (isinstance(v, str) and Path(v).is_absolute())})
+    else:
+        shutil.copyfile(file, copy)
+
+
 @dataclass
 class Gguf:
-    """A GGUF file, with its vocabulary and chat template. An adapter is merged into its base."""
+    """Write a GGUF file, with its vocabulary and chat template. An adapter is merged into its base."""
 
     # A run, or a checkpoint.
     run: Annotated[Positional[str], arg(metavar="RUN")]
@@ -88,22 +106,26 @@ class Gguf:
     out: Annotated[Positional[str], arg(metavar="OUT.gguf")]
 
     def export(self) -> None:
-        check(not Path(self.out).exists(), f"{self.out} exists already; choose a new name")
-        check(find_spec("gguf") is not None, "GGUF needs a package: pip install -r requirements-gguf.txt")
-        import lora
-        from checkpoint import load_model_and_tokenizer
-        from files import disk_errors
-        from hub.gguf import write_gguf
+        out = Path(self.out)
+        check_new(out)
+        if find_spec("gguf") is None:
+            raise UserError("GGUF needs a package: pip install -r requirements-gguf.txt")
+        from hub.gguf import write_gguf  # the package is optional
 
         model, tokenizer = load_model_and_tokenizer(self.run)
         lora.merge(model)
         unfinished = Path(f"{self.out}.tmp")
-        with disk_errors(Path(self.out)):
+        with disk_errors(out):
             try:
-                write_gguf(unfinished, model, tokenizer, Path(self.out).stem)
-                unfinished.rename(self.out)
+                write_gguf(unfinished, model, tokenizer, out.stem)
+                unfinished.rename(out)
             finally:
                 unfinished.unlink(missing_ok=True)
+
+
+def check_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already; choose a new name")
 
 
 COMMANDS: Any = Merge | Hub | Gguf

@@ -1,7 +1,16 @@
-"""LoRA (https://arxiv.org/abs/2106.09685) from scratch. Its files, in PEFT's format: hub/peft.py.
+"""LoRA (https://arxiv.org/abs/2106.09685) from scratch; hub/peft.py reads and writes adapters in PEFT's format.
 
-A weight W stays as it is; beside it a product of two small matrices is learned: y = W x + alpha / r * B A x, with A
-(r, in) and B (out, r). B starts at zero, so training starts from the base model exactly.
+A weight W is frozen, and the product of two small matrices is learned: y = W x + alpha / r * B A x, with A (r, in) and
+B (out, r). B starts at zero, so training starts from the base model exactly:
+
+>>> layer = LoRALinear(nn.Linear(6, 4, bias=False), rank=2, scaling=8.0, dropout=0.0)
+>>> x, a = torch.ones(6), nn.init.ones_(layer.lora_A)
+>>> b = nn.init.zeros_(layer.lora_B)
+>>> torch.equal(layer(x), layer.base_layer(x))
+True
+>>> b.data[0] = 0.5  # the first output gains 8 * 0.5 * (6 + 6)
+>>> (layer(x) - layer.base_layer(x)).round().tolist()
+[48.0, 0.0, 0.0, 0.0]
 """
 
 import math
@@ -11,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import LoraConfig, check
+from config import LoraConfig, UserError
 from kernels import Product
 from model import Experts
 from quantization import NF4
@@ -20,7 +29,7 @@ from quantization import NF4
 
 
 def new_adapter(weight: Tensor | NF4, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (..., r, in) and B (..., out, r) for a weight (..., out, in): fp32 whatever that is in, without values yet."""
+    """Return A (..., r, in) and B (..., out, r), uninitialised and in fp32, for a weight (..., out, in)."""
     *stack, out_features, in_features = weight.shape
     shapes = (*stack, rank, in_features), (*stack, out_features, rank)
     a, b = (nn.Parameter(torch.empty(shape, dtype=torch.float32, device=weight.device)) for shape in shapes)
@@ -29,12 +38,12 @@ def new_adapter(weight: Tensor | NF4, rank: int) -> tuple[nn.Parameter, nn.Param
 
 @torch.no_grad()
 def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> nn.Parameter:
-    """A weight with its adapter added, in fp32: one in bf16 is rounded once."""
+    """Return a weight with its adapter added: in fp32, so that a bf16 weight is rounded once."""
     return nn.Parameter((b @ a).mul_(scaling).add_(weight).to(weight.dtype))
 
 
 class LoRALinear(nn.Module):
-    """A linear layer, whatever its weight is kept in, with an adapter beside it."""
+    """A linear layer with an adapter; the weight may be stored in any dtype or in NF4."""
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -48,13 +57,13 @@ class LoRALinear(nn.Module):
         return base + (F.linear(adapted, self.lora_B) * self.scaling).to(base.dtype)
 
     def merge(self) -> nn.Linear:
-        """The base layer, which then does the same alone."""
+        """Fold the adapter into the base layer, and return that."""
         self.base_layer.weight = merged(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
         return self.base_layer
 
 
 class LoRAExperts(Experts):
-    """Stacked routed experts with a pair A (E, r, in), B (E, out, r) for each adapted weight: one adapter an expert."""
+    """Stacked routed experts with one adapter per expert: A (E, r, in) and B (E, out, r) for each adapted weight."""
 
     def __init__(self, base: Experts, scaling: float) -> None:
         nn.Module.__init__(self)
@@ -63,6 +72,7 @@ class LoRAExperts(Experts):
         self.adapted: list[str] = []
 
     def adapt(self, name: str, rank: int) -> None:
+        """Add adapters to one of the experts' two weights."""
         for suffix, parameter in zip("AB", new_adapter(getattr(self.base_layer, name), rank), strict=True):
             self.register_parameter(f"{name}_lora_{suffix}", parameter)
         self.adapted.append(name)
@@ -75,12 +85,12 @@ class LoRAExperts(Experts):
         if name not in self.adapted:
             return output
         a, b = self.adapter(name)
-        padding = -a.shape[1] % 8  # grouped_mm wants rows of whole 16 bytes, so the rank grows by zeros
+        padding = -a.shape[1] % 8  # grouped_mm needs strides of 16 bytes: pad the rank with zeros
         a, b = F.pad(a, (0, 0, 0, padding)).to(x.dtype), F.pad(b, (0, padding)).to(x.dtype)
         return output + product(product(x, a), b) * self.scaling
 
     def merge(self) -> Experts:
-        """The base layer, which then does the same alone."""
+        """Fold the adapter into the base layer, and return that."""
         for name in self.adapted:
             weight = merged(getattr(self.base_layer, name), *self.adapter(name), self.scaling)
             setattr(self.base_layer, name, weight)
@@ -91,8 +101,8 @@ class LoRAExperts(Experts):
 
 
 def adaptable_weights(model: nn.Module) -> dict[str, str]:
-    """Name of each weight that can have an adapter, and what it is called as a target: the blocks' linear layers by the
-    last part of their names, the routed experts as experts.gate_up_proj and experts.down_proj."""
+    """Map the name of each weight that can have an adapter to its name as a target: the last part of it for the blocks'
+    linear layers, experts.gate_up_proj and experts.down_proj for the routed experts."""
     targets = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".layers." in name:
@@ -105,23 +115,24 @@ def adaptable_weights(model: nn.Module) -> dict[str, str]:
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]) -> None:
     """Give each target an adapter and freeze everything else.
 
-    target_modules: see adaptable_weights. Raises UserError for one that the model doesn't have; only the default ones
-    may be missing, since they name both ways of projecting queries.
+    target_modules: see `adaptable_weights`. Raises UserError for one that the model does not have. Default targets may
+    be missing, because they name both ways of projecting queries.
     """
     targets = adaptable_weights(model)
     ranks = {name: rank for name, target in targets.items() if target in target_modules}
     known = {*targets.values(), *LoraConfig.lora_target_modules}
     unknown = [target for target in target_modules if target not in known or not ranks]
-    there = ", ".join(sorted(set(targets.values())))
-    check(bool(ranks) and not unknown, f"lora_target_modules: the model has no {', '.join(unknown)}; it has {there}")
-    stacked = any(target.startswith("experts.") for target in target_modules)
-    check(not (dropout and stacked), "lora_dropout must be 0 where the routed experts are adapted")
+    if unknown or not ranks:
+        present = ", ".join(sorted(set(targets.values())))
+        raise UserError(f"lora_target_modules: the model has no {', '.join(unknown)}; it has {present}")
+    if dropout and any(target.startswith("experts.") for target in target_modules):
+        raise UserError("lora_dropout must be 0 if the routed experts are adapted")
     attach(model, ranks, alpha / rank, dropout)
     set_adapters(model, initial_weights(model))
 
 
 def attach(model: nn.Module, ranks: dict[str, int], scaling: float, dropout: float = 0.0) -> None:
-    """Freeze the model and put adapters of the given ranks, without values yet, beside the given weights."""
+    """Freeze the model and add adapters to the named weights, of the given ranks and uninitialised."""
     model.requires_grad_(False)
     for name, rank in ranks.items():
         path, _, weight = name.rpartition(".")
@@ -137,12 +148,12 @@ def attach(model: nn.Module, ranks: dict[str, int], scaling: float, dropout: flo
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by name."""
+    """Return the adapters' parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
 
 
 def initial_weights(model: nn.Module, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
-    """A value for each adapter: A uniform as PEFT has it, B zero."""
+    """Yield an initial value for each adapter: A uniform as in PEFT, B zero."""
     for name, parameter in adapters(model).items():
         value = torch.zeros(parameter.shape)
         if name.endswith("lora_A"):
@@ -153,12 +164,13 @@ def initial_weights(model: nn.Module, generator: torch.Generator | None = None) 
 
 @torch.no_grad()
 def set_adapters(model: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Copy values into the model's adapters, by name."""
     for name, value in weights:
         model.get_parameter(name).copy_(value)
 
 
 def merge(model: nn.Module) -> None:
-    """Fold every adapter into its weight; the model is then a plain one again, that can be trained as a whole."""
+    """Fold every adapter into its weight, and unfreeze the model, which has its original layers again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear | LoRAExperts):
             model.set_submodule(name, module.merge())

@@ -1,126 +1,122 @@
-"""A model card, the README.md that the Hub shows: what a model was trained on, how it went, how to talk to it.
+"""A model card, the README.md that the Hub shows: what a model was trained on, with which result, and how to use it.
 
-Paths of this machine are in a run's configuration, and never in its card.
+Names of private data, places on this machine, and sample prompts are part of a run's configuration, not of its card.
 """
 
 import json
 import platform
 import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from config import PRESETS
-from data.sources import KINDS
-from data.text_files import file_kind
-from launch.run_directory import CONFIG, METRICS, flatten, read_configuration, read_metrics
 
-# Settings that name a place: of this machine, or on the Hub.
-PLACES = {"dataset", "tokenizer", "init_from"}
-# Settings that say where things lie, or that change nothing about the result.
-LOCAL = {"output_dir", "resume", "num_proc", "device", "save_steps", "save_total_limit", "report_to", "debug"}
-
-
-def model_card(checkpoint: Path, name: str, base_name: str, license_name: str) -> str:
-    """checkpoint: a directory; where it is a run's, the run is told of. name, base_name: on the Hub; "": no base."""
-    is_adapter = (checkpoint / "adapter_config.json").is_file()
-    run = run_of(checkpoint)
-    config = read_configuration(run / CONFIG) if run else {}
-    sources = [public(source) for source in config.get("dataset", ())]
-    front = {
-        "license": license_name,
-        "base_model": base_name,
-        "datasets": [source for source in sources if "/" in source],  # the Hub wants names that it knows
-        "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["deepseek_v2", "sft", "conversational", *["lora"] * is_adapter],
-    }
-    filled = {key: value for key, value in front.items() if value}
-    sections = [
-        f"---\n{yaml.safe_dump(filled, sort_keys=False)}---",
-        f"# {name}",
-        f"A {'LoRA adapter for' if is_adapter else 'small chat model:'} DeepSeek-V2, fine-tuned with SFT from scratch.",
-        *([how_it_was_trained(config, read_metrics(run), sources, base_name)] if run else []),
-        how_to_use(name, base_name, is_adapter),
-    ]
-    return "\n\n".join(sections) + "\n"
+# Settings that stay out of the command: they name places here, or do not change the result.
+LOCAL = {
+    "output_dir", "resume", "num_proc", "device", "save_steps", "save_total_limit", "report_to", "debug",
+    "sample_prompts",
+}  # fmt: skip
+BUILT_IN = {source.partition(":")[0] for preset in PRESETS.values() for source in preset.data.dataset}
 
 
-def run_of(checkpoint: Path) -> Path | None:
-    """The run directory that the checkpoint lies in."""
-    run = checkpoint.resolve().parent.parent
-    return run if checkpoint.resolve().parent.name == "checkpoints" and (run / METRICS).is_file() else None
-
-
-def public(source: str) -> str:
-    """A dataset or a model as others may know it: of a local path, which may lead nowhere by now, the last part."""
-    path = Path(re.sub(r":\d+$", "", source))
-    local = path.is_absolute() or path.exists() or len(path.parts) > 2 or file_kind(path) in KINDS
-    return Path(source).name if local else source
-
-
-def how_it_was_trained(
-    config: dict[str, Any], metrics: list[dict[str, Any]], sources: list[str], base_name: str
+def model_card(
+    name: str,
+    base_name: str,
+    license_name: str,
+    is_adapter: bool,
+    config: dict[str, Any],
+    metrics: list[dict[str, Any]],
 ) -> str:
+    """Return the text of a model card. name, base_name: on the Hub; base_name "": none. config, metrics: the run's
+    config.json and metrics.jsonl, empty for a model that is not a run's."""
+    sources = [public_name(source, "private data") for source in config.get("dataset", ())]
+    data = ModelCardData(
+        license=license_name,
+        base_model=base_name or None,
+        datasets=[source.partition(":")[0] for source in sources if "/" in source] or None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["deepseek_v2", "sft", "conversational", *["lora"] * is_adapter],
+    )
+    download = [["hf", "download", base_name, "--local-dir", base_name]] if is_adapter else []
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card_template.md")),
+        title=escaped(name),
+        adapter=is_adapter,
+        rows=training_rows(sources, metrics),
+        command=shlex.join(command(config, base_name)) if config else "",
+        path=json.dumps(name, ensure_ascii=False),
+        auto_model="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
+        lines=[shlex.join(words) for words in (*download, ["python", "chat.py", name])],
+    )
+    return f"{card}\n"
+
+
+def escaped(text: str) -> str:
+    """Return text as Markdown shows it literally."""
+    return re.sub(r"([\\`*_$<>\[\]|#])", r"\\\1", text)
+
+
+def public_name(source: str, placeholder: str) -> str:
+    """Return the name of a dataset or model if others can have it: a built-in one, or ORG/NAME of the Hub."""
+    name = source.partition(":")[0]
+    is_local = Path(name).exists() or Path(name).suffix or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    return placeholder if is_local and name not in BUILT_IN else source
+
+
+def training_rows(sources: list[str], metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the lines of the card's table; none for a model without metrics."""
     steps = [line for line in metrics if "loss" in line]
-    evaluations = [line for line in metrics if "eval_loss" in line]
-    rows = [
-        ("data", ", ".join(sources)),
-        ("steps", f"{steps[-1]['step']:,}"),
-        ("tokens", f"{steps[-1]['num_tokens']:,}"),
-        ("loss, first and last step", f"{steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f}"),
-        *[(f"held-out loss, step {line['step']:,}", f"{line['eval_loss']:.4f}") for line in evaluations[-1:]],
+    if not steps:
+        return []
+    first, last = steps[0], steps[-1]
+    return [
+        ("data", escaped(", ".join(dict.fromkeys(sources)))),
+        ("steps", f"{last['step']:,}"),
+        ("tokens", f"{last['num_tokens']:,}"),
+        ("loss, first and last step", f"{rounded(first['loss'])}, {rounded(last['loss'])}"),
+        *[(f"held-out loss, step {e['step']:,}", rounded(e["eval_loss"])) for e in metrics if "eval_loss" in e][-1:],
         ("versions", f"Python {platform.python_version()}, torch {version('torch')}"),
     ]
-    table = "\n".join(f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *rows])
-    return f"## Training\n\n{table}\n\n![loss](loss.png)\n\n    {command(config, base_name)}"
 
 
-def command(config: dict[str, Any], base_name: str) -> str:
-    """The command line with the same settings, from the preset that needs fewest flags."""
-    ours = {key: value for key, value in flatten(config).items() if key not in LOCAL}
-    if config.get("init_from"):  # it brings its own
-        ours = {key: value for key, value in ours.items() if key not in ("tokenizer", "chat_template")}
-        ours["init_from"] = base_name or config["init_from"]
+def rounded(value: float | None) -> str:
+    """Return a metric with four digits; metrics.jsonl has null for what is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def command(config: dict[str, Any], base_name: str) -> list[str]:
+    """Return the command line with a run's settings, starting from the preset that needs the fewest flags."""
+    ours = {name: value for name, value in flags(config).items() if name not in LOCAL}
+    if config.get("init_from"):  # it determines both
+        ours = {name: value for name, value in ours.items() if name not in ("tokenizer", "chat_template")}
 
     def changes(preset: str) -> dict[str, Any]:
-        default = flatten(json.loads(json.dumps(PRESETS[preset].flat())))
-        return {key: value for key, value in ours.items() if default.get(key, value) != value}
+        default = flags(json.loads(json.dumps(PRESETS[preset].flat())))
+        return {name: value for name, value in ours.items() if default.get(name, value) != value}
 
     preset = min(PRESETS, key=lambda name: len(changes(name)))
-    words = ["python train_sft.py", preset]
-    for key, value in changes(preset).items():
-        flag = key.replace("_", "-")
+    words = ["python", "train_sft.py", preset]
+    for name, value in changes(preset).items():
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            values = map(str, value if isinstance(value, list) else [value])
-            shown = map(public, values) if key in PLACES else values
-            words += [f"--{flag}", *(json.dumps(text) if " " in text else text for text in shown)]
-    return " ".join(words)
+            continue
+        values = [str(item) for item in (value if isinstance(value, list) else [value])]
+        if name in ("dataset", "tokenizer", "init_from"):
+            values = [public_name(item, f"YOUR_{name.upper()}") for item in values]
+        words += [f"--{flag}", *([base_name] if name == "init_from" and base_name else values)]
+    return words
 
 
-def how_to_use(name: str, base_name: str, is_adapter: bool) -> str:
-    """In transformers and here."""
-    library, opened = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
-    download = f"    hf download {base_name} --local-dir {base_name}\n" * is_adapter
-    return f"""## Use
-
-```python
-from {library} import {opened}
-from transformers import AutoTokenizer
-
-path = "{name}"  # this directory, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = {opened}.from_pretrained(path)
-messages = [{{"role": "user", "content": "Hello!"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens=100)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-With the code that trained it, where control tokens that a user types stay text (above they do not):
-
-{download}    python chat.py {name}"""
+def flags(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the settings by their flags' names: {"model": {"hidden_size": 64}} becomes {"model.hidden_size": 64}."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= flags(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

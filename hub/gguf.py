@@ -1,7 +1,7 @@
-"""A model as a GGUF file, which llama.cpp, Ollama and LM Studio run; written through llama.cpp's own `gguf` package.
+"""Models as GGUF files, which llama.cpp, Ollama and LM Studio run; written with llama.cpp's own `gguf` package.
 
-llama.cpp calls the architecture deepseek2 and always works in the latent space (`model.Attention.attend_absorbed`), so
-that kv_b_proj comes as its two parts. Whatever it computes otherwise than this repository is refused.
+llama.cpp calls the architecture deepseek2. It always attends in the latent space (`model.Attention.attend_absorbed`),
+so kv_b_proj is stored as two tensors. Configurations that llama.cpp would compute differently are refused.
 """
 
 import json
@@ -13,13 +13,13 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from config import ModelConfig, check
+from config import ModelConfig, UserError
 from hub.tokenizer_json import jinja_template
 from model import DeepSeekV2
 from tokenizer import Tokenizer
 from vocabulary import BYTE_TO_CHAR, CL100K_PATTERN
 
-# Our module's name within a block, and GGUF's.
+# Name of a module within a block: ours, and GGUF's.
 BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -42,7 +42,10 @@ BLOCK_NAMES = {
 
 
 def write_gguf(path: Path, model: DeepSeekV2, tokenizer: Tokenizer, name: str) -> None:
-    """Raises UserError for what llama.cpp cannot run. Weights keep their dtype; vectors and routers are fp32."""
+    """Write a model to a GGUF file. Weights keep their dtype; vectors and routers are fp32.
+
+    Raises UserError for a model that llama.cpp cannot run.
+    """
     check_runnable(model.config, tokenizer)
     writer = gguf.GGUFWriter(path, "deepseek2")
     writer.add_name(name)
@@ -61,18 +64,24 @@ def write_gguf(path: Path, model: DeepSeekV2, tokenizer: Tokenizer, name: str) -
 
 
 def check_runnable(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raise UserError if llama.cpp would compute something else than `model.py`, or cannot read the vocabulary."""
     rope = config.rope_scaling
-    check(config.topk_method == "greedy", "llama.cpp has no group-limited routing as DeepSeek-V2 does it")
-    check(rope is None or rope.mscale == rope.mscale_all_dim, "llama.cpp wants YaRN's mscale equal to mscale_all_dim")
-    check(
-        config.rms_norm_eps == 1e-6, f"llama.cpp has one rms_norm_eps, 1e-6, for all norms, not {config.rms_norm_eps}"
-    )
-    patterns = json.dumps(json.loads(tokenizer.to_json())["pre_tokenizer"])
-    known = json.dumps(CL100K_PATTERN) in patterns
-    check(known, "the vocabulary is not cl100k_base's: use llama.cpp's convert_hf_to_gguf.py, which knows many others")
+    if config.topk_method != "greedy":
+        raise UserError(f"llama.cpp lacks DeepSeek-V2's group-limited routing: topk_method is {config.topk_method}")
+    if rope and rope.mscale != rope.mscale_all_dim:
+        raise UserError(
+            f"llama.cpp needs YaRN's mscale ({rope.mscale}) equal to mscale_all_dim ({rope.mscale_all_dim})"
+        )
+    if config.rms_norm_eps != 1e-6:
+        raise UserError(f"llama.cpp has one rms_norm_eps for all norms, 1e-6, not {config.rms_norm_eps}")
+    if json.dumps(CL100K_PATTERN) not in tokenizer.to_json():
+        raise UserError(
+            "the vocabulary is not cl100k_base's: use llama.cpp's convert_hf_to_gguf.py, which knows others"
+        )
 
 
 def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """Write the model's configuration under llama.cpp's keys."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -80,7 +89,7 @@ def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_leading_dense_block_count(config.first_k_dense_replace)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    # attention: in the latent space there is one key and value for all heads
+    # attention: in the latent space all heads share one key and value
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(1)
     writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
@@ -88,7 +97,7 @@ def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
     writer.add_value_length_mla(config.v_head_dim)
     writer.add_kv_lora_rank(config.kv_lora_rank)
-    writer.add_q_lora_rank(config.q_lora_rank or 0)  # left out, llama.cpp refuses all but the published sizes
+    writer.add_q_lora_rank(config.q_lora_rank or 0)  # without it, llama.cpp accepts the published sizes only
     writer.add_rope_dimension_count(config.qk_rope_head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     if rope := config.rope_scaling:
@@ -110,7 +119,7 @@ def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """The vocabulary in GPT-2's characters. Ids that stand for nothing get a name, since all names must differ."""
+    """Write the vocabulary in GPT-2's characters. Unused ids get names, since all names must differ."""
     control = {i: token for token, i in tokenizer.control_ids.items()}
     tokens, types = [], []
     for i in range(vocab_size):
@@ -120,20 +129,20 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int
         types.append(gguf.TokenType.CONTROL if i in control else kind)
     merges = json.loads(tokenizer.to_json())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("dbrx")  # llama.cpp's name for the pattern that cl100k_base cuts text by
+    writer.add_tokenizer_pre("dbrx")  # llama.cpp's name for cl100k_base's pattern
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)  # the template writes it
+    writer.add_add_bos_token(False)  # the chat template writes it
     if tokenizer.template.start:
         writer.add_bos_token_id(tokenizer.control_ids[tokenizer.template.start])
     writer.add_chat_template(jinja_template(tokenizer.template, mark_trained=False))
 
 
 def gguf_tensors(model: DeepSeekV2) -> Iterator[tuple[str, Tensor]]:
-    """GGUF's names with our tensors, the experts' as stacks (E, out, in)."""
+    """Yield our tensors under GGUF's names; the experts' are stacks (E, out, in)."""
     yield "token_embd.weight", model.model.embed_tokens.weight
     yield "output_norm.weight", model.model.norm.weight
     yield "output.weight", model.output_weight
@@ -151,7 +160,7 @@ def gguf_tensors(model: DeepSeekV2) -> Iterator[tuple[str, Tensor]]:
 
 
 def split_up_projection(weight: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    """kv_b_proj (H (nope + v), rank) -> of keys (H, rank, qk_nope_head_dim), of values (H, v_head_dim, rank)."""
+    """Split kv_b_proj (H (nope + v), rank) into keys (H, rank, qk_nope_head_dim) and values (H, v_head_dim, rank)."""
     heads = weight.unflatten(0, (config.num_attention_heads, -1))
     keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
     return {"attn_k_b": keys.mT, "attn_v_b": values}

@@ -20,7 +20,7 @@ from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretraine
 from config import PRESETS, RopeScaling, UserError
 from files import write_tensors
 from hub import peft as peft_files
-from hub.card import command
+from hub.card import command, model_card
 from launch.command_line import parse_arguments
 from launch.run_directory import read_metrics
 from model import DeepSeekV2
@@ -68,7 +68,7 @@ def test_merging_writes_a_plain_model_with_the_same_logits(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(TOKENS).logits
     assert relative_difference(adapted(TOKENS), theirs) < 1e-5
     assert run_main(export.main, command, tmp_path) == 2
-    assert capsys.readouterr().err.endswith(f"error: {tmp_path}/merged exists already; choose a new directory\n")
+    assert f"error: {tmp_path}/merged exists already" in capsys.readouterr().err
 
 
 def test_merging_what_is_no_adapter_is_refused(
@@ -85,16 +85,17 @@ def test_merging_what_is_no_adapter_is_refused(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a model of 24 thousand parameters, whose data is gone by now."""
+    """The run of a model of 24 thousand parameters, whose data has been deleted."""
     directory = tmp_path_factory.mktemp("trained")
     data = write_jsonl(directory / "private.jsonl", conversations(20))
-    assert train_here(arguments(data, directory / "run", max_steps=4, eval_steps=2), directory) == 0
+    flags = [*arguments(data, directory / "run", max_steps=4, eval_steps=2), "My secret?"]  # a sample prompt
+    assert train_here(flags, directory) == 0
     data.unlink()
     return directory / "run"
 
 
-def published(directory: Path, *private: Path) -> set[str]:
-    """The names of the files, in which no private place is named."""
+def published(directory: Path, *private: Path | str) -> set[str]:
+    """Return the names of the files after checking that none contains a private text."""
     assert {oct(file.stat().st_mode)[-3:] for file in directory.iterdir()} == {"644"}
     for file in directory.iterdir():
         assert not [place for place in private if str(place).encode() in file.read_bytes()], file
@@ -110,7 +111,7 @@ def test_a_run_is_published_with_a_card(trained: Path, tmp_path: Path, capsys: p
     """huggingface_hub reads its front matter; its command, its losses and its code for transformers are right."""
     flags = ["hub", str(trained), str(tmp_path / "small"), "--license", "mit", "--base-name", "org/base"]
     assert run_main(export.main, flags, tmp_path) == 0
-    assert published(tmp_path / "small", tmp_path, trained.parent) == {
+    assert published(tmp_path / "small", tmp_path, trained.parent, "private.jsonl", "My secret") == {
         *("README.md", "loss.png", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
@@ -124,7 +125,7 @@ def test_a_run_is_published_with_a_card(trained: Path, tmp_path: Path, capsys: p
     (line,) = [line for line in text.splitlines() if "train_sft.py" in line]
     again = parse_arguments(shlex.split(line)[2:]).flat()
     ours = json.loads((trained / "config.json").read_text())
-    local = {"dataset", "output_dir", "num_proc", "device", "save_steps"}
+    local = {"dataset", "output_dir", "num_proc", "device", "save_steps", "sample_prompts"}
     assert {key for key in ours if json.loads(json.dumps(again[key])) != ours[key]} <= local
     code = text.split("```python\n")[1].split("```")[0]
     with contextlib.chdir(tmp_path):
@@ -135,14 +136,14 @@ def test_a_run_is_published_with_a_card(trained: Path, tmp_path: Path, capsys: p
 def test_an_adapter_is_published_with_its_bases_public_name(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And with nothing of where it lies here; what it answers stays the same, and so does what it is refused with."""
+    """No file names its local base; its answers stay the same, and another base is still refused."""
     data = write_jsonl(tmp_path / "private.jsonl", conversations(20))
     changes = {"init_from": trained, "lora_rank": 2, "learning_rate": 0.1, "max_steps": 2}
     assert train_here(arguments(data, tmp_path / "run", **changes), tmp_path) == 0
     hub = ["hub", str(tmp_path / "run"), str(tmp_path / "public")]
     capsys.readouterr()
     assert run_main(export.main, hub, tmp_path) == 2
-    assert capsys.readouterr().err == "error: name the adapter's base on the Hub: --base-name ORG/MODEL\n"
+    assert capsys.readouterr().err == "error: an adapter needs the name of its base on the Hub: --base-name ORG/MODEL\n"
     assert run_main(export.main, [*hub, "--base-name", "org/base"], tmp_path) == 0
     assert published(tmp_path / "public", tmp_path, trained.parent) == {
         *("README.md", "loss.png", "adapter_config.json", "adapter_model.safetensors", "base.json"),
@@ -152,7 +153,7 @@ def test_an_adapter_is_published_with_its_bases_public_name(
     assert config["base_model_name_or_path"] == "org/base"
     front, _ = read_card(tmp_path / "public")
     assert (front["base_model"], front["library_name"]) == ("org/base", "peft")
-    # as downloaded beside it, the base is found by that name
+    # a base downloaded next to it is found by that name
     assert run_main(export.main, ["hub", str(trained), str(tmp_path / "org" / "base")], tmp_path) == 0
     adapted, _ = load_model_and_tokenizer(tmp_path / "run")
     with contextlib.chdir(tmp_path):
@@ -169,25 +170,65 @@ def test_an_adapter_is_published_with_its_bases_public_name(
         ("chitchat:3", "chitchat:3"),
         ("org/data", "org/data"),
         ("org/data:2", "org/data:2"),
-        ("/gone/chats", "chats"),
-        ("/gone/my chats.jsonl:2", "my chats.jsonl:2"),
-        ("gone/chats.csv.gz", "chats.csv.gz"),
-        ("gone/runs/base", "base"),
-        ("here/chats", "chats"),
+        ("/gone/chats", "YOURS"),
+        ("/gone/my chats.jsonl:2", "YOURS"),
+        ("gone/chats.csv.gz", "YOURS"),
+        ("gone/runs/base", "YOURS"),
+        ("here/chats", "YOURS"),
+        ("../org/data", "YOURS"),
     ],
 )
-def test_of_a_local_place_the_card_has_the_last_part(
+def test_the_card_names_public_data_and_models_only(
     source: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it is still there or not, as data and as what the model was trained from; a prompt is no place."""
     (tmp_path / "here" / "chats").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     config = PRESETS["tiny"].changed(dataset=(source,), init_from=source, sample_prompts=("/a/b", "/c/d e")).flat()
-    line = shlex.split(command(json.loads(json.dumps(config)), ""))
-    flags = ("--dataset", shown), ("--init-from", shown), ("--sample-prompts", "/a/b", "/c/d e")
-    for flag in flags:
-        place = line.index(flag[0])
-        assert tuple(line[place : place + len(flag)]) == flag
+    line = " ".join(command(json.loads(json.dumps(config)), ""))
+    for flag in ("dataset", "init-from"):
+        name = shown.replace("YOURS", f"YOUR_{flag.replace('-', '_').upper()}")
+        assert f"--{flag} {name}" in line
+    assert "/a/b" not in line
+    assert "/gone" not in line
+
+
+def test_names_in_a_card_are_shown_literally_and_quoted_in_commands() -> None:
+    """The front matter is read back by huggingface_hub; a value that is not finite, null in metrics.jsonl, is named."""
+    name = "my_$run$ of 'Ä|B'\\n"
+    lines = [{"step": 1, "loss": 2.0, "num_tokens": 10}, {"step": 2, "loss": None, "num_tokens": 20}]
+    text = model_card(name, "org/a_b", "mit", True, {"dataset": ["/secret/a|b.csv", "org/x_y"]}, lines)
+    assert r"# my\_\$run\$ of 'Ä\|B'\\n" in text
+    assert shlex.split(text.splitlines()[-1]) == ["python", "chat.py", name]
+    assert r"| data | private data, org/x\_y |" in text
+    assert "2.0000, not finite" in text
+    assert f"path = {json.dumps(name, ensure_ascii=False)} " in text
+    assert (ModelCard(text).data.base_model, ModelCard(text).data.datasets) == ("org/a_b", ["org/x_y"])
+
+
+def test_only_a_models_own_files_are_published(trained: Path, tmp_path: Path) -> None:
+    """Not notes next to them, and no absolute path that a library recorded."""
+    shutil.copytree(trained, tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("step-000004")
+    (checkpoint / "secret.json").write_text("{}")
+    (checkpoint / "notes.safetensors").write_bytes(b"")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/someone/model"}))
+    assert run_main(export.main, ["hub", str(checkpoint), str(tmp_path / "out")], tmp_path) == 0
+    names = published(tmp_path / "out", "/home/someone")
+    assert names.isdisjoint({"secret.json", "notes.safetensors"})
+    assert json.loads((tmp_path / "out/config.json").read_text()) == config
+
+
+def test_a_link_to_a_foreign_file_is_not_published(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "secret.json").write_text('{"password": "x"}')
+    shutil.copytree(trained / "checkpoints/step-000004", tmp_path / "model")
+    (tmp_path / "model/generation_config.json").unlink()
+    (tmp_path / "model/generation_config.json").symlink_to(tmp_path / "secret.json")
+    assert run_main(export.main, ["hub", str(tmp_path / "model"), str(tmp_path / "out")], tmp_path) == 2
+    assert "generation_config.json lies outside of the directory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- GGUF (llama.cpp itself: benchmarks/clients.py)
@@ -260,12 +301,12 @@ def test_bfloat16_weights_stay_so_in_gguf(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "no group-limited routing"),
-        ({"rope_scaling": YARN}, "mscale equal to mscale_all_dim"),
+        ({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "lacks DeepSeek-V2's group-limited"),
+        ({"rope_scaling": YARN}, "mscale (1.0) equal to mscale_all_dim (0.7)"),
         ({"rms_norm_eps": 1e-5}, "one rms_norm_eps"),
     ],
 )
-def test_what_llama_cpp_computes_otherwise_is_refused(
+def test_what_llama_cpp_computes_differently_is_refused(
     changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_pretrained(tmp_path / "model", small_model(vocab_size=512, **changes), Tokenizer(vocab_size=512))
