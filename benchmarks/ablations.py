@@ -1,6 +1,6 @@
 """What happens if a part of SFT is left out? `tiny`, trained once as it is and once with each textbook mistake.
 
-    python benchmarks/ablations.py [--steps 120] [--seeds 1 2 3] [--variants NAME ...] [--folder runs/ablations]
+    python benchmarks/ablations.py [--steps 60] [--seeds 1 2 3] [--variants NAME ...] [--folder runs/ablations]
 
 A variant replaces one or two functions of this repository from outside; seed, data and steps stay the same. Each run
 has a process of its own and appends a line to FOLDER/results.jsonl. Runs that are already there are skipped, so an
@@ -160,6 +160,8 @@ class Variant(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
+RANDOM = "random weights instead of the base"
+FROM_RANDOM = ("--init-from", "none", "--learning-rate", "4e-3")  # its own best rate: tiny's is chosen for the base
 VARIANTS = {
     AS_IT_IS: Variant(),
     "loss on all tokens": Variant(loss_on_all_tokens),
@@ -167,9 +169,9 @@ VARIANTS = {
     "header's last token trained on": Variant(header_trained),
     "packed conversations see each other": Variant(packed_see_each_other),
     "mean of micro-batch means": Variant(mean_of_means),
-    # at its own best rate: tiny's is chosen for the base
-    "random weights instead of the base": Variant(flags=("--init-from", "none", "--learning-rate", "4e-3")),
+    RANDOM: Variant(flags=FROM_RANDOM),
     "no balance loss": Variant(no_balance_loss),
+    "no balance loss, random weights": Variant(no_balance_loss, FROM_RANDOM),
     "no template, roles as words": Variant(roles_as_words),
 }
 
@@ -220,10 +222,10 @@ def words_only(messages: Sequence[Message], tokenizer: Tokenizer) -> Piece:
     return ids, mask
 
 
-def held_out(source: str, characters: int = 1500) -> list[list[Message]]:
-    """The beginnings of a source's held-out conversations, cut at turns."""
+def held_out(source: str, number: int = 100, characters: int = 1500) -> list[list[Message]]:
+    """The beginnings of a source's first held-out conversations, cut at turns."""
     conversations = []
-    for row in open_split(source, "test"):
+    for row in open_split(source, f"test[:{number}]"):
         ends = np.cumsum([len(message["content"]) for message in row["messages"]])
         conversations.append(row["messages"][: max(2, int((ends <= characters).sum()))])
     return conversations
@@ -303,9 +305,22 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def load_table(results: Sequence[dict[str, Any]], parts: int = 4) -> str:
+    """The busiest expert's load in training, mean over seeds and each quarter of the steps."""
+    steps = results[0]["steps"]
+    titles = [f"steps {part[0] + 1} to {part[-1] + 1}" for part in np.array_split(np.arange(steps), parts)]
+    lines = [f"| busiest expert | {' | '.join(titles)} |", "|---" * (parts + 1) + "|"]
+    for name in VARIANTS:
+        found = [result["loads"] for result in results if result["variant"] == name]
+        if found:
+            means = [f"{part.mean():.2f}" for part in np.array_split(np.array(found), parts, axis=1)]
+            lines.append(f"| {name} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps per run")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps per run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="where runs and results are kept")
@@ -322,7 +337,7 @@ def main() -> None:
                 with file.open("a") as lines:
                     lines.write(json.dumps(results[-1], ensure_ascii=False) + "\n")
     print(f"\n{options.steps} steps, {sum(result['seconds'] for result in results) / 60:.0f} minutes for all runs\n")
-    print(table(results))
+    print(table(results), load_table(results), sep="\n\n")
 
 
 if __name__ == "__main__":
