@@ -96,7 +96,7 @@ def header_trained(replace: Replace) -> None:
 
 
 def packed_see_each_other(replace: Replace) -> None:
-    """A row is one long text. nanoGPT and nanochat; transformers' `run_clm.py` (`group_texts`)."""
+    """A row is one long text. nanoGPT; transformers' `run_clm.py` (`group_texts`)."""
     row, counts = RowStream.row, RowStream.counts
 
     def one_text(self: RowStream, i: int) -> list[Piece]:
