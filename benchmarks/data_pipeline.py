@@ -2,7 +2,7 @@
 
     python benchmarks/data_pipeline.py [--width 2048] [--vocab-size 100277]
 
-Against tiktoken alone, without template, mask or batch, and against `apply_chat_template` with the assistant's mask.
+Compared with tiktoken alone, without template, mask or batch, and with `apply_chat_template` and its assistant mask.
 """
 
 import time
@@ -26,15 +26,15 @@ FEW = 400  # conversations for transformers, which is slow
 
 @dataclass
 class Options:
-    # Tokens a row.
+    # Tokens per row.
     width: int = 2048
     vocab_size: int | None = None
-    # Times that each is measured; the fastest counts.
+    # Measurements of each; the fastest counts.
     repeats: int = 3
 
 
 def fastest(work: Callable[[], Result], repeats: int) -> tuple[Result, float]:
-    """What the work returns, and its shortest time in seconds."""
+    """Return the work's result and its shortest time in seconds."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()

@@ -1,16 +1,17 @@
-"""What do the presets take on GPUs, and does a run take what --dry-run says? The latter on this machine's CPU.
+"""What would the presets take on GPUs, and does a run on this machine's CPU take what --dry-run predicts?
 
     python benchmarks/dry_run.py [--dtype bfloat16] [--presets mini v2_lite] [--lora 2048 4096] [--lengths 512 1024]
 
-Each line of the last table is a process of its own that takes the same steps on real tensors; its most resident
-memory, beyond its libraries', is counted. What is freed is given back at once: else C's allocator keeps a fifth of it.
+Each line of the last table is a separate process that takes the same steps on real tensors; its peak resident memory
+beyond its libraries is measured. The C library is set to return freed memory at once;
+by default it keeps a fifth of it.
 """
 
 import os
 from dataclasses import dataclass
 from typing import Any
 
-os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}  # for the processes to come
+os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}  # for child processes
 
 import tyro
 from rivals import benchmark_config, in_child, peak_memory  # first: sets the environment
@@ -24,10 +25,10 @@ from optimizer import make_optimizers
 @dataclass
 class Options:
     dtype: Dtype = "bfloat16"
-    # Tokens of a row.
+    # Tokens per row.
     lengths: tuple[int, ...] = (512, 1024, 2048)
     presets: tuple[str, ...] = ("mini", "v2_lite")
-    # Tokens of a micro-batch at which LoRA on V2-Lite is planned.
+    # Tokens per micro-batch for LoRA on V2-Lite.
     lora: tuple[int, ...] = (2048, 4096)
 
 
@@ -39,11 +40,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def print_plans(preset: str) -> None:
-    """For one GPU, a node of eight and eight nodes; bf16."""
+    """Print the plan for one GPU, a node of eight and eight nodes, in bf16."""
     print(f"\n{preset:14}{'GPUs':>5} {'engine':7}{'state':>10}{'the rest':>10}{'peak':>10}{'sent':>10}{'TFLOP':>9}")
     for kind, changes in KINDS.items():
         for ranks, engine in ((1, "-"), (8, "fsdp"), (64, "fsdp"), (64, "hsdp")):
-            if ranks > 1 and "quantize" in changes:  # with ddp only, where each has what one has
+            if ranks > 1 and "quantize" in changes:  # ddp only, where each rank holds what one does
                 continue
             settings = {"dtype": "bfloat16", "parallel": engine.replace("-", "ddp")}
             result = dry_run(PRESETS[preset].changed(**settings | changes), ranks=ranks)
@@ -53,7 +54,7 @@ def print_plans(preset: str) -> None:
 
 
 def print_lora(length: int) -> None:
-    """On V2-Lite and one GPU, with rows of that length, one a micro-batch."""
+    """Print the plan for V2-Lite on one GPU, with one row of that length per micro-batch."""
     for kind, changes in list(KINDS.items())[1:]:
         memory = dry_run(PRESETS["v2_lite"].changed(dtype="bfloat16", max_seq_len=length, **changes)).memory
         rest, peak = memory["activations"], sum(memory.values())
@@ -73,7 +74,7 @@ def configuration(dtype: Dtype, length: int, checkpointing: bool) -> TrainConfig
 
 
 def measure(config: TrainConfig) -> int:
-    """Bytes that two steps hold at most. Runs in a process of its own."""
+    """Return the peak memory of two steps in bytes. Runs in a separate process."""
     import torch
 
     libraries = peak_memory()
@@ -94,7 +95,7 @@ def main() -> None:
     print(f"\n{'tokens':>8} {'v2_lite':12}{'state':>10}{'the rest':>10}{'peak':>10}")
     for length in options.lora:
         print_lora(length)
-    print(f"\n{'tokens':>8}{'checkpointing':>15}{'said':>12}{'taken':>12}{'more':>8}")
+    print(f"\n{'tokens':>8}{'checkpointing':>15}{'predicted':>12}{'measured':>12}{'more':>8}")
     for length in options.lengths:
         for checkpointing in (False, True):
             config = configuration(options.dtype, length, checkpointing)

@@ -1,11 +1,11 @@
-"""DeepSeek-V2-Lite at full size on this machine: 15.7 billion parameters in 4 bits, trained, talked to and merged.
+"""DeepSeek-V2-Lite at full size on this machine: train 15.7 billion parameters in 4 bits, chat, and merge.
 
     python benchmarks/full_size.py [--layers 27] [--directory DIR]
 
-Makes a checkpoint of V2-Lite's shape in its published layout with random weights (31.4 GB), runs the README's own
-commands on it, each in a process of its own, prints their seconds and peak memory, and deletes everything. A merged
-model takes as much disk again. Random weights learn nothing; time and memory are those of the real ones. --layers makes
-a thinner one, to try it.
+Writes a checkpoint of V2-Lite's shape in its published layout with random weights (31.4 GB), runs the README's commands
+on it, each in a separate process, prints their seconds and peak memory, and deletes everything. The merged model needs
+as much disk space again. Random weights learn nothing, but time and memory are those of the real ones. --layers makes
+a smaller model, for a trial.
 """
 
 import json
@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import hub_parts, write_model
-from config import V2_LITE, ModelConfig, check
+from config import V2_LITE, ModelConfig, UserError
 from launch.run_directory import read_metrics
 from model import DeepSeekV2
 from tokenizer import Tokenizer
@@ -36,20 +36,20 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass
 class Options:
-    # Of the 27; the first is dense, the others have 585 million parameters each.
+    # Number of layers; the first is dense, the others have 585 million parameters each.
     layers: int = 27
-    # Where the files are made, 63 GB of them at full size; "": the system's place for temporary files.
+    # Directory for the files, 63 GB at full size; "": the system's temporary directory.
     directory: str = ""
     max_seq_len: int = 512
     lora_rank: int = 16
     # Also adapt the routed experts.
     experts: bool = False
-    # float32 where the processor has no bf16.
+    # Use float32 if the processor has no bf16.
     dtype: str = "auto"
 
 
 def random_parts(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Weights by the Hub's names in bf16: windows into 128 million normal numbers, since drawing all takes minutes."""
+    """Yield bf16 weights by the Hub's names: windows into 128 million normal numbers (drawing all takes minutes)."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.empty(2**27, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
     with torch.device("meta"):
@@ -72,7 +72,7 @@ def window_of(pool: Tensor, start: int, length: int) -> Tensor:
 
 
 def make(directory: str, layers: int) -> None:
-    """The checkpoint."""
+    """Write the checkpoint."""
     config = replace(V2_LITE.model, num_hidden_layers=layers)
     write_model(Path(directory), config, Tokenizer(chat_template="deepseek"), random_parts(config), SHARD_BYTES)
 
@@ -89,12 +89,12 @@ began = time.perf_counter()
 model = load_pretrained(sys.argv[1], quantize="nf4")
 seconds = time.perf_counter() - began
 size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-print(f"{int(sys.argv[2]) / 2e6 / seconds:.0f} million parameters a second; {size / 1e9:.2f} GB in tensors")
+print(f"{int(sys.argv[2]) / 2e6 / seconds:.0f} million parameters per second; {size / 1e9:.2f} GB of tensors")
 """
 
 
 def run(what: str, *command: str) -> str:
-    """A command in a child process. Prints its seconds and its peak memory, and returns what it printed."""
+    """Run a command in a child process, print its seconds and its peak memory, and return its output."""
     began, before, peak = time.perf_counter(), processor_seconds(), 0
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -103,20 +103,21 @@ def run(what: str, *command: str) -> str:
             time.sleep(0.05)
         output.seek(0)
         printed = output.read()
-    check(child.returncode == 0, f"{what} failed: {printed[-2000:]}")
+    if child.returncode != 0:
+        raise UserError(f"{what} failed: {printed[-2000:]}")
     seconds, processor = time.perf_counter() - began, processor_seconds() - before
     print(f"{what:24}{seconds:8.1f} s ({processor:.1f} of a processor), peak {peak / 1e9:.2f} GB", flush=True)
     return printed
 
 
 def processor_seconds() -> float:
-    """Of all children that have ended."""
+    """Return the processor time of all finished children."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def peak_of(process: int) -> int:
-    """The most memory that a process has held so far, in bytes; what it has read of mapped files counts."""
+    """Return a process's peak memory so far in bytes, including the parts of mapped files that it has read."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -132,7 +133,7 @@ def main(options: Options) -> None:
         files = list(base.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         print(f"    {size / 1e9:.1f} GB in {len(files)} files")
-        print("    " + run("load it in NF4", "-c", LOAD, str(base), str(size)).strip())
+        print("    " + run("load in NF4", "-c", LOAD, str(base), str(size)).strip())
         flags = {
             "init-from": base,
             "quantize": "nf4",

@@ -1,10 +1,10 @@
-"""What do several ranks cost, and bring? Bytes sent and tokens per second, for each engine; and what more would do.
+"""What do several ranks send and gain? Bytes and tokens per second per engine, and a calculation for more GPUs.
 
     python benchmarks/scaling.py [--ranks 1 2] [--steps 20] [--preset tiny]
 
-The real program on chitchat, one thread a rank, the same batch on each rank whatever their number. Bytes are counted
-twice: from the collectives that a rank takes part in, as algorithms on a ring send them, and on the loopback interface
-that all ranks of this machine talk through (so nothing else should). The calculation at the end measures nothing.
+Runs the real trainer on chitchat with one thread and the same batch size per rank. Bytes are counted twice: from a
+rank's collectives, as ring algorithms send them, and on the loopback interface, which all ranks use and nothing else
+should use meanwhile. The calculation at the end measures nothing.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ WORKER = "RANK" in os.environ
 class Options:
     # Numbers of ranks.
     ranks: tuple[int, ...] = (1, 2)
-    # Steps that are timed, after those to warm up and those whose bytes are counted.
+    # Timed steps, after those for warm-up and those whose bytes are counted.
     steps: int = 20
-    # Times that each is run, taking turns; the fastest counts, since whatever else the machine does only slows it down.
+    # Runs of each, taking turns; the fastest counts, because other work can only slow a run down.
     rounds: int = 3
     preset: str = "tiny"
 
@@ -45,14 +45,14 @@ class Options:
 
 
 def loopback_bytes() -> int:
-    """Sent so far; 0 where the system doesn't say."""
+    """Return the bytes sent so far; 0 if the system does not report them."""
     path = Path("/proc/net/dev")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[9]) for line in lines if line.split()[0] == "lo:"), 0)
 
 
 def theory(engine: str, ranks: int, preset: str) -> float:
-    """Bytes per rank and step: DDP reduces gradients; FSDP gathers parameters twice and reduces gradients."""
+    """Return the bytes per rank and step: DDP reduces gradients, FSDP also gathers parameters twice."""
     parameters = sum(total for total, _ in parameter_counts(PRESETS[preset].model).values())
     return {"ddp": 2, "fsdp": 3}[engine] * (ranks - 1) / ranks * 4 * parameters
 
@@ -61,7 +61,7 @@ def theory(engine: str, ranks: int, preset: str) -> float:
 
 
 def train(engine: str, steps: int, preset: str) -> dict[str, float]:
-    """What this rank sends in a step, and tokens per second of all ranks."""
+    """Return the bytes that this rank sends per step, and the tokens per second of all ranks."""
     import train_sft
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
@@ -73,7 +73,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
 
     total = str(WARM_UP + COUNTED + steps)
     flags = [preset, "--dataset", "chitchat", "--parallel", engine, "--max-steps", total, "--device", "cpu"]
-    flags += ["--optimizer", "adamw"]  # Muon gathers matrices under FSDP, beside what theory counts
+    flags += ["--optimizer", "adamw"]  # under FSDP, Muon also gathers matrices, which theory does not count
     config = train_sft.parse_arguments(flags)
     tokenizer = Tokenizer(vocab_size=config.model.vocab_size)
     world = join_world(config.compute.device)
@@ -104,7 +104,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
 
 
 def start(engine: str, ranks: int, options: Options) -> dict[str, float]:
-    """Have torchrun start the ranks; the first one's result."""
+    """Run the ranks under torchrun and return the first one's result."""
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory, "result.json")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -115,24 +115,24 @@ def start(engine: str, ranks: int, options: Options) -> dict[str, float]:
 
 # ---------------------------------------------------------------- a calculation, not a measurement
 
-FLOPS = 0.4 * 989e12  # an H100's in bf16, of which 40% is a good share
-INSIDE, BETWEEN = 350e9, 40e9  # bytes a second and GPU: NVLink within a node of 8; 400 Gb/s of network between nodes
+FLOPS = 0.4 * 989e12  # 40% of an H100's in bf16, a good share
+INSIDE, BETWEEN = 350e9, 40e9  # bytes per second and GPU: NVLink within a node of 8; a 400 Gb/s network between nodes
 
 
 def calculate(preset: str) -> None:
-    """Print how long a step computes and sends, and what is left of perfect scaling. FLOPs are the dry run's;
+    """Print a step's compute and send times and its share of perfect scaling. FLOPs are the dry run's;
     benchmarks/dry_run.py counts the same bytes in the engines' own calls.
 
-    Each micro-batch, FSDP gathers bf16 weights twice and scatters fp32 gradients, beside all of the computation; HSDP
-    so within a node. What is reduced once a step, all gradients (DDP) or those of a shard between nodes (HSDP), goes
-    beside the last micro-batch's backward pass, two thirds of its work.
+    Per micro-batch, FSDP gathers bf16 weights twice and scatters fp32 gradients, overlapping all of the computation;
+    HSDP does so within a node. The reduction once per step, all gradients (DDP) or a shard's between nodes (HSDP),
+    overlaps the last micro-batch's backward pass, two thirds of its work.
     """
     config = PRESETS[preset].changed(dtype="bfloat16")
     size = 4 * sum(total for total, _ in parameter_counts(config.model).values())
     micro_batches, tokens = config.batch.gradient_accumulation_steps, config.batch.batch_size * config.data.max_seq_len
     computing = dry_run(config).flops / FLOPS
-    print(f"\nCalculated, not measured: {preset}, {micro_batches} micro-batches of {tokens:,} tokens a GPU and step")
-    print(f"{'GPUs':>4} {'engine':6}{'sent per GPU':>14}{'compute':>10}{'send':>10}{'beside it':>11}{'efficiency':>12}")
+    print(f"\nCalculated, not measured: {preset}, {micro_batches} micro-batches of {tokens:,} tokens per GPU and step")
+    print(f"{'GPUs':>4} {'engine':6}{'sent per GPU':>14}{'compute':>10}{'send':>10}{'hidden':>11}{'efficiency':>12}")
     last = 2 / 3 * computing / micro_batches
     for ranks, engine in ((8, "ddp"), (8, "fsdp"), (64, "ddp"), (64, "fsdp"), (64, "hsdp")):
         shards = {"ddp": 1, "fsdp": ranks, "hsdp": 8}[engine]
@@ -159,8 +159,8 @@ def main() -> None:
     rounds = [{run: start(*run, options) for run in runs} for _ in range(options.rounds)]
     results = {run: max((round_[run] for round_ in rounds), key=lambda result: result["rate"]) for run in runs}
     one = results[runs[0]]["rate"] / runs[0][1]
-    print(f"\n{options.preset} on chitchat, one thread a rank; megabytes per rank and step")
-    print(f"{'ranks':>5} {'engine':6}{'counted':>10}{'theory':>10}{'on the wire':>14}{'tokens/s':>11}{'of linear':>12}")
+    print(f"\n{options.preset} on chitchat, one thread per rank; megabytes per rank and step")
+    print(f"{'ranks':>5} {'engine':6}{'counted':>10}{'theory':>10}{'on loopback':>14}{'tokens/s':>11}{'of linear':>12}")
     for (engine, ranks), result in results.items():
         print(
             f"{ranks:5} {engine if ranks > 1 else '-':6}{result['sent'] / 1e6:10.2f}"

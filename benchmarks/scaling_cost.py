@@ -1,10 +1,10 @@
-"""What does a training step cost as things grow? Longer conversations, more of them, more vocabulary, more experts.
+"""How does the cost of a training step grow with length, tokens per step, vocabulary and experts?
 
     python benchmarks/scaling_cost.py [--dtype float32] [--tables length tokens vocabulary experts]
 
-A process of its own for each line trains on random conversations, half of their tokens targets. Memory is the most that
-it held beyond its libraries. 16 bytes a parameter of it are weights, gradients and optimizer state in fp32; the last
-columns are the rest, which has to grow with the tokens of a step and with nothing else.
+Each line is a separate process that trains on random conversations, half of whose tokens are targets. Memory is its
+peak beyond its libraries. 16 bytes per parameter are weights, gradients and optimizer state in fp32; the last columns
+are the rest, which must grow with the tokens per step and with nothing else.
 """
 
 import statistics
@@ -22,7 +22,7 @@ from launch.cost import parameter_counts
 from parallel import choose_dtype
 
 WARM_UP, TIMED = 3, 5  # steps
-TOKENS = 4096  # in a step, where nothing else is said
+TOKENS = 4096  # per step, unless a table varies them
 Table = Literal["length", "tokens", "vocabulary", "experts"]
 
 
@@ -39,8 +39,8 @@ class Work(NamedTuple):
 
     label: int
     config: ModelConfig
-    length: int = 512  # tokens of a conversation
-    tokens: int = TOKENS  # tokens of a step
+    length: int = 512  # tokens per conversation
+    tokens: int = TOKENS  # tokens per step
 
 
 def lines(table: Table, config: ModelConfig) -> list[Work]:
@@ -54,7 +54,7 @@ def lines(table: Table, config: ModelConfig) -> list[Work]:
 
 
 def measure(work: Work, dtype: str) -> tuple[float, float]:
-    """Seconds of a step, and bytes at most held beyond the libraries'. Runs in a process of its own."""
+    """Return the seconds per step and the peak memory beyond libraries in bytes. Runs in a separate process."""
     libraries = peak_memory()
     step = our_loop(work.config, dtype)
     mask = [0] * (work.length // 2) + [1] * (work.length // 2)
@@ -69,7 +69,7 @@ def measure(work: Work, dtype: str) -> tuple[float, float]:
 
 
 def print_table(table: Table, config: ModelConfig, dtype: str) -> None:
-    print(f"\n{table:>12}{'µs a token':>12}{'of the first':>14}{'memory':>12}{'the rest':>12}{'a token':>12}")
+    print(f"\n{table:>12}{'µs per token':>14}{'of the first':>14}{'memory':>12}{'rest':>12}{'per token':>12}")
     first = 0.0
     for work in lines(table, config):
         seconds, memory = in_child(measure, work, dtype)
@@ -77,7 +77,7 @@ def print_table(table: Table, config: ModelConfig, dtype: str) -> None:
         first = first or per_token
         state = 16 * sum(total for total, _ in parameter_counts(work.config).values())
         print(
-            f"{work.label:12,}{per_token * 1e6:12.0f}{per_token / first:14.2f}{memory / 1e6:9,.0f} MB"
+            f"{work.label:12,}{per_token * 1e6:14.0f}{per_token / first:14.2f}{memory / 1e6:9,.0f} MB"
             f"{(memory - state) / 1e6:9,.0f} MB{(memory - state) / work.tokens / 1e3:9,.0f} kB",
             flush=True,
         )

@@ -1,7 +1,7 @@
-"""What compilation, checkpointing and the size of a batch bring on a device; see train_step.py --settings.
+"""The effect of compilation, checkpointing and batch size on a device; see train_step.py --settings.
 
-Each line is a process of its own, which trains a model as train_sft.py builds it on packed rows of chitchat. On CUDA
-the device's own clock is read, and the host waits once, after the last step.
+Each line of the table is a separate process that trains the model of train_sft.py on packed rows of chitchat. On CUDA
+the device's clock is used, and the host waits once, after the last step.
 """
 
 import itertools
@@ -28,11 +28,11 @@ class Measured(NamedTuple):
     tokens: int  # real ones, in all timed steps
     flops: int
     seconds: float
-    memory: float  # bytes at most
+    memory: float  # peak, in bytes
 
 
 def settings_table(model: ModelConfig, device: torch.device, dtype: str, sizes: Sequence[int], steps: int) -> None:
-    """Print a line for each setting; MFU is what part of the FLOP/s of large products the model's own FLOPs make up."""
+    """Print a line per setting. MFU is the model's FLOP/s over those of large matrix products."""
     peak = measure_peak(device, getattr(torch, dtype))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"\n{dtype} on {device.type}, {name}, torch {torch.__version__}: {peak / 1e12:,.2f} TFLOP/s at most")
@@ -59,7 +59,7 @@ def settings_table(model: ModelConfig, device: torch.device, dtype: str, sizes: 
 
 
 def measure(config: TrainConfig, number: int) -> Measured | None:
-    """Of so many steps; None where the device has too little memory. Runs in a process of its own."""
+    """Train for `number` steps; return None if the device has too little memory. Runs in a separate process."""
     world = World(0, 1, torch.device(config.compute.device))
     steps = load_steps(config, world, WARM_UP + number)
     libraries = peak_memory()
@@ -83,7 +83,7 @@ def measure(config: TrainConfig, number: int) -> Measured | None:
 
 
 def load_steps(config: TrainConfig, world: World, number: int) -> list[Step]:
-    """With fixed shapes, as GPUs and compiled code get them."""
+    """Return steps whose batches have fixed shapes, as on GPUs and in compiled code."""
     from dataset import load_dataset_split
 
     tokenizer, width = Tokenizer(vocab_size=config.model.vocab_size), config.data.max_seq_len
@@ -94,7 +94,7 @@ def load_steps(config: TrainConfig, world: World, number: int) -> list[Step]:
 
 
 def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: list[Step], config: TrainConfig) -> None:
-    """What Trainer.train_step does, without its bookkeeping: nothing waits for the device."""
+    """Trainer.train_step without its bookkeeping; the host never waits for the device."""
     device = torch.device(config.compute.device)
     for step in steps:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.compute.dtype == "bfloat16"):
@@ -107,7 +107,7 @@ def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: list
 
 
 def timed(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds that it takes, by the device's clock where it is CUDA's."""
+    """Return the seconds that the work takes, by the device's clock on CUDA."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

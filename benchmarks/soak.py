@@ -1,15 +1,15 @@
-"""Kill training runs at random moments, resume them until they are done, and compare them with runs left alone.
+"""Kill training runs at random moments, resume them until they are done, and compare them with undisturbed runs.
 
     python benchmarks/soak.py [--kills 50] [--seed 0]
     python benchmarks/soak.py --torchrun [--kills 30]
 
-Small runs, which spend about half of their time saving, in four arrangements by turns: packed, padded, accumulating
-gradients under Muon, and LoRA with dropout. Each goes through its data several times. SIGKILL comes at a random moment
-of training or saving. Losses (every line of metrics.jsonl), weights and optimizer state have to come out bit for bit as
-those of the undisturbed run. Exits with 1 if any does not.
+The runs are small, spend about half of their time saving, and are of four kinds in turn: packed, padded, accumulating
+gradients under Muon, and LoRA with dropout. Each passes over its data several times. SIGKILL comes at a random moment
+of training or saving. Losses (every line of metrics.jsonl), weights and optimizer state must equal those of the
+undisturbed run bit for bit; otherwise the exit code is 1.
 
-With --torchrun they are jobs of two ranks, by turns under DDP and FSDP. One of the ranks, drawn by chance, is killed;
-nobody resumes: torchrun starts the ranks again, as often as it takes.
+With --torchrun, the runs are jobs of two ranks, alternately under DDP and FSDP. A randomly chosen rank is killed, and
+torchrun restarts the ranks until the job is done.
 """
 
 import argparse
@@ -76,8 +76,8 @@ def main() -> int:
 
 
 def soak_runs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[str, int]:
-    """Counts of what happened, until there were that many kills."""
-    log, base = folder / "log", folder / "base"  # which LoRA adapts
+    """Kill and resume a run until it is done or there were that many kills. Return the counts of events."""
+    log, base = folder / "log", folder / "base"  # for LoRA
     finish(arguments(data, base, max_steps=5, eval_steps=0), log)
 
     def disturb(run: Path, flags: list[str], changes: dict[str, Any], totals: dict[str, int]) -> None:
@@ -85,7 +85,7 @@ def soak_runs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[
         while totals["kills"] < kills and kill_after(rng.uniform(0, LONGEST_LIFE), command, log) == -signal.SIGKILL:
             count_kill(run, totals)
             command = ["--resume", "--output-dir", str(run)]
-        finish(command, log)  # changes nothing if it is done
+        finish(command, log)  # no effect on a finished run
 
     def leave_alone(run: Path, flags: list[str], changes: dict[str, Any]) -> None:
         finish(arguments(data, run, *flags, **changes), log)
@@ -96,7 +96,7 @@ def soak_runs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[
 
 
 def soak_jobs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[str, int]:
-    """The same of jobs under torchrun."""
+    """Do the same with a job under torchrun."""
 
     def begin(run: Path, flags: list[str], changes: dict[str, Any]) -> tuple[subprocess.Popen, Path]:
         log = folder / f"{run.name}.log"
@@ -119,7 +119,7 @@ def soak_jobs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[
             if totals["kills"] >= enough or job.poll() is not None:
                 break
             ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-            if len(ranks) == 2:  # else they are about to leave
+            if len(ranks) == 2:  # otherwise they are about to exit
                 os.kill(int(rng.choice(ranks)), signal.SIGKILL)
                 count_kill(run, totals)
         if finish_job(job) != 0:
@@ -140,8 +140,8 @@ def soak(
     leave_alone: Callable[..., None],
     disturb: Callable[..., None],
 ) -> dict[str, int]:
-    """Runs that are disturbed against runs that are left alone, in all arrangements by turns, until there were that
-    many kills. Counts of what happened."""
+    """Compare disturbed runs of all kinds in turn with undisturbed ones, until there were that many kills. Return the
+    counts of events."""
     totals = dict.fromkeys(COUNTED, 0)
     for number, (name, (flags, changes)) in enumerate(itertools.cycle(arrangements.items())):
         if totals["kills"] >= kills:

@@ -1,14 +1,14 @@
-"""How fast is a training step, and how much memory does it take? We, a loop around transformers' model, and TRL.
+"""Speed and memory of a training step: ours, a loop around transformers' model, and TRL.
 
     python benchmarks/train_step.py [--dtype float32] [--rounds 12] [--trl-rounds 3] [--plot PATH] [--model.FIELD VALUE]
     python benchmarks/train_step.py --settings [--device cuda] [--batch-sizes 1 4 16] [--rounds 12]
 
-All train on the same batches of 8 chitchat conversations and are charged for real tokens only, not for padding. Each
-has a process of its own, whose most memory is counted; we and the loop take turns on each batch, TRL comes after. The
-limit is what the machine's largest matrix products would allow, with the head at target positions only.
+All train on the same batches of 8 chitchat conversations; only real tokens count, not padding. Each runs in a separate
+process, whose peak memory is measured; ours and the loop take turns on each batch, TRL runs afterwards. The limit is
+the speed of the machine's fastest matrix products, with the head at target positions only.
 
-Anywhere but on a CPU, and with --settings there too, it is a table of our own settings instead: compilation,
-checkpointing and rows a batch, in tokens per second, share of the machine's peak (MFU) and memory.
+On other devices than a CPU, or with --settings, the table shows our own settings instead: compilation, checkpointing
+and rows per batch, in tokens per second, share of the machine's peak (MFU) and memory.
 """
 
 import time
@@ -52,15 +52,15 @@ WARM_UP = 3  # batches
 @dataclass
 class Options:
     dtype: Dtype = "auto"
-    # "auto": CUDA where there is one, else the CPU.
+    # "auto": CUDA if available, else the CPU.
     device: str = "auto"
-    # The table of our own settings; elsewhere than on a CPU always.
+    # Print the table of our own settings; always on other devices than a CPU.
     settings: bool = False
-    # Rows of 2,048 tokens a batch, for that table.
+    # Rows of 2,048 tokens per batch, for that table.
     batch_sizes: tuple[int, ...] = (1, 4, 16)
-    # Batches that we and the loop are timed on.
+    # Timed batches of ours and of the loop.
     rounds: int = 12
-    # Batches that TRL is timed on; one takes it half a minute. 0: leave it out.
+    # Timed batches of TRL, which takes half a minute per batch. 0: leave it out.
     trl_rounds: int = 3
     # Bar chart to write.
     plot: str | None = None
@@ -73,8 +73,8 @@ class Result(NamedTuple):
 
 
 def flops_per_token(config: ModelConfig, batches: Batches) -> float:
-    """Of a real token, forward and backward: 2 and 4 for each parameter of a matrix that the token passes, the head's
-    at target positions only; and causal attention, half of each conversation's square."""
+    """Return the forward and backward FLOPs per real token: 2 and 4 per parameter of each matrix that the token is
+    multiplied with (the head at target positions only), and causal attention, half of each conversation's square."""
     with torch.device("meta"):
         cost = training_cost(DeepSeekV2(config))
     conversations = [conversation for batch in batches for conversation in batch]
@@ -84,11 +84,11 @@ def flops_per_token(config: ModelConfig, batches: Batches) -> float:
 
 
 def rate(batches: Batches, times: Sequence[float]) -> float:
-    """Real tokens per second, without the first batches: memory that a process has not touched yet is slow."""
+    """Return real tokens per second without the first batches, in which memory is touched for the first time."""
     return sum(count_tokens(batch)[0] for batch in batches[WARM_UP:]) / sum(times[WARM_UP:])
 
 
-in_this_process: list[Step] = []  # a child's step, which stays from batch to batch
+in_this_process: list[Step] = []  # a child's step, kept from batch to batch
 
 
 def start(build: Callable[[ModelConfig, str], Step], config: ModelConfig, dtype: str) -> None:
@@ -102,7 +102,7 @@ def seconds(conversations: Sequence[Piece]) -> float:
 
 
 def take_turns(config: ModelConfig, dtype: str, batches: Batches) -> dict[str, Result]:
-    """We and the loop, each in a process of its own, one after the other on each batch."""
+    """Measure ours and the loop in two processes that take turns on each batch."""
     with Child() as ours, Child() as loops:
         ours.run(start, our_loop, config, dtype)
         loops.run(start, transformers_loop, config, dtype)
@@ -121,7 +121,7 @@ def measure_trl(config: ModelConfig, dtype: str, batches: Batches) -> Result:
 
 @torch.no_grad()
 def compare_losses(config: ModelConfig, dtype: str, conversations: Sequence[Piece]) -> dict[str, float]:
-    """The mean loss of one batch with the same weights, as each computes it."""
+    """Return the mean loss of one batch with the same weights, as each computes it."""
     ours, packed, padded = DeepSeekV2(config), pack(conversations), pad(conversations)
     theirs = transformers_model(config, ours.state_dict())
     targets = packed["labels"].flatten()
@@ -181,7 +181,7 @@ def main() -> None:
     flops = flops_per_token(config, batches)
     tokens, targets = count_tokens([conversation for batch in batches for conversation in batch])
     print(f"\n{dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}: {peak / 1e9:,.0f} GFLOP/s at most")
-    print(f"{tokens:,} tokens, {targets / tokens:.0%} of them targets; {flops / 1e6:,.0f} MFLOP a token")
+    print(f"{tokens:,} tokens, {targets / tokens:.0%} of them targets; {flops / 1e6:,.0f} MFLOP per token")
     print_table(results, peak / flops)
     losses = compare_losses(config, dtype, batches[0])
     print("\nloss with the same weights: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
