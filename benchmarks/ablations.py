@@ -10,7 +10,7 @@ All variants are measured alike, by the unchanged code, on conversations that no
 
 - bits per byte: of the assistant's words, without the token that ends its turn (chitchat; short: chatterbot);
 - end: greedy answers to the first turns of 100 conversations that end within 64 tokens;
-- whole: those of the 100 answers that are whole sentences (`is_whole` in answers.py);
+- whole: those of them that are whole sentences as well (`is_whole` in answers.py);
 - busiest expert: tokens that its router sends to it, over the mean of all experts.
 """
 
@@ -54,7 +54,7 @@ def nothing(replace: Replace) -> None:
 
 
 def loss_on_all_tokens(replace: Replace) -> None:
-    """The prompt is trained on, too. TRL: `assistant_only_loss=False`, its default."""
+    """The prompt is trained on as well. TRL: `assistant_only_loss=False`, its default."""
     join = Tokenizer.join
 
     def join_all(self: Tokenizer, turns: Sequence[RenderedTurn]) -> tuple[list[int], list[int], list[int]]:
@@ -72,7 +72,8 @@ def without_end(turn: RenderedTurn) -> RenderedTurn:
 
 
 def end_not_trained(replace: Replace) -> None:
-    """`<|im_end|>` is masked. transformers: `pad_token = eos_token` under DataCollatorForLanguageModeling."""
+    """`<|im_end|>` is masked. transformers: `pad_token = eos_token` with
+    DataCollatorForLanguageModeling (issue 23530)."""
     render_turn = Tokenizer.render_turn
 
     def render(self: Tokenizer, message: Message) -> RenderedTurn:
@@ -112,7 +113,7 @@ def packed_see_each_other(replace: Replace) -> None:
 
 def mean_of_means(replace: Replace) -> None:
     """The step's conversations, sorted by length, in 4 micro-batches whose mean losses are averaged. transformers'
-    Trainer before 4.46 (the "gradient accumulation bug")."""
+    Trainer before 4.46 ("gradient accumulation issue", pull request 34191)."""
     forward = Trainer.forward
 
     def load(self: StepLoader, first_row: int) -> Step:
@@ -132,7 +133,7 @@ def mean_of_means(replace: Replace) -> None:
 
 
 def no_balance_loss(replace: Replace) -> None:
-    """Routers are free. transformers' DeepSeek-V2, which has no balance loss."""
+    """Nothing evens out the experts' load. transformers' DeepSeek-V2."""
 
     def zero(config: Any, scores: torch.Tensor, *_: Any) -> torch.Tensor:
         return scores.new_zeros(())
@@ -141,7 +142,7 @@ def no_balance_loss(replace: Replace) -> None:
 
 
 def roles_as_words(replace: Replace) -> None:
-    """`User: ...` and `Assistant: ...`, a line each, without a control token. Vicuna's first version (`### Human:`)."""
+    """`User: ...` and `Assistant: ...`, one line each, without control tokens. Vicuna v0 (`### Human: ...`)."""
     init = Tokenizer.__init__
 
     def init_with_words(self: Tokenizer, *arguments: Any, **options: Any) -> None:
@@ -160,7 +161,6 @@ class Variant(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-RANDOM = "random weights instead of the base"
 FROM_RANDOM = ("--init-from", "none", "--learning-rate", "4e-3")  # its own best rate: tiny's is chosen for the base
 VARIANTS = {
     AS_IT_IS: Variant(),
@@ -169,7 +169,7 @@ VARIANTS = {
     "header's last token trained on": Variant(header_trained),
     "packed conversations see each other": Variant(packed_see_each_other),
     "mean of micro-batch means": Variant(mean_of_means),
-    RANDOM: Variant(flags=FROM_RANDOM),
+    "random weights instead of the base": Variant(flags=FROM_RANDOM),
     "no balance loss": Variant(no_balance_loss),
     "no balance loss, random weights": Variant(no_balance_loss, FROM_RANDOM),
     "no template, roles as words": Variant(roles_as_words),
@@ -213,7 +213,7 @@ def train(name: str, run: Path, cache: Path, *flags: str) -> tuple[DeepSeekV2, T
 
 
 def words_only(messages: Sequence[Message], tokenizer: Tokenizer) -> Piece:
-    """A conversation whose targets are the assistant's words, without the token that ends its turn."""
+    """Render a conversation whose targets are the assistant's words without the token that ends its turn."""
     ids, mask = list(tokenizer.start), [0] * len(tokenizer.start)
     for message in messages:
         turn = without_end(tokenizer.render_turn(message))
@@ -223,7 +223,7 @@ def words_only(messages: Sequence[Message], tokenizer: Tokenizer) -> Piece:
 
 
 def held_out(source: str, number: int = 100, characters: int = 1500) -> list[list[Message]]:
-    """The beginnings of a source's first held-out conversations, cut at turns."""
+    """Return the beginnings of a source's first held-out conversations, cut between turns."""
     conversations = []
     for row in open_split(source, f"test[:{number}]"):
         ends = np.cumsum([len(message["content"]) for message in row["messages"]])
@@ -235,7 +235,7 @@ def held_out(source: str, number: int = 100, characters: int = 1500) -> list[lis
 def bits_per_byte(
     model: DeepSeekV2, tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], batch_size: int = 8
 ) -> tuple[float, float]:
-    """Bits per byte of the assistant's words, and the busiest expert's share of tokens over the mean."""
+    """Return the bits per byte of the assistant's words, and the busiest expert's load over the mean load."""
     collate = DataCollator(model.config.max_position_embeddings, tokenizer.pad_token_id, packing=False)
     nats, experts = 0.0, torch.zeros(())
     for start in range(0, len(conversations), batch_size):
@@ -248,6 +248,7 @@ def bits_per_byte(
 
 
 def measure(model: DeepSeekV2, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the figures of the table for a trained model, with its answers."""
     model.eval()
     bits, load = bits_per_byte(model, tokenizer, held_out("chitchat"))
     short, _ = bits_per_byte(model, tokenizer, held_out("chatterbot"))
@@ -268,6 +269,7 @@ def measure(model: DeepSeekV2, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def run(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    """Train and measure a variant. Return its line of results.jsonl."""
     began = time.perf_counter()
     directory = folder / f"{list(VARIANTS).index(name)}-seed{seed}"
     flags = ("--seed", str(seed), "--max-steps", str(steps), "--save-steps", "0")
@@ -294,7 +296,7 @@ def cell(values: Sequence[float], digits: int) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """A row per variant: mean ± standard deviation over seeds, and the first seed's answer to QUESTION."""
+    """Return a row per variant: mean ± standard deviation over seeds, and the first seed's answer to QUESTION."""
     titles = [title for title, _ in COLUMNS.values()]
     lines = [f"| variant | {' | '.join(titles)} | {QUESTION!r} |", "|---" * (len(titles) + 2) + "|"]
     for name in VARIANTS:
@@ -306,7 +308,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def load_table(results: Sequence[dict[str, Any]], parts: int = 4) -> str:
-    """The busiest expert's load in training, mean over seeds and each quarter of the steps."""
+    """Return a row per variant: the busiest expert's load in training, by quarters of the steps."""
     steps = results[0]["steps"]
     titles = [f"steps {part[0] + 1} to {part[-1] + 1}" for part in np.array_split(np.arange(steps), parts)]
     lines = [f"| busiest expert | {' | '.join(titles)} |", "|---" * (parts + 1) + "|"]
