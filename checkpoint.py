@@ -1,49 +1,76 @@
 """Weights and run state on disk: Hugging Face's layout in and out, saves that a crash cannot harm.
 
-A checkpoint directory is a Hugging Face model directory: `transformers` opens ours, and we open DeepSeek-V2's published
-ones. Nothing here runs what a file says: weights are safetensors, run state is unpickled with `weights_only=True`.
+A checkpoint is a Hugging Face model directory, whatever engine trained it: `transformers` opens ours, and we open
+DeepSeek-V2's published ones (https://huggingface.co/deepseek-ai/DeepSeek-V2-Lite). Names differ for routed experts
+only, one matrix each on the Hub and a stack here:
+
+    >>> stack = torch.zeros(2, 6, 4)  # two experts, gate (3, 4) above up (3, 4)
+    >>> for name, part in hub_parts("model.layers.1.mlp.experts.gate_up_proj", stack):
+    ...     print(name, tuple(part.shape))
+    model.layers.1.mlp.experts.0.gate_proj.weight (3, 4)
+    model.layers.1.mlp.experts.0.up_proj.weight (3, 4)
+    model.layers.1.mlp.experts.1.gate_proj.weight (3, 4)
+    model.layers.1.mlp.experts.1.up_proj.weight (3, 4)
+
+Run state is next to it: trainer_state.json, and optimizer/ with a file per rank in the format of
+torch.distributed.checkpoint's safetensors storage, from which any number of ranks resumes. No tensor but the one at
+hand is ever gathered, and nothing here runs what a file contains: there is no pickle.
 """
 
-import shutil
+import functools
+import json
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.types import Device
 
-from config import ModelConfig, Quantization, UserError, check
+from config import ModelConfig, Quantization, UserError
 from files import (
+    OFFSETS,
+    StoredTensor,
+    checksum,
     damaged_files,
+    delete_directory,
     disk_errors,
+    flush_to_disk,
     inside,
+    printable,
     read_json,
     recover,
+    stored_tensors,
     write_directory,
     write_json,
     write_tensors,
 )
-from hub import peft as peft_files
-from hub.adapter_base import ADAPTER_CONFIG, find_base
-from hub.config_json import hub_config, load_config
+from hub.config_json import hub_config, parse_config, transformers_differences
+from hub.peft import ADAPTER_CONFIG, find_base, load_adapter
 from hub.tokenizer_json import save_tokenizer
 from model import DeepSeekV2
+from parallel import (
+    ALONE,
+    World,
+    from_all_ranks,
+    from_first_rank,
+    full_tensor,
+    is_first_copy,
+    load_weights,
+    local_shard,
+    wait_for_all,
+)
 from quantization import NF4, plan, quantized_weights
 from tokenizer import Tokenizer
 
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-
-# ---------------------------------------------------------------- names: ours and the Hub's
+WEIGHTS, WEIGHTS_INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer"
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def hub_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The Hub's names for one of our tensors, each with a view of its part of it.
-
-    They differ for routed experts only: one matrix each there, a stack of them here, with gate above up.
-    """
+    """Yield the Hub's names for one of our tensors, each with a view of its part of it."""
     module, _, projection = name.rpartition(".")
     if not module.endswith(".experts"):
         yield name, tensor
@@ -61,29 +88,37 @@ def save_pretrained(
     directory: str | Path,
     model: DeepSeekV2,
     tokenizer: Tokenizer,
-    state_dict: dict[str, Tensor] | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    is_main: bool = True,
 ) -> None:
     """Write a model directory that `load_pretrained` and transformers' `from_pretrained` open.
 
-    state_dict: the weights, where the model does not hold them whole (FSDP). They are stored in their own dtype, in
-    several files with an index where they exceed max_shard_bytes. Raises OSError or SafetensorError for a full disk.
+    Weights are stored in their own dtype, in files of max_shard_bytes with an index, or in one. If the model is
+    sharded, every rank has to call this, one of them with is_main, which writes. Memory: a tensor. Raises OSError.
     """
-    weights = model.state_dict() if state_dict is None else state_dict
-    parts = (part for name, tensor in weights.items() for part in hub_parts(name, tensor))
-    write_model(Path(directory), model.config, tokenizer, parts, max_shard_bytes)
+    weights = dict(model.named_parameters())
+    empty = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in weights.items()}
+    layout = {part_name: part for name, tensor in empty.items() for part_name, part in hub_parts(name, tensor)}
+    whole = ((name, full_tensor(parameter.detach())) for name, parameter in weights.items())
+    parts = (part for name, tensor in whole for _, part in hub_parts(name, tensor))
+    if is_main:
+        write_model(Path(directory), model.config, tokenizer, layout, parts, max_shard_bytes)
+    for _ in parts:  # take part in gathering each tensor
+        pass
 
 
 def write_model(
     directory: Path,
     config: ModelConfig,
     tokenizer: Tokenizer,
-    parts: Iterable[tuple[str, Tensor]],
+    layout: dict[str, Tensor],
+    parts: Iterator[Tensor],
     max_shard_bytes: int,
 ) -> None:
-    """`save_pretrained` of weights that come one by one, by the Hub's names."""
-    if config.norm_topk_prob:
-        print(f"warning: {directory} has norm_topk_prob=true, which transformers ignores", file=sys.stderr)
+    """Write a model directory of weights that come one by one. layout: the Hub's names in that order, with tensors that
+    have the shapes and dtypes."""
+    for difference in transformers_differences(config):
+        print(f"warning: transformers computes another model from {directory}: {difference}", file=sys.stderr)
     bos = tokenizer.template.start
     special_ids = {
         "bos_token_id": tokenizer.control_ids[bos] if bos else None,
@@ -91,120 +126,110 @@ def write_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     directory.mkdir(parents=True, exist_ok=True)
-    dtype = str(write_weights(directory, parts, max_shard_bytes)).removeprefix("torch.")
-    on_hub = hub_config(config) | special_ids | {"torch_dtype": dtype, "dtype": dtype}
-    write_json(directory / "config.json", on_hub)
+    write_weights(directory, layout, parts, max_shard_bytes)
     write_json(directory / "generation_config.json", special_ids)
+    if tokenizer.pad_token in tokenizer.template.control_tokens:  # transformers would not train its embedding
+        del special_ids["pad_token_id"]
+    dtype = str(next(iter(layout.values())).dtype).removeprefix("torch.")
+    write_json(directory / "config.json", hub_config(config) | special_ids | {"torch_dtype": dtype, "dtype": dtype})
     save_tokenizer(directory, tokenizer, config.max_position_embeddings)
 
 
-def write_weights(directory: Path, parts: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:
-    """Fill one file after the other, in the order in which parts come. Memory: one file's. Returns the dtype of the
-    first part, the embedding."""
+def write_weights(directory: Path, layout: dict[str, Tensor], parts: Iterator[Tensor], max_shard_bytes: int) -> None:
+    """Fill one file after the other with the parts in their order."""
     for old in directory.glob(f"{Path(WEIGHTS).stem}*.safetensors*"):
-        old.unlink()  # what an earlier save left must not be mixed up with these
-    shard: dict[str, Tensor] = {}
-    files: dict[Path, list[str]] = {}
-    dtypes: list[torch.dtype] = []
-    total_size = 0
-
-    def write_shard() -> None:
-        path = directory / f"model-{len(files) + 1:05d}.safetensors"
-        write_tensors(path, shard)
-        files[path] = list(shard)
-        shard.clear()
-
-    for name, part in parts:
-        if shard and num_bytes(shard) + part.nbytes > max_shard_bytes:
-            write_shard()
-        shard[name] = part.contiguous()
-        dtypes, total_size = dtypes or [part.dtype], total_size + part.nbytes
-    write_shard()
-    if len(files) == 1:
-        next(iter(files)).rename(directory / WEIGHTS)
-        return dtypes[0]
+        old.unlink()  # of an earlier save
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in layout.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        return write_tensors(directory / WEIGHTS, layout, parts)
     weight_map: dict[str, str] = {}
-    for path, names in files.items():  # only now their number is known, which is part of their names
-        numbered = f"{path.stem}-of-{len(files):05d}.safetensors"
-        path.rename(directory / numbered)
-        weight_map |= dict.fromkeys(names, numbered)
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(directory / file, shard, parts)
+        weight_map |= dict.fromkeys(shard, file)
+    total_size = sum(tensor.nbytes for tensor in layout.values())
     write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    return dtypes[0]
-
-
-def num_bytes(weights: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in weights.values())
 
 
 # ---------------------------------------------------------------- reading a model
 
 
+def load_config(directory: str | Path) -> ModelConfig:
+    """Read config.json as DeepSeek or as transformers 5 writes it. Raises UserError, naming the file and the field."""
+    path = inside(Path(directory), "config.json")
+    return parse_config(path, read_json(path))
+
+
 def iterate_weights(
     directory: str | Path, config: ModelConfig, quantized: dict[str, NF4] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Our names with their tensors, in their stored dtype, one at a time and in the order of the model. In place of
-    those that `quantized` has come their codes and scales.
+    """Yield our names with their tensors, in their stored dtype, one at a time and in the order of the model. A weight
+    in `quantized` comes as its codes and scales instead.
 
     Memory: the tensor at hand, twice while it is put together; a quantised one is never whole. Raises UserError, before
-    anything is read, where tensors are missing, extra or of another shape.
+    anything is read, if tensors are missing, extra or of another shape.
     """
-    for name, shape, parts in stored_parts(Path(directory), config):
-        tensors = (part for _, part in parts)
-        if quantized and name in quantized:
-            for buffer, value in quantized[name].quantized(tensors).items():
-                yield f"{name}.{buffer}", value
-        else:
-            yield name, torch.cat([tensor.flatten() for tensor in tensors]).view(shape)
+    weights = stored_parts(Path(directory), config)
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        for name, (shape, parts) in weights.items():
+            tensors = (part.read() for part in parts)
+            if quantized and name in quantized:
+                for buffer, value in quantized[name].quantized(tensors).items():
+                    yield f"{name}.{buffer}", value
+            else:
+                yield name, torch.cat([tensor.flatten() for tensor in tensors]).view(shape)
+
+    return read()
 
 
-def stored_parts(
-    directory: Path, config: ModelConfig
-) -> Iterator[tuple[str, torch.Size, Iterator[tuple[str, Tensor]]]]:
-    """Our names and shapes, each with what the Hub stores for it: names and tensors, read one by one."""
+def stored_parts(directory: Path, config: ModelConfig) -> dict[str, tuple[torch.Size, list[StoredTensor]]]:
+    """Return our names and shapes, each with what the directory stores for it. Raises one UserError that lists what
+    does not fit. The configuration is compared with the files' headers before a model is built, since a small file can
+    describe a model that does not fit any memory."""
+    stored = {name: tensor for path in weight_files(directory) for name, tensor in stored_tensors(path).items()}
+    expert_layers = config.num_hidden_layers - config.first_k_dense_replace
+    tensors = max(config.num_hidden_layers, 3 * config.n_routed_experts * expert_layers)
+    if tensors > len(stored):
+        raise UserError(
+            f"{directory}: config.json describes a model of {config.num_hidden_layers} layers with "
+            f"{config.n_routed_experts} routed experts, but the weight files hold only {len(stored)} tensors"
+        )
     with torch.device("meta"):
         expected = dict(DeepSeekV2(config).named_parameters())
-    files = find_tensors(directory, expected)
+    found: dict[str, tuple[torch.Size, list[StoredTensor]]] = {}
+    wrong = []
     for name, parameter in expected.items():
-        part_names = [part_name for part_name, _ in hub_parts(name, parameter)]
-        yield name, parameter.shape, ((part_name, read_tensor(files[part_name], part_name)) for part_name in part_names)
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    """Closes the file again each time: what has been read of an open one counts as memory."""
-    with safe_open(path, "pt") as opened:
-        return opened.get_tensor(name)
-
-
-def find_tensors(directory: Path, expected: dict[str, nn.Parameter]) -> dict[str, Path]:
-    """The file of each tensor on disk, from the files' headers. Raises one UserError for all that is wrong."""
-    wanted = {part_name: tuple(part.shape) for name in expected for part_name, part in hub_parts(name, expected[name])}
-    files, wrong = {}, []
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, "pt") as opened:
-                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        for name, shape in shapes.items():
-            files[name] = path
-            if name not in wanted:
-                wrong.append(f"{name} is not part of the model")
-            elif shape != wanted[name]:
-                wrong.append(f"{name} has shape {shape}, not {wanted[name]}")
-    wrong += [f"{name} is missing" for name in wanted if name not in files]
-    more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-    check(not wrong, f"{directory}: the weights don't fit config.json: {'; '.join(wrong[:10])}{more}")
-    return files
+        found[name] = parameter.shape, []
+        for part_name, part in hub_parts(name, parameter):
+            tensor = stored.pop(part_name, None)
+            if tensor is None:
+                wrong.append(f"{part_name} is missing")
+            elif tensor.shape != part.shape:
+                wrong.append(f"{part_name} has shape {tensor.shape}, not {tuple(part.shape)}")
+            else:
+                found[name][1].append(tensor)
+    wrong += [f"{printable(name)} is not part of the model" for name in stored]
+    if wrong:
+        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(wrong[:10])}{more}")
+    return found
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The one file, or those that the index names."""
+    """Return the one weight file, or those that the index names. Raises UserError."""
     if (directory / WEIGHTS).exists():
         return [inside(directory, WEIGHTS)]
-    check((directory / WEIGHTS_INDEX).exists(), f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+    if not (directory / WEIGHTS_INDEX).exists():
+        raise UserError(f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
     path = inside(directory, WEIGHTS_INDEX)
-    weight_map = read_json(path).get("weight_map", {})
-    check(isinstance(weight_map, dict) and weight_map != {}, f"{path} has no weight_map")
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} has no weight_map")
     return [inside(directory, name) for name in sorted({str(name) for name in weight_map.values()})]
 
 
@@ -215,19 +240,24 @@ def load_pretrained(
     config: ModelConfig | None = None,
     quantize: Quantization | None = None,
 ) -> DeepSeekV2:
-    """The model of a directory in Hugging Face layout, tensor by tensor; dtype None: as stored; config None: the
-    directory's. Raises UserError."""
+    """Load the model of a directory in Hugging Face layout, tensor by tensor. dtype None: as stored (the widest, if
+    there are several); config None: the directory's. Raises UserError."""
+    directory = Path(directory)
     config = config or load_config(directory)
+    dtypes = {torch_dtype(part) for _, parts in stored_parts(directory, config).values() for part in parts}
     with torch.device("meta"):
         model = DeepSeekV2(config)
     if quantize:
         plan(model)
-    for name, tensor in iterate_weights(directory, config, quantized_weights(model)):
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        quantized = isinstance(module, NF4)
-        setattr(module, attribute, tensor.to(device) if quantized else nn.Parameter(tensor.to(device, dtype)))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or functools.reduce(torch.promote_types, dtypes))
+    model.to_empty(device=device or torch.get_default_device())
+    load_weights(model, iterate_weights(directory, config, quantized_weights(model)))
     return model
+
+
+def torch_dtype(stored: StoredTensor) -> torch.dtype:
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored.dtype]
 
 
 def load_model_and_tokenizer(
@@ -236,8 +266,8 @@ def load_model_and_tokenizer(
     device: Device = None,
     quantize: Quantization | None = None,
 ) -> tuple[DeepSeekV2, Tokenizer]:
-    """From a model directory, a run directory (its newest checkpoint), or an adapter's, whose base is then loaded too.
-    An adapter's model comes with the adapter in place, not merged. Raises UserError."""
+    """Load from a model directory, a run directory (its newest checkpoint), or an adapter's, together with its base. An
+    adapter is attached, not merged. Raises UserError."""
     base = directory = resolve_checkpoint(path)
     config = None
     if (directory / ADAPTER_CONFIG).is_file():
@@ -245,90 +275,172 @@ def load_model_and_tokenizer(
         base = resolve_checkpoint(base)
     model = load_pretrained(base, dtype, device, config, quantize)
     if base != directory:
-        peft_files.load_adapter(model, directory)
+        load_adapter(model, directory)
     return model, load_tokenizer(directory, base)
 
 
 def load_tokenizer(directory: Path, base: Path) -> Tokenizer:
-    """The directory's own, else its base's."""
+    """Load a checkpoint's own tokenizer, else its base's."""
     has_tokenizer = (directory / "tokenizer.json").is_file()
     return Tokenizer(str(directory if has_tokenizer else base))
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint directory as it is; of a run directory, its newest good checkpoint. Raises UserError otherwise."""
+    """Return a checkpoint directory as it is, or the newest good one of a run directory. Raises UserError if there is
+    none."""
     path = Path(path)
-    if (path / "checkpoints").is_dir():
-        newest = newest_checkpoint(path)
-        if newest is None:
-            raise UserError(f"{path} is a run without a readable checkpoint")
-        return newest
-    known = (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
-    check(known, f"{path} is no checkpoint: a directory with config.json or {ADAPTER_CONFIG}, or that of a run")
+    config = path / "config.json"
+    if (path / "checkpoints").is_dir() or (config.is_file() and "output_dir" in read_json(config)):
+        if newest := newest_checkpoint(path):
+            return newest
+        damaged = "no checkpoint that is whole" if checkpoints(path) else "no checkpoint yet"
+        raise UserError(f"{path} is a run with {damaged}")
+    if not config.is_file() and not (path / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{path} is not a checkpoint (it has no config.json or {ADAPTER_CONFIG}), and not a run")
     return path
 
 
 def resolve_model(path: str | Path) -> Path:
-    """As resolve_checkpoint, of a whole model to train on. Raises UserError for an adapter."""
+    """Resolve a whole model to train on, like `resolve_checkpoint`. Raises UserError for an adapter."""
     directory = resolve_checkpoint(path)
-    merge = f"python export.py merge {path} OUT, then start from OUT (to go on with its run: --resume --output-dir RUN)"
-    check(not (directory / ADAPTER_CONFIG).is_file(), f"{directory} is a LoRA adapter, not a model: {merge}")
+    if (directory / ADAPTER_CONFIG).is_file():
+        merge = f"python export.py merge {path} OUT, then start from OUT (to resume its run: --resume --output-dir RUN)"
+        raise UserError(f"{directory} is a LoRA adapter, not a model: {merge}")
     return directory
+
+
+# ---------------------------------------------------------------- optimizer state: a file per rank
+
+
+def optimizer_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Return the optimizers' tensors (moments, step counts), not copied, by name: "model.norm.weight.exp_avg"."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}.{key}": value
+        for optimizer in optimizers
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def save_optimizer(directory: Path, model: nn.Module, optimizers: Optimizers, world: World) -> dict[str, str]:
+    """Write this rank's shard of the optimizer state, and flush it. Returns the file's name and checksum; nothing if
+    another rank holds the same. Memory: a tensor. Raises OSError."""
+    held = optimizer_state(model, optimizers)
+    shards = {name: local_shard(tensor) for name, tensor in held.items() if is_first_copy(tensor, world)}
+    shards = {name: (local, offsets) for name, (local, offsets) in shards.items() if local.numel()}
+    if not shards:
+        return {}
+    name = f"{OPTIMIZER}/rank-{world.rank:05d}.safetensors"
+    (directory / OPTIMIZER).mkdir(exist_ok=True)
+    places = json.dumps({name: {"saved_offsets": offsets} for name, (_, offsets) in shards.items()})
+    write_tensors(directory / name, {name: local for name, (local, _) in shards.items()}, metadata={OFFSETS: places})
+    flush_to_disk(directory / name)
+    return {name: checksum(directory / name)}
+
+
+@torch.no_grad()
+def load_optimizer(directory: Path, model: nn.Module, optimizers: Optimizers) -> None:
+    """Read this rank's shard of the optimizer state from the files of any number of ranks. Hyperparameters (decay,
+    betas) keep their configured values. Memory: a tensor. Raises UserError if the files do not fit the model."""
+    stored: dict[str, list[StoredTensor]] = defaultdict(list)
+    for file in sorted((directory / OPTIMIZER).glob("*.safetensors")):
+        for name, part in stored_tensors(inside(file.parent, file.name)).items():
+            stored[name].append(part)
+    create_state(optimizers)
+    held = optimizer_state(model, optimizers)
+    if wrong := sorted(stored.keys() ^ held.keys()):
+        shown = printable(", ".join(wrong[:5]))
+        raise UserError(f"{directory / OPTIMIZER}: {len(wrong)} tensors are missing or not of this run: {shown}")
+    for name, tensor in held.items():
+        ends = zip(*(map(sum, zip(part.offsets, part.shape, strict=True)) for part in stored[name]), strict=True)
+        whole = tuple(map(max, ends))
+        if whole != tuple(tensor.shape) or read_shard(tensor, stored[name]) != local_shard(tensor)[0].numel():
+            raise UserError(f"{directory / OPTIMIZER}: {name} has shape {whole}, not {tuple(tensor.shape)}, or gaps")
+
+
+def create_state(optimizers: Optimizers) -> None:
+    """Make each optimizer create its state, as zeros, by a step that changes nothing."""
+    for optimizer in optimizers:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def read_shard(tensor: Tensor, parts: list[StoredTensor]) -> int:
+    """Copy what overlaps with this rank's part of a tensor from stored shards. Returns how many numbers that was."""
+    local, offsets = local_shard(tensor)
+    copied = 0
+    for part in parts:
+        begin = [max(a, b) for a, b in zip(offsets, part.offsets, strict=True)]
+        ends = zip(offsets, local.shape, part.offsets, part.shape, strict=True)
+        end = [min(a + size, b + stored_size) for a, size, b, stored_size in ends]
+        if all(b < e for b, e in zip(begin, end, strict=True)):
+            here, there = (
+                tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, origin, strict=True))
+                for origin in (offsets, part.offsets)
+            )
+            local[here].copy_(part.read(there))
+            copied += local[here].numel()
+    return copied
 
 
 # ---------------------------------------------------------------- run state: all or nothing
 
 
 def save_checkpoint(
-    output_dir: str | Path, step: int, write: Callable[[Path], None], limit: int, best: int = 0
+    output_dir: str | Path,
+    step: int,
+    write: Callable[[Path], dict[str, str] | None],
+    limit: int,
+    best: int = 0,
+    world: World = ALONE,
 ) -> Path:
-    """Let `write` fill a new directory and put it at output_dir/checkpoints/step-NNNNNN once all of it is on the disk.
+    """Let `write` fill a new directory, on all ranks, and put it at output_dir/checkpoints/step-NNNNNN once all of it
+    is on the disk.
 
-    Killed at any moment, what stood before still stands. Only then go checkpoints beyond the newest `limit`, though not
-    that of step `best`; and later steps' (a damaged one, from which the run was not continued). Raises UserError where
-    the disk refuses.
+    A kill at any moment leaves the earlier checkpoints. Only then are those beyond the newest `limit` deleted, except
+    that of step `best`; and those of later steps (damaged ones, from which the run was not resumed). write: may return
+    checksums, see `write_directory`. Raises UserError if the disk refuses.
     """
     place = Path(output_dir, "checkpoints", f"step-{step:06d}")
+
+    def write_together(directory: Path) -> dict[str, str]:
+        written = write(Path(from_first_rank(str(directory), world))) or {}
+        wait_for_all(world)
+        return {name: value for part in from_all_ranks(written, world) for name, value in part.items()}
+
     with disk_errors(place):
+        if not world.is_main:
+            write_together(place)
+            return place
         for left in place.parent.glob(".step-*.*"):  # by a save of another step that was killed
-            recover(place.with_name(left.stem[1:]))
-        write_directory(place, write)
-        present = checkpoints(output_dir)
-        now = present.index(place)
-        for old in present[:now] + present[now + limit :]:
-            if old.name != f"step-{best:06d}":
-                shutil.rmtree(old)
+            recover(place.with_name(left.name[1:].partition(".")[0]))
+        write_directory(place, write_together)
+    present = checkpoints(output_dir)
+    now = present.index(place)
+    for old in present[:now] + present[now + limit :]:
+        if old.name != f"step-{best:06d}":
+            delete_directory(old)
     return place
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """A run's newest checkpoint whose files are as they were written; damaged ones are reported and passed over."""
+    """Return a run's newest checkpoint whose files are as they were written. Report damaged ones and pass over them."""
     for directory in checkpoints(output_dir):
         damaged = damaged_files(directory)
         if not damaged:
             return directory
-        print(f"warning: {directory} is damaged ({', '.join(damaged)}); trying the one before", file=sys.stderr)
+        names = printable(", ".join(damaged))
+        print(f"warning: {directory} is damaged ({names}); trying the one before", file=sys.stderr)
     return None
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Newest first."""
-    steps = [path for path in Path(output_dir, "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-    return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def save_state(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain values. Raises OSError where the disk refuses."""
-    with open(path, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's zip writer trips over the file's own error and hides it
-            raise error.__context__ or error from None
-
-
-def load_state(path: str | Path) -> dict[str, Any]:
-    """What save_state wrote, on the CPU. Raises UserError for anything else; a pickle's code is never run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's readers of broken files raise anything
-        raise UserError(f"{path} is damaged, or no run state; nothing in it was run") from error
+    """Return a run's checkpoints, newest first."""
+    paths = Path(output_dir, "checkpoints").glob("step-*")
+    steps = {path: int(path.name[5:]) for path in paths if re.fullmatch("step-[0-9]+", path.name)}
+    return sorted(steps, key=steps.__getitem__, reverse=True)

@@ -18,9 +18,9 @@ from tyro.conf import Positional, arg
 import lora
 from checkpoint import load_model_and_tokenizer, resolve_checkpoint
 from config import UserError
-from files import disk_errors, inside, read_json, write_directory, write_json
-from hub.adapter_base import ADAPTER_CONFIG, publish_base
+from files import disk_errors, inside, read_json, replacing, write_directory, write_json
 from hub.card import model_card
+from hub.peft import ADAPTER_CONFIG, publish_base
 from launch.command_line import one_line_errors, parse_flags
 from launch.run_directory import CONFIG, METRICS, read_metrics
 from view.plots import plot_runs
@@ -114,13 +114,8 @@ class Gguf:
 
         model, tokenizer = load_model_and_tokenizer(self.run)
         lora.merge(model)
-        unfinished = Path(f"{self.out}.tmp")
-        with disk_errors(out):
-            try:
-                write_gguf(unfinished, model, tokenizer, out.stem)
-                unfinished.rename(out)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        with disk_errors(out), replacing(out) as unfinished:
+            write_gguf(unfinished, model, tokenizer, out.stem)
 
 
 def check_new(out: Path) -> None:

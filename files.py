@@ -1,24 +1,35 @@
-"""Files and directories, read and written so that nothing is lost: errors that name the place, all or nothing."""
+"""Reading and writing files safely: JSON and tensors with the place in every error, atomic replacement, checksums.
+
+What is written first goes to a new file or directory with a random name next to its place, and is renamed at the end.
+So a kill leaves the old content or the new one, and nothing is written through a link.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import select
 import shutil
+import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from config import UserError, check
+from config import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKSUMS = "checksums.json"
+# torch's name of a dtype -> safetensors'. Weights are stored in no other.
+STORED_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+OFFSETS = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint keeps the place of shards in their whole
 
 
 def printable(text: str) -> str:
@@ -31,62 +42,66 @@ def printable(text: str) -> str:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """A file of the directory, by its plain name. Links may lead to the blobs of a Hub cache and nowhere else.
-    Raises UserError."""
-    root = directory.resolve()
-    path = directory / name
-    check(Path(name).name == name, f"{directory}: {name!r} lies outside of the directory")
-    check(path.is_file(), f"{path} does not exist")
-    safe = path.resolve().parent in (root, root.parent.parent / "blobs")
-    check(safe, f"{path} lies outside of the directory, at {path.resolve()}")
+    """Return the path of a file in a directory, given its plain name. A link may lead to another file of the directory
+    or to the blobs of a Hub cache. Raises UserError otherwise."""
+    root, path = directory.resolve(), directory / name
+    if Path(name).name != name:
+        raise UserError(f"{directory}: {name!r} lies outside of the directory")
+    if not path.is_file():
+        raise UserError(f"{printable(str(path))} does not exist")
+    if path.resolve().parent not in (root, root.parent.parent / "blobs"):
+        raise UserError(f"{printable(str(path))} lies outside of the directory, at {path.resolve()}")
     return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError, with the place, for what is no JSON object."""
+    """Return the JSON object in a file. Raises UserError, naming the file, if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
-    check(isinstance(content, dict), f"{path} holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {printable(str(error))}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not contain a JSON object")
     return content
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write indented JSON. Raises OSError."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new empty file next to `path`, which replaces it at the end of the block unless there is an error."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name}")
+    temporary.touch(exist_ok=False)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Killed at any moment, there is the old file or the new one. Raises UserError where the disk refuses."""
-    temporary = path.with_suffix(".tmp")
+    """Write a text file atomically, making its directory if needed. Raises UserError if the disk refuses."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-
-
-def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
-    """A .safetensors file that may be read by whoever may read other files made here: safetensors makes it private.
-    Raises OSError or SafetensorError where the disk refuses."""
-    from safetensors.torch import save_file  # the command line needs no torch
-
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, {"format": "pt"})
-    path.chmod(mode)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
-    """What the disk refuses, as a UserError that names the place."""
+    """Raise an error of the disk as a UserError that names the place."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{place} cannot be written ({error}); what was saved before is untouched") from error
 
 
 def reader_has_left(descriptor: int) -> bool:
-    """Whether it is a pipe that was closed at its other end, as by `| head`: a pipe of our own may break, too."""
+    """Whether a file descriptor is a pipe whose other end was closed, as by `| head`."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -94,7 +109,7 @@ def reader_has_left(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def printing_to_nobody() -> Iterator[None]:
-    """Where nobody reads what is printed any more, it is lost, and nothing else is."""
+    """Discard output that nobody reads any more (`| head`), and continue."""
     try:
         yield
     except BrokenPipeError:
@@ -104,7 +119,9 @@ def printing_to_nobody() -> Iterator[None]:
 
 def flush_to_disk(path: Path) -> None:
     """Wait until a file's content, or a directory's list of names, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows does not open directories
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -112,47 +129,134 @@ def flush_to_disk(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file's content."""
+    """Return the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- tensors: the safetensors format
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a .safetensors file, known from the file's header."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # one of STORED_DTYPES' values
+    offsets: tuple[int, ...]  # of a shard: where it begins in the whole tensor; else zeros
+
+    def read(self, part: tuple[slice, ...] | None = None) -> "Tensor":
+        """Return the tensor, or a part of it. The file is closed each time, since pages of an open one count as memory.
+        Raises UserError."""
+        with reading(self.path), safe_open(self.path, "pt") as opened:
+            return opened.get_tensor(self.name) if part is None else opened.get_slice(self.name)[part]
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise what goes wrong with a .safetensors file as a UserError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {printable(str(error))}") from error
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a .safetensors file by name, from its header. Raises UserError for a damaged file and for
+    tensors of other than floating-point numbers."""
+    with reading(path), safe_open(path, "pt") as opened:
+        shards = json.loads((opened.metadata() or {}).get(OFFSETS, "{}"))
+        found = {}
+        for name in opened.keys():  # noqa: SIM118
+            header = opened.get_slice(name)
+            shape = tuple(header.get_shape())
+            offsets = tuple(shards[name]["saved_offsets"]) if shards else (0,) * len(shape)
+            if len(offsets) != len(shape) or not all(type(offset) is int and offset >= 0 for offset in offsets):
+                raise ValueError(f"{name}: {offsets} is not the place of a shard of shape {shape}")
+            found[name] = StoredTensor(path, name, shape, header.get_dtype(), offsets)
+    for name, tensor in found.items():
+        if tensor.dtype not in STORED_DTYPES.values():
+            raise UserError(f"{path}: {printable(name)} is stored as {tensor.dtype}, not as floating-point numbers")
+    return found
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, "Tensor"],
+    values: Iterable["Tensor"] | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write a .safetensors file, one tensor at a time. values: the tensors to write, if those of `tensors` only have
+    their shapes and dtypes (on the meta device); they may be computed as they are written. Raises OSError."""
+    import torch  # the command line needs no torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        dtype = STORED_DTYPES[str(tensor.dtype)]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor, value in zip(tensors.values(), tensors.values() if values is None else values, strict=False):
+            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+            file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 # ---------------------------------------------------------------- a directory, all or nothing
 
 
-def write_directory(place: Path, write: Callable[[Path], None], checksums: bool = True) -> None:
+def write_directory(place: Path, write: Callable[[Path], dict[str, str] | None], checksums: bool = True) -> None:
     """Let `write` fill a new directory, add its files' checksums, and put it at `place` once all of it is on the disk.
 
-    Killed at any moment, `place` has all of it or what was there before; between the two, for as long as two renames
-    take, that lies beside it, and `recover` brings it back. Raises OSError or SafetensorError where the disk refuses,
-    and leaves everything as it was.
+    A kill at any moment leaves all of it or what was there before; between the two renames that is next to `place`,
+    and `recover` brings it back. write: may return checksums that it has computed, by relative path, of files that it
+    has flushed. Raises OSError if the disk refuses, and leaves everything as it was.
     """
-    temporary, old = (place.with_name(f".{place.name}.{kind}") for kind in ("tmp", "old"))
     place.parent.mkdir(parents=True, exist_ok=True)
     recover(place)
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir()
-        write(temporary)
+        known = write(temporary) or {}
+        names = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
         if checksums:
-            write_json(temporary / CHECKSUMS, {file.name: checksum(file) for file in sorted(temporary.iterdir())})
-        for written in (*temporary.iterdir(), temporary):
-            flush_to_disk(written)
+            write_json(temporary / CHECKSUMS, {name: known.get(name) or checksum(temporary / name) for name in names})
+        for path in (*temporary.rglob("*"), temporary):
+            if path.relative_to(temporary).as_posix() not in known:
+                flush_to_disk(path)
         if place.exists():
-            place.rename(old)
+            place.rename(old_place(place))
         temporary.rename(place)
-        flush_to_disk(place.parent)
     finally:
         recover(place)
+    with contextlib.suppress(OSError):  # it is in place; only a power cut could still undo the rename
+        flush_to_disk(place.parent)
+
+
+def old_place(place: Path) -> Path:
+    """Where `write_directory` moves what was at `place` before."""
+    return place.with_name(f".{place.name}.old")
 
 
 def recover(place: Path) -> None:
-    """Clear away what `write_directory` has left where it failed or was killed. What was there before comes back."""
-    temporary, old = (place.with_name(f".{place.name}.{kind}") for kind in ("tmp", "old"))
-    if old.exists() and not place.exists():
-        old.rename(place)
-    for left in (temporary, old):
-        if left.exists():
-            shutil.rmtree(left)
+    """Delete what a failed or killed `write_directory` has left, and put what was there before back."""
+    if old_place(place).exists() and not place.exists():
+        old_place(place).rename(place)
+    for path in place.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(place.name)}\.([0-9a-f]{{16}}\.tmp|old)", path.name):
+            delete_directory(path)
+
+
+def delete_directory(path: Path) -> None:
+    """Delete a directory. Warn if that fails: it costs space, and nothing else. A link is never followed."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        print(f"warning: {path} cannot be deleted ({error})", file=sys.stderr)
 
 
 def damaged_files(directory: Path) -> list[str]:
@@ -161,5 +265,5 @@ def damaged_files(directory: Path) -> list[str]:
         recorded = read_json(directory / CHECKSUMS)
     except UserError:
         return [CHECKSUMS]
-    present = {file.name for file in directory.iterdir()}
-    return [name for name in recorded if name not in present or checksum(directory / name) != recorded[name]]
+    present = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return [name for name, known in recorded.items() if name not in present or checksum(present[name]) != known]

@@ -10,16 +10,17 @@ import lora
 from checkpoint import (
     ADAPTER_CONFIG,
     hub_parts,
+    load_config,
     load_tokenizer,
     resolve_checkpoint,
     stored_parts,
+    torch_dtype,
     write_model,
 )
 from config import ModelConfig, check
 from files import disk_errors, write_directory
 from hub import peft as peft_files
-from hub.adapter_base import find_base
-from hub.config_json import load_config
+from hub.peft import find_base
 from model import DeepSeekV2
 
 
@@ -38,13 +39,16 @@ def merge_adapter(adapter: str | Path, out: str | Path, max_shard_bytes: int = 1
     adapters = dict(adapter_parts(directory, config))
     scaling = peft_files.read_scaling(directory / ADAPTER_CONFIG)
 
-    def merged_parts() -> Iterator[tuple[str, Tensor]]:
-        for _, _, parts in stored_parts(base, config):
-            for name, part in parts:
-                yield name, lora.merged(part, *adapters[name], scaling) if name in adapters else part
+    stored = [part for _, parts in stored_parts(base, config).values() for part in parts]
+    layout = {part.name: torch.empty(part.shape, dtype=torch_dtype(part), device="meta") for part in stored}
+
+    def merged_parts() -> Iterator[Tensor]:
+        for part in stored:
+            weight = part.read()
+            yield lora.merged(weight, *adapters[part.name], scaling) if part.name in adapters else weight
 
     def write(place: Path) -> None:
-        write_model(place, config, tokenizer, merged_parts(), max_shard_bytes)
+        write_model(place, config, tokenizer, layout, merged_parts(), max_shard_bytes)
 
     with disk_errors(Path(out)):
         write_directory(Path(out), write, checksums=False)

@@ -1,9 +1,15 @@
-"""From one process to many: PyTorch's own engines, put around the model from outside. model.py knows nothing of them.
+"""One process or many: who this process is, and PyTorch's engines (DDP, FSDP2, HSDP) around the model from outside.
 
-Under `torchrun` every process (rank) runs the whole program on its share of each batch. DDP keeps a copy of everything
-on each rank and averages the gradients. FSDP2 (`fully_shard`) leaves a rank 1/N of parameters, gradients and optimizer
-state, and gathers a block's weights just before they are needed; "hsdp" does so within each node. Without torchrun all
-of this comes down to nothing.
+Under `torchrun` every process (rank) runs the whole program on its share of each batch. DDP keeps a copy of the model
+on each rank and averages the gradients. FSDP2 (`fully_shard`, https://arxiv.org/abs/2304.11277) leaves each rank 1/N of
+parameters, gradients and optimizer state, and gathers a block's weights just before they are needed; "hsdp" does so
+within each node. model.py knows nothing of them. Without torchrun all of this is a no-op:
+
+    >>> world = join_world("cpu")
+    >>> world.rank, world.size, make_mesh("fsdp", world)
+    (0, 1, None)
+    >>> sum_over_ranks(torch.tensor(3.0)), from_all_ranks("a", world)
+    (tensor(3.), ['a'])
 """
 
 import contextlib
@@ -13,7 +19,6 @@ import json
 import os
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -23,27 +28,30 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Dtype, UserError, check
+from config import Dtype, UserError
 
 Value = TypeVar("Value")
-Optimizers = list[torch.optim.Optimizer]
 
 # torchrun notices a rank that has died and stops the others. This is for one that lives and does not answer. What the
-# first rank does alone (tokenise the data, write a checkpoint) may take longer: see `first_process_first`.
+# first rank does alone (tokenise the data, write a model) may take longer: see `wait_for_all`.
 TIMEOUT = timedelta(minutes=30)
-FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+TORCHRUN = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE",
+)  # fmt: skip
+# What Gloo and NCCL report on the surviving ranks when another one has died.
+PEER_DIED = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+    "communicator was aborted",
+)
 
 
 class World(NamedTuple):
@@ -52,32 +60,36 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
-    node_size: int = 1  # ranks of a node
-    store: dist.Store | None = None  # where ranks can leave each other a note
+    node_size: int = 1  # ranks per node
+    store: dist.Store | None = None  # key-value store that all ranks share
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def choose_device(name: str, planned: bool = False) -> str:
-    """ "auto": CUDA where there is one, else the CPU. Raises UserError for a device that this machine does not have.
-    planned: for a dry run, whose device is elsewhere: one that torch knows will do, and "auto" is CUDA."""
+    """Resolve "auto" to CUDA if there is one, else the CPU. planned: for a dry run, any device that torch knows will
+    do, and "auto" is CUDA. Raises UserError for a device that this machine does not have."""
     if name == "auto":
         return "cuda" if planned or torch.cuda.is_available() else "cpu"
-    with contextlib.suppress(RuntimeError, AttributeError):  # torch doesn't know it, or has nothing for it
+    with contextlib.suppress(RuntimeError, AttributeError):  # torch does not know it, or has no module for it
         if torch.get_device_module(name).is_available() or planned:
             return name
     raise UserError(f"there is no device {name!r} here that torch can use; try cpu")
 
 
 def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
-    """ "auto": bfloat16 where the hardware multiplies in it, else float32. Without it torch is up to a hundred times
-    slower in bf16 than in fp32, and FlashAttention refuses. Raises UserError for bfloat16 on such a GPU. One that isn't
-    here (a dry run's) is taken to do it, as all have since 2020."""
+    """Resolve "auto" to bfloat16 if the hardware multiplies in it, else float32: without it torch is up to a hundred
+    times slower in bf16 than in fp32, and FlashAttention refuses. A GPU that is not here (a dry run's) is assumed to do
+    it, as all have since 2020. Raises UserError for bfloat16 on a GPU that does not."""
     if device.type == "cuda":
         fast = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-        check(fast or name != "bfloat16", "this GPU does not multiply in bfloat16; take float32")
+        if name == "bfloat16" and not fast:
+            raise UserError("this GPU does not multiply in bfloat16; use --dtype float32")
     if name != "auto":
         return name
     if device.type != "cuda":
@@ -87,15 +99,17 @@ def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
 
 
 def join_world(device: str, dry_run: bool = False) -> World:
-    """Join the job that torchrun started, or be a world of one, which a dry run takes no part in: it only has its
-    device's name. Raises UserError for a device that isn't there."""
+    """Join the job that torchrun started, or be a world of one. A dry run only needs the device's name. Raises
+    UserError for a device that is missing."""
     if not dist.is_torchelastic_launched():
         return World(0, 1, torch.device(choose_device(device, planned=dry_run)))
+    if missing := [name for name in TORCHRUN if name not in os.environ]:
+        raise UserError(f"TORCHELASTIC_RUN_ID is set but not {', '.join(missing)}: start with torchrun, or unset it")
     device = choose_device(device)
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if os.environ["GROUP_WORLD_SIZE"] == "1":
-        # A node keeps its store when it starts the ranks again (pytorch/pytorch#135712); they must not find in it where
-        # the earlier ones were. Several nodes count restarts each on their own: see the README for what they need.
+        # A node keeps its store when it restarts the ranks (pytorch/pytorch#135712); they must not find the keys of the
+        # ranks before them. Several nodes count restarts each on their own: see the README for what they need.
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -106,10 +120,11 @@ def join_world(device: str, dry_run: bool = False) -> World:
 
 
 def leave_world() -> None:
-    """For a run that ends in order, on all ranks: after an error NCCL would wait for operations that never come.
+    """Leave the job, at the regular end of a run on all ranks: after an error NCCL would wait for operations that never
+    come.
 
-    What still refers to the group keeps Gloo's threads alive, and now and then C++ aborts a process that exits with
-    them (pytorch/pytorch#190489). So the model has to go first. Under FSDP, torch's own caches hold on to the group.
+    References to the group keep Gloo's threads alive, and now and then C++ aborts a process that exits with them
+    (pytorch/pytorch#190489), so the model has to go first. Under FSDP, torch's own caches hold on to the group.
     """
     if dist.is_initialized():
         gc.collect()
@@ -117,8 +132,8 @@ def leave_world() -> None:
 
 
 def recorded(function: Callable[..., None]) -> Callable[..., None]:
-    """Under torchrun, keep an error of the function where torchrun finds it: it then names the rank and the error. What
-    the user can mend takes one line there; that another rank has failed, too, since that one's error says why."""
+    """Under torchrun, record an error of the function for torchrun, which then prints rank and error. An error that the
+    user can fix takes one line; so does the death of another rank, whose own error gives the reason."""
     if not dist.is_torchelastic_launched():
         return function
 
@@ -129,7 +144,7 @@ def recorded(function: Callable[..., None]) -> Callable[..., None]:
             note_failure(f"error: {error}")
             raise
         except RuntimeError as error:
-            if "Connection closed by peer" not in str(error):  # Gloo's words
+            if not any(words in str(error) for words in PEER_DIED):
                 raise
             note_failure("another rank has failed")
             sys.exit(1)
@@ -138,75 +153,67 @@ def recorded(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def note_failure(text: str) -> None:
-    """For torchrun, in place of a traceback."""
+    """Leave torchrun a text to print in place of a traceback."""
     details = {"py_callstack": text, "timestamp": str(int(time.time()))}
     note = {"message": {"message": text, "extraInfo": details}}
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(note))
 
 
-class Part(NamedTuple):
-    """Modules whose weights are gathered together just before they are needed, and released after."""
+# ---------------------------------------------------------------- engines
+
+
+class GatheredModules(NamedTuple):
+    """Modules whose weights FSDP gathers together just before they are needed, and releases after."""
 
     modules: list[nn.Module]
     dtype: torch.dtype | None = None  # that they are gathered in; None: their own
 
 
 def make_mesh(engine: str, world: World) -> DeviceMesh | None:
-    """Who shards with whom: all ranks (fsdp), or those of a node, with a replica in each (hsdp), so that only gradients
-    travel between nodes. None: nobody. Raises UserError where hsdp's nodes don't have the same number of ranks."""
+    """Return the mesh of ranks that shard together: all (fsdp), or those of a node, with a replica per node (hsdp), so
+    that only gradients travel between nodes. None: nothing is sharded. Raises UserError if nodes have unequal numbers
+    of ranks under hsdp."""
     if world.size == 1 or engine == "ddp":
         return None
     shape: tuple[int, ...] = (world.size,)
     if engine == "hsdp" and world.node_size < world.size:
-        unequal = f"parallel hsdp: {world.size} ranks don't fill nodes of {world.node_size}; change that, or take fsdp"
-        check(world.size % world.node_size == 0, unequal)
+        if world.size % world.node_size:
+            raise UserError(f"parallel hsdp: {world.size} ranks do not fill nodes of {world.node_size}; use fsdp")
         shape = (world.size // world.node_size, world.node_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "shard")[-len(shape) :])
 
 
-def parallelize(model: nn.Module, parts: Iterable[Part], mesh: DeviceMesh | None) -> None:
-    """Leave this rank its shard of a model that has no memory yet. What is in none of the parts is the root's:
-    embedding, head and last norm stay fp32, since their gradients come in it and would be rounded. A part may lie
-    within one that comes later. Gradients are summed in fp32, whatever they were computed in."""
+def parallelize(model: nn.Module, groups: Iterable[GatheredModules], mesh: DeviceMesh | None) -> None:
+    """Leave this rank its shard of a model on the meta device. What is in none of the groups is the root's: embedding,
+    head and last norm stay fp32, since their gradients come in it and would be rounded. A group may lie within a later
+    one. Gradients are summed in fp32, whatever they were computed in."""
     if mesh is None:
         return
 
     def place(parameter: nn.Parameter) -> Shard | None:
-        """Along the first dimension that splits evenly: 6 experts would leave 4 ranks with 2, 2, 2 and 0."""
+        """Shard the first dimension that splits evenly: 6 experts would leave 4 ranks with 2, 2, 2 and 0."""
         return next((Shard(i) for i, size in enumerate(parameter.shape) if size % mesh.shape[-1] == 0), None)
 
-    for modules, dtype in (*parts, Part([model])):
+    for modules, dtype in (*groups, GatheredModules([model])):
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(modules, mesh=mesh, shard_placement_fn=place, mp_policy=policy)
 
 
 def replicate(model: nn.Module, engine: str, world: World) -> nn.Module:
-    """Wrap a model that has its weights for DDP; under FSDP, and alone, it is ready as it is."""
+    """Wrap a model that has its weights for DDP. Under FSDP, or in one process, return it as it is."""
     if world.size == 1 or engine != "ddp":
         return model
-    # Gradients lie where they are sent from. A quantised weight is a buffer, the same on all ranks from the start: what
-    # is to replace broadcast_buffers would send them all at the start.
+    # Gradients are views of the buckets that are sent. Quantised weights are buffers, the same on all ranks from the
+    # start, so they are not broadcast; the newer option in place of broadcast_buffers would send them once.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-@torch.no_grad()
-def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy whole tensors, one at a time, into the model's, of which a rank may hold only a shard."""
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    targets = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors}  # an adapter's layer, as without
-    for name, tensor in weights:
-        target = targets[name]
-        if isinstance(target, DTensor):
-            tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
-        target.copy_(tensor)
-
-
 def synchronize_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """A context for one micro-batch. DDP sends gradients with the last of a step only. FSDP scatters each one's within
-    the shards' ranks, since until then a rank holds the gradients of all parameters in full (63 GB for V2-Lite): it
-    sends more, beside computation, and never needs that memory. Between replicas they travel with the last one."""
+    """Return a context for one micro-batch. DDP sends gradients with the last micro-batch of a step only. FSDP scatters
+    each one's among the ranks of a shard group: to wait, a rank would have to hold the gradients of all parameters (63
+    GB for V2-Lite). Between replicas they travel with the last one."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
     if isinstance(model, DistributedDataParallel) and not last:
@@ -214,15 +221,58 @@ def synchronize_gradients(model: nn.Module, last: bool) -> contextlib.AbstractCo
     return contextlib.nullcontext()
 
 
+# ---------------------------------------------------------------- shards and whole tensors
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole tensors, one at a time, into the model's, of which a rank may hold only a shard."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    targets = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors}  # names without an adapter
+    for name, tensor in weights:
+        target = targets[name]
+        if isinstance(target, DTensor):
+            tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(tensor)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor. If it is sharded, every rank has to take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_shard(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return this rank's part of a tensor, and the indices at which it begins in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.dim()
+    (chunk,) = tensor.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
+    return tensor.to_local(), tuple(chunk.offsets)
+
+
+def is_first_copy(tensor: Tensor, world: World) -> bool:
+    """Whether this rank is the first one of those that hold the same values: of replicas, one is saved."""
+    if not isinstance(tensor, DTensor):
+        return world.is_main
+    coordinates = zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
+    return all(index == 0 for index, placement in coordinates if placement.is_replicate())
+
+
+# ---------------------------------------------------------------- messages
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """In place, where there are ranks."""
+    """Sum a tensor over the ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def from_first_rank(value: Value, world: World) -> Value:
-    """The first rank's value (anything that can be pickled) on all ranks, whatever theirs is."""
+    """Return the first rank's value (anything that can be pickled) on all ranks."""
     values = [value]
     if world.size > 1:
         dist.broadcast_object_list(values)
@@ -230,50 +280,30 @@ def from_first_rank(value: Value, world: World) -> Value:
 
 
 def from_all_ranks(value: Value, world: World) -> list[Value]:
-    """Every rank's value, on all ranks."""
+    """Return every rank's value on all ranks."""
     values = [value] * world.size
     if world.size > 1:
         dist.all_gather_object(values, value)
     return values
 
 
+WAITS = itertools.count()  # all ranks wait for each other in the same order, so that these numbers agree
+
+
+def wait_for_all(world: World) -> None:
+    """Return once every rank has called this, however long that takes: a collective would run into TIMEOUT."""
+    if world.store:
+        name = f"wait {next(WAITS)}"
+        world.store.add(name, 1)
+        while world.store.add(name, 0) < world.size:
+            time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def first_process_first(world: World) -> Iterator[None]:
-    """The first process passes the block alone, then all others: it fills the cache that they read, say.
-
-    They wait for a note in the store, however long it takes: in a collective they would run into its timeout.
-    """
-    note = from_first_rank(str(uuid.uuid4()), world)
-    while world.store and not world.is_main and not world.store.check([note]):
-        time.sleep(0.01)
+    """Let rank 0 run the block first, e.g. to fill a cache that the others then read."""
+    if not world.is_main:
+        wait_for_all(world)
     yield
-    if world.store and world.is_main:
-        world.store.set(note, "done")
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gather_state(model: nn.Module, optimizers: Optimizers) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trained parameters and optimizer state, whole and by name, whatever the engine. Empty on all ranks but the first,
-    under any engine; every rank has to call it."""
-    weights = get_model_state_dict(model, options=FULL_STATE)
-    return weights, get_optimizer_state_dict(model, optimizers, options=FULL_STATE)
-
-
-def scatter_optimizer_state(model: nn.Module, optimizers: Optimizers, state: dict[str, Any]) -> None:
-    """The inverse of gather_state for the optimizers; only the first rank's `state` is used. Of it they take what they
-    have learned (moments, steps). What they are told (decay, betas) stays as it is."""
-    told = [[group.copy() for group in optimizer.param_groups] for optimizer in optimizers]
-    options = StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), ignore_frozen_params=True
-    )
-    set_optimizer_state_dict(model, optimizers, state, options=options)
-    for optimizer, groups in zip(optimizers, told, strict=True):
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.update({name: value for name, value in before.items() if name != "params"})
+    if world.is_main:
+        wait_for_all(world)

@@ -108,14 +108,15 @@ def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer"
 
 def announce(trainer: "Trainer") -> None:
     """What is about to be trained, for how long, on what and where."""
-    from launch.build import describe
+    from launch.build import parameter_summary
 
     config, world, rows = trainer.config, trainer.world, trainer.rows_per_step
     to_come = (trainer.total_steps - trainer.step) * rows
     epochs = (trainer.rows_seen + to_come) / trainer.train_rows.rows_per_epoch
     print(
-        f"{describe(trainer.plain_model)}; step {trainer.step} to {trainer.total_steps} of {rows} rows ({epochs:.3g} "
-        f"epochs) on {world.size} x {world.device} in {config.compute.dtype} into {config.checkpoint.output_dir}"
+        f"{parameter_summary(trainer.plain_model)}; step {trainer.step} to {trainer.total_steps} of {rows} rows "
+        f"({epochs:.3g} epochs) on {world.size} x {world.device} in {config.compute.dtype} "
+        f"into {config.checkpoint.output_dir}"
     )
 
 

@@ -5,19 +5,19 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import parallel
-from checkpoint import load_state, save_checkpoint, save_pretrained, save_state
+from checkpoint import load_optimizer, save_checkpoint, save_optimizer, save_pretrained
 from config import TrainConfig, UserError, check
 from data.report import too_few_rows
 from datacollator import MicroBatch, RowStream, Step, StepLoader
+from files import read_json, write_json
 from generation import answers
-from hub.adapter_base import describe_base, record_base
-from hub.peft import save_adapter
+from hub.peft import describe_base, record_base, save_adapter
 from hub.tokenizer_json import save_tokenizer
 from launch.command_line import STOP_SIGNALS, StopSignal
 from launch.cost import measure_peak, training_cost
@@ -27,7 +27,7 @@ from optimizer import learning_rate, make_optimizers
 from parallel import World
 from tokenizer import Tokenizer
 
-STATE = "trainer_state.pt"
+STATE = "trainer_state.json"
 # What a resumed run needs beside weights and optimizer state: data and random numbers are functions of these.
 COUNTERS = ("step", "rows_seen", "num_tokens", "skipped_steps", "bad_steps", "best")
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
@@ -268,35 +268,45 @@ class Trainer:
     # ---------------------------------------------------------------- save, resume
 
     def save(self) -> None:
-        """Write a checkpoint; every rank takes part in gathering it, the first one writes."""
-        weights, optimizer_state = parallel.gather_state(self.model, self.optimizers)
-        state = {name: getattr(self, name) for name in COUNTERS}
-        state |= {"config": self.config.flat(), "optimizer": optimizer_state, "data": self.train_rows.fingerprint}
+        """Write a checkpoint. The first rank writes the model, each rank its shard of the optimizer state."""
+        config, world, base = self.config, self.world, self.base
 
-        def write(directory: Path) -> None:
-            if self.base:
-                save_adapter(directory, self.plain_model, str(self.base.directory), weights)
-                record_base(directory, self.base)
-                save_tokenizer(directory, self.tokenizer, self.config.model.max_position_embeddings)
+        def write(directory: Path) -> dict[str, str]:
+            if config.lora.lora_rank:
+                save_adapter(directory, self.plain_model, str(base.directory) if base else None, world.is_main)
+                if base:
+                    record_base(directory, base)
+                    save_tokenizer(directory, self.tokenizer, config.model.max_position_embeddings)
             else:
-                save_pretrained(directory, self.plain_model, self.tokenizer, weights)
-            save_state(directory / STATE, state)
+                save_pretrained(directory, self.plain_model, self.tokenizer, is_main=world.is_main)
+            if world.is_main:
+                state = {name: getattr(self, name) for name in COUNTERS}
+                write_json(directory / STATE, state | {"data": self.train_rows.fingerprint})
+            return save_optimizer(directory, self.plain_model, self.optimizers, world)
 
-        with parallel.first_process_first(self.world):
-            if self.world.is_main:
-                limit = self.config.checkpoint.save_total_limit
-                best = int(self.best["step"]) if self.config.checkpoint.save_best else 0
-                self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, limit, best)
+        best = int(self.best["step"]) if config.checkpoint.save_best else 0
+        limit = config.checkpoint.save_total_limit
+        self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, limit, best, world)
 
     def resume(self, directory: Path) -> None:
-        """Take over everything but the weights, which the model has already, from a checkpoint."""
-        state = load_state(directory / STATE) if self.world.is_main else {"optimizer": {}}
-        parallel.scatter_optimizer_state(self.model, self.optimizers, state.pop("optimizer"))
-        state = parallel.from_first_rank(state, self.world)
-        same = state.get("data", self.train_rows.fingerprint) == self.train_rows.fingerprint
-        other = "these are not the rows that the run was trained on (a changed file, or evaluation turned on or off)"
-        check(same, f"{self.data_name}: {other}, so it cannot go on where it was")
-        for name, value in state.items():
-            if name in COUNTERS:
-                setattr(self, name, value)
+        """Take over everything but the weights, which the model has already, from a checkpoint. Raises UserError."""
+        state = read_json(directory / STATE)
+        wrong = [name for name in COUNTERS if not same_kind(state.get(name), getattr(self, name))]
+        if wrong:
+            raise UserError(f"{directory / STATE} is not a run's state: {', '.join(wrong)} missing or of another type")
+        if state.get("data") != self.train_rows.fingerprint:
+            raise UserError(
+                f"{self.data_name}: these are not the rows that the run was trained on (a changed file, or evaluation "
+                "turned on or off), so it cannot be resumed"
+            )
+        load_optimizer(directory, self.plain_model, self.optimizers)
+        for name in COUNTERS:
+            setattr(self, name, state[name])
         self.last_checkpoint = directory
+
+
+def same_kind(value: Any, example: Any) -> bool:
+    """Whether a value read from a file is a count, or a dict of numbers with the keys of the example."""
+    if isinstance(example, dict):
+        return isinstance(value, dict) and all(type(value.get(name)) in (int, float) for name in example)
+    return type(value) is int and value >= 0

@@ -74,7 +74,11 @@ def window_of(pool: Tensor, start: int, length: int) -> Tensor:
 def make(directory: str, layers: int) -> None:
     """Write the checkpoint."""
     config = replace(V2_LITE.model, num_hidden_layers=layers)
-    write_model(Path(directory), config, Tokenizer(chat_template="deepseek"), random_parts(config), SHARD_BYTES)
+    with torch.device("meta"):
+        parameters = dict(DeepSeekV2(config).to(torch.bfloat16).named_parameters())
+    layout = {part_name: part for name, weight in parameters.items() for part_name, part in hub_parts(name, weight)}
+    parts = (tensor for _, tensor in random_parts(config))
+    write_model(Path(directory), config, Tokenizer(chat_template="deepseek"), layout, parts, SHARD_BYTES)
 
 
 MAKE = """

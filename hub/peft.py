@@ -1,49 +1,80 @@
-"""Adapters on disk, as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors."""
+"""Adapters on disk as PEFT writes and reads them, adapter_config.json and adapter_model.safetensors; and their base.
+
+PEFT's adapter_config.json has one name for the base model and nothing to recognise it by. An adapter on other weights
+than it was trained on answers with nonsense, so base.json next to it records the base's checksums and configuration.
+"""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from config import UserError, check
-from files import read_json, write_json, write_tensors
+from config import ModelConfig, UserError
+from files import StoredTensor, checksum, inside, printable, read_json, stored_tensors, write_json, write_tensors
+from hub.config_json import hub_config, parse_config
 from lora import LoRAExperts, LoRALinear, adaptable_weights, adapters, attach, set_adapters
+from parallel import full_tensor
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 # Settings in PEFT's files that are read here, or that change nothing once an adapter is trained.
 KNOWN_OPTIONS = {
-    *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "bias"),
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
-}
+    "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "bias",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
 # Other ways to start (PiSSA, OLoRA ...) change the base weights too.
 KNOWN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def save_adapter(
-    directory: str | Path, model: nn.Module, base: str | None, state_dict: dict[str, Tensor] | None = None
-) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which `peft.PeftModel.from_pretrained` opens.
+class Base(NamedTuple):
+    """A model directory, what its weights are recognised by, and the configuration that the adapter is trained with."""
 
-    base: where the base model is. state_dict: the adapters, where the model does not hold them whole (FSDP).
-    """
+    directory: Path
+    weights: dict[str, dict[str, Any]]
+    config: ModelConfig
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_adapter(directory: str | Path, model: nn.Module, base: str | None, is_main: bool = True) -> None:
+    """Write an adapter that `peft.PeftModel.from_pretrained` opens. base: the base model's directory or name. If the
+    model is sharded, every rank has to call this, one of them with is_main, which writes."""
     parameters = adapters(model)
+    tensors = {peft: to_peft(full_tensor(parameters[name].detach()), name) for name, peft in peft_names(model).items()}
+    if not is_main:
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / ADAPTER_CONFIG, peft_config(model, base))
+    write_tensors(directory / ADAPTER_WEIGHTS, tensors)
+
+
+def record_base(adapter: Path, base: Base) -> None:
+    """Write base.json into an adapter's directory."""
+    absolute = base.directory.resolve()
+    places = {"absolute": str(absolute), "relative": os.path.relpath(absolute, adapter.resolve())}
+    write_json(adapter / BASE, places | {"weights": base.weights, "config": hub_config(base.config)})
+
+
+def peft_config(model: nn.Module, base: str | None) -> dict[str, Any]:
+    """Return the content of adapter_config.json."""
     scaling = next(module.scaling for module in model.modules() if isinstance(module, LoRALinear | LoRAExperts))
     # PEFT takes gate_proj, up_proj and down_proj as target modules for the routed experts of transformers 5, wherever
-    # they stand. So all weights in feed-forward networks are named as parameters, which comes to the same.
+    # they are. So all weights in feed-forward networks are named as parameters, which has the same effect.
     ranks = {}
-    for name, parameter in parameters.items():
+    for name, parameter in adapters(model).items():
         if name.endswith("lora_A"):
             weight = adapted_weight(name)
             ranks[weight if ".mlp." in weight else weight.removesuffix(".weight")] = parameter.shape[-2]
     rank = next(iter(ranks.values()))
     others = {target: other for target, other in ranks.items() if other != rank}
-    config = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -51,31 +82,35 @@ def save_adapter(
         "lora_alpha": scaling * rank,
         "rank_pattern": others,
         "alpha_pattern": {target: scaling * other for target, other in others.items()},
-        "lora_dropout": 0.0,  # plays no part once trained, and PEFT refuses it for parameters
+        "lora_dropout": 0.0,  # has no effect once trained, and PEFT refuses it for parameters
         "bias": "none",
         "inference_mode": True,
         "target_modules": sorted({target.rpartition(".")[2] for target in ranks if ".mlp." not in target}),
         "target_parameters": [target for target in ranks if ".mlp." in target],
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / ADAPTER_CONFIG, config)
-    values = model.state_dict() if state_dict is None else state_dict
-    tensors = {peft: to_peft(values[name], name).contiguous() for name, peft in peft_names(model).items()}
-    write_tensors(directory / ADAPTER_WEIGHTS, tensors)
+
+
+def publish_base(adapter: Path, name: str) -> None:
+    """Make an adapter's files give its base's name on the Hub instead of its directory here."""
+    write_json(adapter / ADAPTER_CONFIG, read_json(adapter / ADAPTER_CONFIG) | {"base_model_name_or_path": name})
+    if (adapter / BASE).is_file():
+        write_json(adapter / BASE, read_json(adapter / BASE) | {"absolute": name, "relative": name})
+
+
+# ---------------------------------------------------------------- reading
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Attach the adapters that a directory in PEFT's format holds. Raises UserError for what is not LoRA as here."""
+    """Attach the adapters in a directory to the model. Raises UserError if they are not LoRA as computed here."""
     attach_like(model, directory)
     set_adapters(model, read_adapter(model, directory))
 
 
 def attach_like(model: nn.Module, directory: str | Path) -> None:
-    """Adapters of the ranks and at the places that the directory has, without values yet. Raises UserError."""
-    path = Path(directory, ADAPTER_WEIGHTS)
-    scaling = read_scaling(Path(directory, ADAPTER_CONFIG))
-    tensors = read_tensors(path)
+    """Attach adapters of the ranks and at the places that the directory has, without values. Raises UserError."""
+    directory = Path(directory)
+    scaling = read_scaling(inside(directory, ADAPTER_CONFIG))
+    tensors = adapter_tensors(directory)
     ranks = {}
     for name in adaptable_weights(model):
         path_in_model, _, attribute = name.rpartition(".")
@@ -83,54 +118,128 @@ def attach_like(model: nn.Module, directory: str | Path) -> None:
         module = f"base_model.model.{path_in_model}"
         for wrapper in (module, f"{module}.base_layer"):
             a, b = (tensors.get(f"{wrapper}.lora_{suffix}.weight") for suffix in "AB")
-            # the widths tell which of the experts' two weights it is: no two have both in common
-            if a is not None and b is not None and weight.shape[-2:] == (len(b), a.shape[1]):
-                ranks[name] = len(a) // math.prod(weight.shape[:-2])
-    check(bool(ranks), f"{path}: no adapter in it fits the model")
+            # the widths show which of the experts' two weights it is: no two have both in common
+            if a and b and weight.shape[-2:] == (b.shape[0], a.shape[1]):
+                ranks[name] = a.shape[0] // math.prod(weight.shape[:-2])
+    if not ranks:
+        raise UserError(f"{directory / ADAPTER_WEIGHTS}: no adapter in it fits the model")
     attach(model, ranks, scaling)
 
 
 def read_adapter(model: nn.Module, directory: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Values for the model's adapters from a directory in PEFT's format. Raises UserError where they don't fit."""
+    """Yield values for the model's adapters from a directory. Raises UserError if they do not fit."""
+    tensors = adapter_tensors(Path(directory))
     path = Path(directory, ADAPTER_WEIGHTS)
-    tensors = read_tensors(path)
     names = peft_names(model)
-    wrong = sorted(names.values() ^ tensors.keys())
-    check(not wrong, f"{path}: {len(wrong)} tensors are missing or fit no weight: {', '.join(wrong[:5])}")
+    if wrong := sorted(names.values() ^ tensors.keys()):
+        shown = printable(", ".join(wrong[:5]))
+        raise UserError(f"{path}: {len(wrong)} tensors are missing or fit no weight: {shown}")
     for name, parameter in adapters(model).items():
         tensor = tensors[names[name]]
-        wanted = to_peft(torch.empty(parameter.shape, device="meta"), name).shape
-        check(tensor.shape == wanted, f"{path}: {names[name]} has shape {tuple(tensor.shape)}, not {tuple(wanted)}")
-        yield name, from_peft(tensor, parameter.shape, name)
+        wanted = tuple(to_peft(torch.empty(parameter.shape, device="meta"), name).shape)
+        if tensor.shape != wanted:
+            raise UserError(f"{path}: {names[name]} has shape {tensor.shape}, not {wanted}")
+        yield name, from_peft(tensor.read(), parameter.shape, name)
+
+
+def adapter_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Return the headers of an adapter's matrices. Raises UserError."""
+    path = inside(directory, ADAPTER_WEIGHTS)
+    tensors = stored_tensors(path)
+    if any(len(tensor.shape) != 2 for tensor in tensors.values()):
+        raise UserError(f"{path}: not all tensors are matrices")
+    return tensors
 
 
 def read_scaling(path: Path) -> float:
-    """alpha / r, from adapter_config.json. Raises UserError for adapters that compute anything else than ours."""
+    """Return alpha / r from adapter_config.json. Raises UserError for adapters that compute anything else than ours."""
     config = read_json(path)
     try:
         root = math.sqrt if config.get("use_rslora") else float
         ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
         patterns = (None, *ranks, *alphas)
         scalings = [alphas.get(p, config["lora_alpha"]) / root(ranks.get(p, config["r"])) for p in patterns]
+        same = math.isclose(min(scalings), max(scalings))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{path} is no adapter's configuration: {error!r}") from error
-    check(config.get("peft_type") == "LORA", f"{path}: only adapters of type LORA are supported")
-    unknown = [option for option, value in config.items() if value and option not in KNOWN_OPTIONS]
-    check(not unknown, f"{path}: {', '.join(unknown)} is not supported")
+        raise UserError(f"{path} is not an adapter's configuration: {error!r}") from error
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: only adapters of type LORA are supported")
+    if unknown := [option for option, value in config.items() if value and option not in KNOWN_OPTIONS]:
+        raise UserError(f"{path}: {printable(', '.join(unknown))} is not supported")
     start = config.get("init_lora_weights")
-    check(start in KNOWN_STARTS, f"{path}: init_lora_weights {start!r} is not supported: it changes the base model")
-    same = math.isclose(min(scalings), max(scalings))
-    check(same, f"{path}: rank_pattern and alpha_pattern with different alpha / r are not supported")
+    if start not in KNOWN_STARTS:
+        raise UserError(f"{path}: init_lora_weights {start!r} is not supported: it changes the base model")
+    if not same:
+        raise UserError(f"{path}: rank_pattern and alpha_pattern with different alpha / r are not supported")
     return scalings[0]
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+# ---------------------------------------------------------------- the base
+
+
+def describe_base(directory: str | Path, config: ModelConfig) -> Base:
+    """Return what an adapter's base is recognised by. Reads all of its weights."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    weights = {file.name: {"sha256": checksum(file), **size_and_time(file)} for file in files}
+    return Base(Path(directory), weights, config)
+
+
+def size_and_time(file: Path) -> dict[str, int]:
+    status = file.stat()
+    return {"size": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def find_base(adapter: Path) -> tuple[Path, ModelConfig | None]:
+    """Return the directory of the model that an adapter was trained on, and the configuration it was trained with; None
+    without a base.json. Raises UserError if the model is missing, or is no longer the same."""
+    name = str(read_json(inside(adapter, ADAPTER_CONFIG)).get("base_model_name_or_path"))
+    if not (adapter / BASE).is_file():
+        if not Path(name).is_dir():
+            raise UserError(f"{adapter}: its base model is missing: there is no directory {printable(name)}")
+        return Path(name), None
+    path = inside(adapter, BASE)
+    record = read_json(path)
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    check(all(tensor.dim() == 2 for tensor in tensors.values()), f"{path}: not all tensors are matrices")
-    return tensors
+        config = parse_config(path, record["config"])
+        places = [Path(record["absolute"]), Path(os.path.normpath(adapter / record["relative"])), Path(name)]
+        there = [place for place in dict.fromkeys(places) if place.is_dir()]
+        for place in there:
+            changed = changed_weights(place, record["weights"])
+            if not changed:
+                return place, config
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a record of an adapter's base model: {error!r}") from error
+    if not there:
+        looked = printable(", ".join(map(str, dict.fromkeys(places))))
+        raise UserError(f"{adapter}: its base model is missing: there is no directory {looked}")
+    raise UserError(
+        f"{adapter}: its base model {place} has changed ({printable(', '.join(changed))}); the adapter only fits the "
+        "weights that it was trained on: restore them, or train it again"
+    )
+
+
+def model_directory(checkpoint: Path) -> Path:
+    """Return a checkpoint's own directory, or an adapter's base's. Raises UserError as `find_base` does."""
+    return find_base(checkpoint)[0] if (checkpoint / ADAPTER_CONFIG).is_file() else checkpoint
+
+
+def changed_weights(directory: Path, recorded: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the names of the files that are not as recorded. A file of another size, or of the same size and time, is
+    not read. Raises UserError for a name that is not one of the directory's files."""
+
+    def same(name: str, known: dict[str, Any]) -> bool:
+        if not (directory / name).exists():
+            return False
+        file = inside(directory, name)
+        now = size_and_time(file)
+        return now["size"] == known["size"] and (now.items() <= known.items() or checksum(file) == known["sha256"])
+
+    return [name for name, known in recorded.items() if not same(name, known)]
+
+
+# ---------------------------------------------------------------- names and layout: ours and PEFT's
 
 
 def adapted_weight(name: str) -> str:
@@ -140,7 +249,7 @@ def adapted_weight(name: str) -> str:
 
 
 def peft_names(model: nn.Module) -> dict[str, str]:
-    """PEFT's name of each adapter. It wraps the stacked experts once for each adapted weight, the second around the
+    """Return PEFT's name of each adapter. PEFT wraps the stacked experts once per adapted weight, the second around the
     first, which is then its `base_layer`."""
     ours, names = adapters(model), {}
     for name in ours:
@@ -151,14 +260,14 @@ def peft_names(model: nn.Module) -> dict[str, str]:
 
 
 def to_peft(tensor: Tensor, name: str) -> Tensor:
-    """Stacked A (E, r, in) is (E r, in) there; stacked B (E, out, r) is (out, r E), experts running fastest."""
+    """Flatten stacked A (E, r, in) to (E r, in) and stacked B (E, out, r) to (out, r E), experts running fastest."""
     if tensor.dim() == 2:
         return tensor
     return tensor.flatten(0, 1) if name.endswith("lora_A") else tensor.permute(1, 2, 0).flatten(1)
 
 
 def from_peft(tensor: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """The inverse, for a parameter of that shape."""
+    """Invert `to_peft`, for a parameter of that shape."""
     if len(shape) == 2:
         return tensor
     if name.endswith("lora_A"):

@@ -1,4 +1,4 @@
-"""A run's model: planned without memory, divided among the ranks, filled one tensor at a time."""
+"""Building a run's model: planned without memory, sharded over the ranks, filled one tensor at a time."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -8,33 +8,33 @@ from torch import Tensor
 
 import lora
 import quantization
-from checkpoint import iterate_weights
+from checkpoint import iterate_weights, load_config
 from config import TrainConfig
 from hub import peft as peft_files
-from hub.config_json import load_config
 from model import DeepSeekV2, RMSNorm, Router
-from parallel import Part, World, load_weights, make_mesh, parallelize
+from parallel import GatheredModules, World, load_weights, make_mesh, parallelize
 from quantization import NF4
 
 
 def build_model(
     config: TrainConfig, source: Path | None, world: World, adapter: Path | None = None, new_ids: Sequence[int] = ()
 ) -> DeepSeekV2:
-    """The model on its device, with the weights of `source`, and rows for new_ids; without it with new ones. With LoRA,
-    these are the base's, and the adapters' are those of `adapter`, a checkpoint; without it new ones.
+    """Return the model on its device, with the weights of `source` and rows for new_ids, or with new weights. With LoRA
+    those are the base's, and the adapters' are read from `adapter`, a checkpoint, or new.
 
-    Memory: never more than the rank's share and the tensor at hand.
+    Memory: the rank's share and the tensor at hand. Raises UserError, before that, if stored weights do not fit.
     """
     adapters, compute = config.lora, config.compute
     with torch.device("meta"):
         model, quantized = plan_model(config)
-    parallelize(model, gathered_parts(model, compute.dtype), make_mesh(compute.parallel, world))
-    model.to_empty(device=world.device)
-    generator = torch.Generator().manual_seed(compute.seed)
-    stored = iterate_weights(source, config.model, quantized) if source else None
     if source and new_ids:
         stored = with_new_rows(iterate_weights(source, load_config(source)), config.model.vocab_size, new_ids)
-    load_weights(model, stored or model.initial_weights(generator))
+    elif source:
+        stored = iterate_weights(source, config.model, quantized)
+    parallelize(model, gathered_modules(model, compute.dtype), make_mesh(compute.parallel, world))
+    model.to_empty(device=world.device)
+    generator = torch.Generator().manual_seed(compute.seed)
+    load_weights(model, stored if source else model.initial_weights(generator))
     if adapters.lora_rank:
         start = peft_files.read_adapter(model, adapter) if adapter else lora.initial_weights(model, generator)
         load_weights(model, start)
@@ -46,7 +46,8 @@ def build_model(
 
 
 def plan_model(config: TrainConfig) -> tuple[DeepSeekV2, dict[str, NF4]]:
-    """The model with its adapters, on torch's default device and with whatever weights; and those in 4 bits."""
+    """Return the model with its adapters, on torch's default device and without meaningful weights; and its quantised
+    weights."""
     model, adapters, quantized = DeepSeekV2(config.model), config.lora, {}
     if adapters.lora_rank:
         for parameter in model.requires_grad_(False).parameters():
@@ -60,20 +61,20 @@ def plan_model(config: TrainConfig) -> tuple[DeepSeekV2, dict[str, NF4]]:
     return model, quantized
 
 
-def gathered_parts(model: DeepSeekV2, dtype: str) -> list[Part]:
-    """What sharding engines gather together: a block's weights, in the dtype that they are multiplied in. Norms and
-    routers compute in fp32, so that in bf16 theirs come on their own."""
+def gathered_modules(model: DeepSeekV2, dtype: str) -> list[GatheredModules]:
+    """Return what FSDP gathers together: a block's weights, in the dtype that they are multiplied in. Norms and routers
+    compute in fp32, so in bf16 they form groups of their own."""
     if dtype != "bfloat16":
-        return [Part([block]) for block in model.model.layers]
-    parts = []
+        return [GatheredModules([block]) for block in model.model.layers]
+    groups = []
     for block in model.model.layers:
-        parts += [Part([module for module in block.modules() if isinstance(module, RMSNorm | Router)])]
-        parts += [Part([block], torch.bfloat16)]
-    return parts
+        groups += [GatheredModules([module for module in block.modules() if isinstance(module, RMSNorm | Router)])]
+        groups += [GatheredModules([block], torch.bfloat16)]
+    return groups
 
 
-def describe(model: DeepSeekV2) -> str:
-    """How many parameters there are, in 4 bits and trained."""
+def parameter_summary(model: DeepSeekV2) -> str:
+    """Return the numbers of parameters: all, in 4 bits, trained."""
     quantized = sum(weight.numel() for weight in quantization.quantized_weights(model).values())
     parameters = sum(p.numel() for p in model.parameters()) + quantized
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

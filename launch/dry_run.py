@@ -23,7 +23,7 @@ from config import TrainConfig
 from datacollator import MicroBatch
 from documents import find_documents
 from kernels import tuned_as
-from launch.build import gathered_parts, plan_model
+from launch.build import gathered_modules, plan_model
 from launch.cost import Traffic, attention_flops, training_cost
 from model import DeepSeekV2
 from optimizer import make_optimizers
@@ -72,7 +72,7 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
         batch = full_rows(config.batch.batch_size, config.data.max_seq_len)
         with FakeTensorMode() as fake:
             model, _ = plan_model(config)
-            parallelize(model, gathered_parts(model, str(dtype).removeprefix("torch.")), mesh)
+            parallelize(model, gathered_modules(model, str(dtype).removeprefix("torch.")), mesh)
             model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
             optimizers = make_optimizers(model, config.optimizer, dtype)
             moved = batch.map(fake.from_tensor)._asdict()

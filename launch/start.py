@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import checkpoints, newest_checkpoint, resolve_model
+from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_model
 from config import TrainConfig, check
-from hub.adapter_base import model_directory
-from hub.config_json import changed_config, load_config
+from hub.config_json import changed_config
+from hub.peft import model_directory
 from launch.command_line import useless_flags
 from launch.job import check_shared_files, is_own_run, look_up
 from launch.run_directory import check_changes, check_start

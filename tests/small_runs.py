@@ -25,12 +25,13 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from tqdm import tqdm
 
 import files
 import train_sft
 import trainer
-from checkpoint import load_state, newest_checkpoint
+from checkpoint import newest_checkpoint
 from datacollator import MicroBatch
 from launch import run_directory
 from launch.command_line import STOP_SIGNALS
@@ -360,9 +361,16 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(run)
     assert newest is not None
     (weights,) = newest.glob("*.safetensors")
-    state = load_state(newest / trainer.STATE)["optimizer"]["state"]
-    moments = {f"{name}: {key}": value for name, entry in state.items() for key, value in entry.items()}
-    return load_file(weights) | moments
+    return load_file(weights) | optimizer_tensors(newest)
+
+
+def optimizer_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Optimizer state, put together from all ranks' files by PyTorch's own reader."""
+    reader = HuggingFaceStorageReader(str(checkpoint / "optimizer"))
+    stored = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:

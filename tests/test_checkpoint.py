@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-import pickle
+import re
 import resource
 import shutil
 import signal
@@ -24,14 +24,13 @@ from checkpoint import (
     load_config,
     load_model_and_tokenizer,
     load_pretrained,
-    load_state,
     newest_checkpoint,
     resolve_checkpoint,
     save_checkpoint,
     save_pretrained,
-    save_state,
 )
 from config import RopeScaling, UserError
+from files import read_json, write_json, write_tensors
 from generation import generate
 from hub import peft as peft_files
 from model import DeepSeekV2
@@ -177,11 +176,12 @@ def test_bfloat16_is_stored_and_loaded_as_it_is(tmp_path: Path, tokenizer: Token
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-def test_a_state_dict_stands_in_for_the_models_own(saved: tuple[Path, DeepSeekV2], tokenizer: Tokenizer) -> None:
-    directory, model = saved
+def test_a_save_replaces_what_was_saved_in_more_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save_pretrained(tmp_path, small_model(vocab_size=512), tokenizer, max_shard_bytes=60_000)
     other = small_model(seed=1, vocab_size=512)
-    save_pretrained(directory, model, tokenizer, state_dict=other.state_dict(), max_shard_bytes=60_000)
-    assert_same_weights(load_pretrained(directory), other)  # and the single file from before is gone
+    save_pretrained(tmp_path, other, tokenizer)
+    assert_same_weights(load_pretrained(tmp_path), other)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 
 def test_weights_come_in_the_order_of_the_model(saved: tuple[Path, DeepSeekV2]) -> None:
@@ -267,9 +267,8 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path: Path, tokeniz
         model = DeepSeekV2(small_config(vocab_size=512, **sizes)).to(torch.bfloat16)
     save_pretrained(
         tmp_path,
-        model,
+        model.to_empty(device="cpu"),
         tokenizer,
-        state_dict={n: torch.zeros_like(p, device="cpu") for n, p in model.state_dict().items()},
         max_shard_bytes=10**8,
     )
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -369,10 +368,10 @@ def test_directories_without_a_model_are_refused(saved: tuple[Path, DeepSeekV2],
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
         load_pretrained(directory)
     (directory / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError, match=r"config\.json is no JSON"):
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
         load_pretrained(directory)
     (directory / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config\.json holds no JSON object"):
+    with pytest.raises(UserError, match=r"config\.json does not contain a JSON object"):
         load_pretrained(directory)
 
 
@@ -426,21 +425,23 @@ def test_links_lead_to_the_hubs_cache_and_nowhere_else(saved: tuple[Path, DeepSe
 
 
 def writer(value: int) -> Callable[[Path], None]:
-    """Writes two files that belong together."""
+    """Write three files that belong together."""
 
     def write(directory: Path) -> None:
-        save_file({"value": torch.full((20_000,), value)}, directory / "model.safetensors")
-        save_state(directory / "trainer_state.pt", {"step": value, "moments": torch.full((20_000,), value)})
+        tensor = torch.full((20_000,), float(value))
+        write_tensors(directory / "model.safetensors", {"value": tensor})
+        (directory / "optimizer").mkdir()
+        write_tensors(directory / "optimizer/rank-00000.safetensors", {"moments": tensor})
+        write_json(directory / "trainer_state.json", {"step": value})
 
     return write
 
 
 def stored_value(directory: Path) -> int:
-    state = load_state(directory / "trainer_state.pt")
-    weights = load_file(directory / "model.safetensors")["value"]
-    assert (weights == state["step"]).all()
-    assert (state["moments"] == state["step"]).all()
-    return state["step"]
+    step = read_json(directory / "trainer_state.json")["step"]
+    assert (load_file(directory / "model.safetensors")["value"] == step).all()
+    assert (load_file(directory / "optimizer/rank-00000.safetensors")["moments"] == step).all()
+    return step
 
 
 def steps(run: Path) -> list[str]:
@@ -514,12 +515,12 @@ def test_a_base_model_is_given_the_control_tokens_that_it_lacks(
 def test_a_run_directory_stands_for_its_newest_checkpoint(saved: tuple[Path, DeepSeekV2], tmp_path: Path) -> None:
     directory, _ = saved
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         resolve_checkpoint(run)
     assert resolve_checkpoint(directory) == directory
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.json").write_text("{}")  # the run's own
-    with pytest.raises(UserError, match="without a readable checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint yet"):
         resolve_checkpoint(run)
     place = save_checkpoint(
         run, 7, lambda temporary: shutil.copytree(directory, temporary, dirs_exist_ok=True), limit=1
@@ -626,9 +627,9 @@ def files_limited_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("size", [100, 50_000, 161_000])
+@pytest.mark.parametrize("size", [100, 50_000])
 def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stand(size: int, tmp_path: Path) -> None:
-    """The limits hit the first byte, the weights, and torch's own file format, each of which fails in its own way."""
+    """The limits hit the header and the numbers of the first file."""
     save_checkpoint(tmp_path, 1, writer(1), limit=1)
     with files_limited_to(size), pytest.raises(UserError, match=r"step-000002 cannot be written .*[Ff]ile too large"):
         save_checkpoint(tmp_path, 2, writer(2), limit=1)
@@ -688,30 +689,9 @@ def test_a_kill_between_files_leaves_the_checkpoint_before(tmp_path: Path) -> No
 
         save_checkpoint(tmp_path, 2, write, limit=1)
     os.waitpid(child, 0)
-    assert steps(tmp_path) == [".step-000002.tmp", "step-000001"]
+    left, kept = steps(tmp_path)
+    assert re.fullmatch(r"\.step-000002\.[0-9a-f]{16}\.tmp", left)
+    assert kept == "step-000001"
     assert stored_value(newest_checkpoint(tmp_path)) == 1
     save_checkpoint(tmp_path, 3, writer(3), limit=1)
     assert steps(tmp_path) == ["step-000003"]
-
-
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("save", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2))])
-def test_a_malicious_pickle_is_refused_and_not_run(save: Callable[[object, Path], object], tmp_path: Path) -> None:
-    save({"step": Malicious(tmp_path / "was run")}, tmp_path / "trainer_state.pt")
-    with pytest.raises(UserError, match="nothing in it was run"):
-        load_state(tmp_path / "trainer_state.pt")
-    assert not (tmp_path / "was run").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"\x80\x02broken"])
-def test_a_broken_run_state_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "trainer_state.pt").write_bytes(content)
-    with pytest.raises(UserError, match="is damaged"):
-        load_state(tmp_path / "trainer_state.pt")
