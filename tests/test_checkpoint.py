@@ -522,9 +522,11 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(saved: tuple[Path, Dee
     (run / "config.json").write_text("{}")  # the run's own
     with pytest.raises(UserError, match="no checkpoint yet"):
         resolve_checkpoint(run)
-    place = save_checkpoint(
-        run, 7, lambda temporary: shutil.copytree(directory, temporary, dirs_exist_ok=True), limit=1
-    )
+
+    def copy(temporary: Path) -> None:
+        shutil.copytree(directory, temporary, dirs_exist_ok=True)
+
+    place = save_checkpoint(run, 7, copy, limit=1)
     assert resolve_checkpoint(run) == place
     assert_same_weights(load_pretrained(resolve_checkpoint(run)), load_pretrained(directory))
 
