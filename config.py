@@ -109,6 +109,9 @@ class DataConfig:
     # Hub names, directories, .jsonl/.json/.csv/.tsv/.txt (or .gz of them) and .parquet files, `chitchat`,
     # `chitchat_text` or `chatterbot`; each may end in :N, and is then passed N times an epoch.
     dataset: tuple[str, ...] = ("HuggingFaceH4/ultrachat_200k",)
+    # Which column plays which part, for rows in no known format: "prompt=Frage" "completion=Antwort". The parts are
+    # messages, prompt, completion, text, system, tools and history.
+    columns: tuple[str, ...] = ()
     train_split: str = "train_sft"  # split to train on
     eval_split: str = "test_sft"  # split to evaluate on; only read where eval_steps is not 0
     eval_fraction: float = 0.05  # share of the training split to evaluate on where there is no eval_split; 0: none

@@ -8,7 +8,7 @@ A line of the answers holds the question as it stood, who answered it and how:
 import itertools
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,20 +43,9 @@ class Prompt(NamedTuple):
 
 # ---------------------------------------------------------------- reading them
 
-# The columns that a question may have, as data/formats.py reads them for training, and in its order: a dataset's own
-# rows are questions, too, up to the assistant's last turn.
-READERS: dict[str, Callable[[formats.Fields, str], formats.Content]] = {
-    "messages": formats.read_conversation,
-    "conversations": formats.read_conversation,
-    "prompt": formats.read_prompt,
-    "question": formats.read_prompt,
-    "instruction": formats.read_instruction,
-    "text": formats.read_document,
-}
-
 
 def read_questions(path: Path, system: str | None = None) -> list[Question]:
-    """A .txt file's lines; or a .jsonl file's rows, which have one of READERS' columns: `text` is to be continued, all
+    """A .txt file's lines; or a .jsonl file's rows, as data/formats.py reads them: a text is to be continued, all
     others are to be answered. Raises UserError with the place of what is none of these."""
     check(path.suffix in (".jsonl", ".txt"), f"{path}: questions are read from .jsonl or .txt")
     check(path.is_file(), f"there is no file {path}")
@@ -74,19 +63,9 @@ def read_questions(path: Path, system: str | None = None) -> list[Question]:
 
 def read_question(line: int, row: dict[str, Any], system: str | None = None) -> Question:
     """Raises RowError for a row that asks nothing."""
-    column = next((column for column in READERS if column in row), None)
-    if column is None:
-        raise formats.RowError("columns", f"none of {', '.join(READERS)}", f"there are {', '.join(row) or 'none'}")
-    fields = formats.Fields(row)
-    asked, _ = READERS[column](fields, column)
-    if isinstance(asked, list):
-        asked = formats.add_system(asked, fields)
-        while asked and asked[-1]["role"] == "assistant":
-            asked = asked[:-1]
-        if not any(message["role"] == "user" for message in asked):
-            raise formats.RowError("messages", "nobody asks anything")
-        if system and asked[0]["role"] != "system":
-            asked = [{"role": "system", "content": system}, *asked]
+    asked = formats.read_question(row)
+    if isinstance(asked, list) and system and asked[0]["role"] != "system":
+        asked = [{"role": "system", "content": system}, *asked]
     return Question(line, row, asked)
 
 

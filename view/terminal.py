@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import datasets
 
     from datacollator import RowStream
-    from dataset import Data
+    from dataset import RunData
     from tokenizer import Tokenizer
 
 
 # ---------------------------------------------------------------- the table
 
 
-def table(data: "Data", train: "RowStream", config: TrainConfig, processes: int = 1) -> str:
+def table(data: "RunData", train: "RowStream", config: TrainConfig, processes: int = 1) -> str:
     """A column for each source and side, then what follows for the run."""
     columns = [facts(report) for report in data.reports]
     names = list(dict.fromkeys(name for column in columns for name in column))
@@ -44,28 +44,22 @@ def table(data: "Data", train: "RowStream", config: TrainConfig, processes: int 
 
 def facts(report: DataReport) -> dict[str, str]:
     """Name to number of what the table has about a source; what is 0 and usually is, is left out."""
-    to_learn = report.trained_tokens + report.lost_tokens
-    spoken = {speaker: number for speaker, number in report.speakers.items() if number}
     rare = {
         "passed an epoch": report.weight if report.weight > 1 else 0,
         "conversations cut": report.cut,
         "duplicates": report.duplicates,
         **{f"dropped: {reason}": number for reason, number in report.dropped.items()},
-        **{f"not used: {field}": number for field, number in report.unused.items()},
+        "control tokens as text": report.templated,
     }
     return {
         "rows": f"{report.rows:,}",
         "conversations": f"{report.conversations:,}",
         "pieces": f"{report.pieces:,}",
-        "turns": f"{report.turns:,}",
         "tokens": f"{report.tokens:,}",
-        **{
-            f"  {'of documents' if speaker == 'text' else speaker}": f"{number:,}" for speaker, number in spoken.items()
-        },
         "trained on": f"{report.trained_tokens:,} ({report.trained_tokens / max(report.tokens, 1):.0%})",
-        "lost to max_seq_len": f"{report.lost_tokens:,} ({report.lost_tokens / max(to_learn, 1):.0%})",
-        "longest, in tokens": f"{report.longest:,}",
         **{name: f"{number:,}" for name, number in rare.items() if number},
+        **{f"read as {columns}": f"{number:,}" for columns, number in report.read_as.items()},
+        **{f"not used: {name}": "yes" for name in report.unused},
     }
 
 
@@ -131,7 +125,7 @@ class Share(NamedTuple):
         return f"{where}, {'held out' if report.held_out else 'trained on'}: {facts}\n{text}"
 
 
-def shares(data: "Data") -> list[Share]:
+def shares(data: "RunData") -> list[Share]:
     """In the order of the reports, as load_data puts sources one after another."""
     found, ends = [], {False: 0, True: 0}
     for report in data.reports:
