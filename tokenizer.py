@@ -17,7 +17,7 @@ searching the tokens for the assistant's turns would be fooled by content. ChatM
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,15 +140,22 @@ class Tokenizer:
             vocabulary = load_cl100k(CHAT_TEMPLATES[chat_template].control_tokens, vocab_size)
         else:
             vocabulary = load_directory(Path(name), vocab_size)
-            chat_template = chat_template or choose_template(Path(name), vocabulary.control_ids)
+            chat_template = chat_template or named_template(Path(name))
+        known = vocabulary.control_ids.keys()
+        fitting = [key for key, template in CHAT_TEMPLATES.items() if known >= set(template.control_tokens)]
+        chat_template = chat_template or next(iter(fitting), "chatml")
         self.name, self.chat_template, self.template = name, chat_template, CHAT_TEMPLATES[chat_template]
         self._arguments = (name, vocab_size, chat_template, add_control_tokens)
 
         # control tokens
         control_tokens = self.template.control_tokens
-        missing = [token for token in control_tokens if token not in vocabulary.control_ids]
+        missing = [token for token in control_tokens if token not in known]
         if missing and not add_control_tokens:
-            raise UserError(lacking(name, chat_template, missing, vocabulary.control_ids))
+            raise UserError(
+                f"{name} lacks {', '.join(missing)}, which chat template {chat_template} needs; it fits "
+                f"{', '.join(fitting) or 'no template'} (--chat-template); --add-control-tokens adds them, with new "
+                "rows of the embedding and the head"
+            )
         if add_control_tokens and not missing:
             raise UserError(f"add_control_tokens: {name} has all control tokens of chat template {chat_template}")
         if stripping := vocabulary.stripping.intersection(control_tokens):
@@ -246,30 +253,13 @@ class Tokenizer:
         return EncodedTurn(before_ids, lead + turn.lead, trail, end_ids, footer, header)
 
 
-def choose_template(directory: Path, known: Collection[str]) -> str:
-    """Return the template that tokenizer_config.json names, else the first whose control tokens are known, else
-    chatml. Raises UserError."""
+def named_template(directory: Path) -> str | None:
+    """Return the template that a directory's tokenizer_config.json names, or None. Raises UserError."""
     path = directory / "tokenizer_config.json"
-    named = read_json(path).get("chat_template_name") if path.is_file() else None
-    if named is None:
-        return next((name for name, template in CHAT_TEMPLATES.items() if fits(template, known)), "chatml")
-    if named not in list(CHAT_TEMPLATES):
-        raise UserError(f"{path}: chat_template_name is {named!r}; pass --chat-template {'|'.join(CHAT_TEMPLATES)}")
-    return named
-
-
-def fits(template: ChatTemplate, known: Collection[str]) -> bool:
-    return all(token in known for token in template.control_tokens)
-
-
-def lacking(name: str, chat_template: str, missing: Sequence[str], known: Collection[str]) -> str:
-    """Return the error for a directory without a template's control tokens, which says what would work."""
-    fitting = [name for name, template in CHAT_TEMPLATES.items() if fits(template, known)]
-    fits_which = f"it fits {', '.join(fitting)} (--chat-template)" if fitting else "it fits no template"
-    return (
-        f"{name} lacks {', '.join(missing)}, which chat template {chat_template} needs; {fits_which}; "
-        "--add-control-tokens adds them, with new rows of the embedding and the head"
-    )
+    name = read_json(path).get("chat_template_name") if path.is_file() else None
+    if name not in [None, *CHAT_TEMPLATES]:
+        raise UserError(f"{path}: chat_template_name is {name!r}; pass --chat-template {'|'.join(CHAT_TEMPLATES)}")
+    return name
 
 
 def load_tokenizer(config: TrainConfig, source: Path | None, goes_on: bool = False) -> Tokenizer:

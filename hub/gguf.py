@@ -19,26 +19,7 @@ from model import DeepSeekV2
 from tokenizer import Tokenizer
 from vocabulary import BYTE_TO_CHAR, CL100K_PATTERN
 
-# Name of a module within a block: ours, and GGUF's.
-BLOCK_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_experts.up_proj": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj": "ffn_down_shexp",
-    "mlp.experts.down_proj": "ffn_down_exps",
-}
+DTYPES = {torch.bfloat16: Type.BF16, torch.float16: Type.F16}
 
 
 def write_gguf(path: Path, model: DeepSeekV2, tokenizer: Tokenizer, name: str) -> None:
@@ -53,8 +34,7 @@ def write_gguf(path: Path, model: DeepSeekV2, tokenizer: Tokenizer, name: str) -
     add_tokenizer(writer, tokenizer, model.config.vocab_size)
     for tensor_name, tensor in gguf_tensors(model):
         is_small = tensor.dim() == 1 or ".ffn_gate_inp." in tensor_name
-        dtype = {torch.bfloat16: Type.BF16, torch.float16: Type.F16}.get(tensor.dtype, Type.F32)
-        dtype = Type.F32 if is_small else dtype
+        dtype = Type.F32 if is_small else DTYPES.get(tensor.dtype, Type.F32)
         data = gguf.quants.quantize(tensor.detach().float().cpu().numpy(), dtype)
         writer.add_tensor(tensor_name, data, raw_dtype=dtype)
     writer.write_header_to_file()
@@ -142,25 +122,19 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int
 
 
 def gguf_tensors(model: DeepSeekV2) -> Iterator[tuple[str, Tensor]]:
-    """Yield our tensors under GGUF's names; the experts' are stacks (E, out, in)."""
-    yield "token_embd.weight", model.model.embed_tokens.weight
-    yield "output_norm.weight", model.model.norm.weight
-    yield "output.weight", model.output_weight
-    for layer, block in enumerate(model.model.layers):
-        for full_name, tensor in block.state_dict().items():
-            name = full_name.removesuffix(".weight")
-            parts = {BLOCK_NAMES.get(name, ""): tensor}
-            if name == "self_attn.kv_b_proj":
-                parts = split_up_projection(tensor, model.config)
-            elif name == "mlp.experts.gate_up_proj":
-                gate, up = tensor.chunk(2, dim=1)
-                parts = {"ffn_gate_exps": gate, "ffn_up_exps": up}
-            for gguf_name, part in parts.items():
-                yield f"blk.{layer}.{gguf_name}.weight", part.contiguous()
-
-
-def split_up_projection(weight: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    """Split kv_b_proj (H (nope + v), rank) into keys (H, rank, qk_nope_head_dim) and values (H, v_head_dim, rank)."""
-    heads = weight.unflatten(0, (config.num_attention_heads, -1))
-    keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-    return {"attn_k_b": keys.mT, "attn_v_b": values}
+    """Yield our tensors under GGUF's names. The experts' are stacks (E, out, in). kv_b_proj (H (nope + v), rank) is
+    split into keys (H, rank, qk_nope_head_dim) and values (H, v_head_dim, rank)."""
+    config = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config.num_hidden_layers)
+    for name, tensor in (model.state_dict() | {"lm_head.weight": model.output_weight}).items():
+        name = name.removesuffix(".weight")
+        parts = {name: tensor}
+        if name.endswith("kv_b_proj"):
+            heads = tensor.unflatten(0, (config.num_attention_heads, -1))
+            keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+            parts = {name.replace("kv_b", "k_b"): keys.mT, name.replace("kv_b", "v_b"): values}
+        elif name.endswith("gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            parts = {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
+        for hub_name, part in parts.items():
+            yield f"{names.get_name(hub_name)}.weight", part.contiguous()
