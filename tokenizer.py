@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from config import TrainConfig, UserError
 from files import read_json
+from vocabulary import Vocabulary, load_cl100k, load_directory
 from vocabulary import add_control_tokens as add_tokens
-from vocabulary import load_cl100k, load_directory
 
 # In a template (never in content), this is a control token.
 CONTROL_TOKEN = re.compile(r"(<[^<>\s]+>)")
@@ -133,42 +133,13 @@ class Tokenizer:
         chat_template: str | None = None,
         add_control_tokens: bool = False,
     ):
-        if chat_template is not None and chat_template not in CHAT_TEMPLATES:
-            raise UserError(f"chat template {chat_template!r} is unknown; use one of {', '.join(CHAT_TEMPLATES)}")
-        if name == "cl100k_base":
-            chat_template = chat_template or "chatml"
-            vocabulary = load_cl100k(CHAT_TEMPLATES[chat_template].control_tokens, vocab_size)
-        else:
-            vocabulary = load_directory(Path(name), vocab_size)
-            chat_template = chat_template or named_template(Path(name))
-        known = vocabulary.control_ids.keys()
-        fitting = [key for key, template in CHAT_TEMPLATES.items() if known >= set(template.control_tokens)]
-        chat_template = chat_template or next(iter(fitting), "chatml")
+        vocabulary, chat_template, missing = choose(name, vocab_size, chat_template, add_control_tokens)
         self.name, self.chat_template, self.template = name, chat_template, CHAT_TEMPLATES[chat_template]
         self._arguments = (name, vocab_size, chat_template, add_control_tokens)
-
-        # control tokens
-        control_tokens = self.template.control_tokens
-        missing = [token for token in control_tokens if token not in known]
-        if missing and not add_control_tokens:
-            raise UserError(
-                f"{name} lacks {', '.join(missing)}, which chat template {chat_template} needs; it fits "
-                f"{', '.join(fitting) or 'no template'} (--chat-template); --add-control-tokens adds them, with new "
-                "rows of the embedding and the head"
-            )
-        if add_control_tokens and not missing:
-            raise UserError(f"add_control_tokens: {name} has all control tokens of chat template {chat_template}")
-        if stripping := vocabulary.stripping.intersection(control_tokens):
-            raise UserError(f"{name} drops white space next to {', '.join(sorted(stripping))}, which alters messages")
-        vocabulary = add_tokens(vocabulary, missing)
-        self.eos_token = self.template.turns["assistant"].end
-        if self.eos_token not in control_tokens:
-            raise UserError(f"chat template {chat_template} does not end the assistant's turn with one control token")
-
-        # ids
         self.tokens, self.control_ids, self.to_json = vocabulary.tokens, vocabulary.control_ids, vocabulary.to_json
         self.vocab_size = len(self.tokens)
         self.new_ids = [self.control_ids[token] for token in missing]
+        self.eos_token = self.template.turns["assistant"].end
         self.eos_token_id = self.control_ids[self.eos_token]
         # The collator masks padding, so any id serves.
         self.pad_token = "<|endoftext|>" if "<|endoftext|>" in self.control_ids else self.eos_token
@@ -251,6 +222,38 @@ class Tokenizer:
         parts = (before, end, [turn.footer], CONTROL_TOKEN.split(turn.header))
         before_ids, end_ids, footer, header = map(self._encode_template, parts)
         return EncodedTurn(before_ids, lead + turn.lead, trail, end_ids, footer, header)
+
+
+def choose(
+    name: str, vocab_size: int | None, chat_template: str | None, add_control_tokens: bool
+) -> tuple[Vocabulary, str, list[str]]:
+    """Return the vocabulary and the chat template that `Tokenizer` asks for, and the control tokens that were added."""
+    if chat_template is not None and chat_template not in CHAT_TEMPLATES:
+        raise UserError(f"chat template {chat_template!r} is unknown; use one of {', '.join(CHAT_TEMPLATES)}")
+    if name == "cl100k_base":
+        chat_template = chat_template or "chatml"
+        vocabulary = load_cl100k(CHAT_TEMPLATES[chat_template].control_tokens, vocab_size)
+    else:
+        chat_template = chat_template or named_template(Path(name))
+        vocabulary = load_directory(Path(name), vocab_size)
+    known = vocabulary.control_ids.keys()
+    fitting = [key for key, template in CHAT_TEMPLATES.items() if known >= set(template.control_tokens)]
+    chat_template = chat_template or next(iter(fitting), "chatml")
+    template = CHAT_TEMPLATES[chat_template]
+    missing = [token for token in template.control_tokens if token not in known]
+    if missing and not add_control_tokens:
+        raise UserError(
+            f"{name} lacks {', '.join(missing)}, which chat template {chat_template} needs; it fits "
+            f"{', '.join(fitting) or 'no template'} (--chat-template); --add-control-tokens adds them, with new "
+            "rows of the embedding and the head"
+        )
+    if add_control_tokens and not missing:
+        raise UserError(f"add_control_tokens: {name} has all that chat template {chat_template} needs")
+    if stripping := vocabulary.stripping.intersection(template.control_tokens):
+        raise UserError(f"{name} drops white space next to {', '.join(sorted(stripping))}, which alters messages")
+    if template.turns["assistant"].end not in template.control_tokens:
+        raise UserError(f"chat template {chat_template} does not end the assistant's turn with one control token")
+    return add_tokens(vocabulary, missing) if missing else vocabulary, chat_template, missing
 
 
 def named_template(directory: Path) -> str | None:

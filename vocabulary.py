@@ -53,7 +53,7 @@ LONG_BLANK = re.compile(r"(?<!\s)\s{100000}")
 def load_cl100k(control_tokens: Sequence[str], vocab_size: int | None) -> Vocabulary:
     """Return the first `vocab_size` entries of cl100k_base, control tokens included. Raises UserError."""
     base = read_cl100k()
-    names = ["<|endoftext|>", *control_tokens]
+    names = list(dict.fromkeys(["<|endoftext|>", *control_tokens]))
     size = CL100K_SIZE if vocab_size is None else vocab_size
     if size < 256 + len(names):
         raise UserError(f"vocab_size is {size}; 256 bytes and {len(names)} control tokens need {256 + len(names)}")
@@ -64,11 +64,8 @@ def load_cl100k(control_tokens: Sequence[str], vocab_size: int | None) -> Vocabu
         control_ids = {name: CL100K_CONTROL_IDS.get(name) or next(free) for name in names}
     ranks = {token: rank for token, rank in base._mergeable_ranks.items() if rank < min(control_ids.values())}
     encoding = tiktoken.Encoding("cl100k_base", pat_str=base._pat_str, mergeable_ranks=ranks, special_tokens={})
-    tokens = [b""] * size
-    for token, i in ranks.items():
-        tokens[i] = token
-    for name, i in control_ids.items():
-        tokens[i] = name.encode()
+    by_id = {i: token for token, i in ranks.items()} | {i: name.encode() for name, i in control_ids.items()}
+    tokens = [by_id.get(i, b"") for i in range(size)]
     to_json = functools.partial(cl100k_to_json, len(ranks), tuple(control_ids.items()))
     without_limit = functools.cache(lambda: plain_encoder(json.loads(to_json())))
 
@@ -152,19 +149,22 @@ def load_directory(directory: Path, vocab_size: int | None) -> Vocabulary:
         reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path} is not a supported tokenizer.json: {printable(reason)}") from error
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    model_vocab = spec["model"]["vocab"]
-    size = 1 + max([*model_vocab.values(), *added.values()], default=-1)
+    by_id = {i: token_bytes(token) for token, i in spec["model"]["vocab"].items()}
+    by_id |= {i: name.encode(errors="replace") for name, i in added.items()}
+    size = max(by_id, default=-1) + 1
     if vocab_size is not None and vocab_size < size:
         raise UserError(f"vocab_size is {vocab_size}, but {path} has {size} entries")
-    tokens = [b""] * (vocab_size or size)
-    for token, i in model_vocab.items():
-        byte_level = CHAR_TO_BYTE.keys() >= set(token)
-        tokens[i] = bytes(CHAR_TO_BYTE[char] for char in token) if byte_level else token.encode(errors="replace")
-    for name, i in added.items():
-        tokens[i] = name.encode(errors="replace")
+    tokens = [by_id.get(i, b"") for i in range(vocab_size or size)]
     text = path.read_text(encoding="utf-8")
     stripping = frozenset(t["content"] for t in spec["added_tokens"] if t.get("lstrip") or t.get("rstrip"))
     return Vocabulary(encode, tokens, added, lambda: text, stripping)
+
+
+def token_bytes(token: str) -> bytes:
+    """Return the bytes of a vocabulary's entry, which is written in GPT-2's characters unless it is a control token."""
+    if CHAR_TO_BYTE.keys() >= set(token):
+        return bytes(CHAR_TO_BYTE[char] for char in token)
+    return token.encode(errors="replace")
 
 
 def check_spec(spec: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from data.formats import RowError
 from data.pieces import PIECE, tokenize_row
 from dataset import RunData, column, load_data, lottery, parse_source
 from small_runs import arguments, conversations, train_here, write_jsonl
-from tokenizer import CHAT_TEMPLATES, ROLES, ChatTemplate, Tokenizer, Turn
+from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
 
 TOKENIZERS = {name: Tokenizer(vocab_size=512, chat_template=name) for name in CHAT_TEMPLATES}
 TOKENIZER = TOKENIZERS["chatml"]
@@ -621,24 +621,3 @@ def test_a_run_goes_on_with_the_rows_it_was_trained_on_and_no_others(
     write_jsonl(path, conversations(60))
     assert train("--resume", max_steps=5) == 2
     assert "not the rows that the run was trained on" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------- templates
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"end": "</s>"}, "chat template zephyr uses </s> and does not list it in its control_tokens"),
-        ({"header": "<|endoftext|>{role}\n"}, "chat template zephyr uses <|endoftext|> and does not list it"),
-        ({"end": ""}, "chat template zephyr ends the assistant's turn with no token"),
-    ],
-)
-def test_a_control_token_that_a_template_uses_and_does_not_list(
-    changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    turn = Turn(**{"header": "<|x|>\n", "end": "<|end|>", "footer": "\n"} | changes)
-    template = ChatTemplate(control_tokens=("<|end|>",), start="", turns=dict.fromkeys(ROLES, turn))
-    monkeypatch.setitem(CHAT_TEMPLATES, "zephyr", template)
-    with pytest.raises(UserError, match=re.escape(message)):
-        Tokenizer(vocab_size=512, chat_template="zephyr")

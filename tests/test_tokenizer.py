@@ -17,7 +17,7 @@ import vocabulary
 from config import UserError
 from data.sources import read_chitchat
 from hub.tokenizer_json import save_tokenizer
-from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
+from tokenizer import CHAT_TEMPLATES, ROLES, ChatTemplate, Tokenizer, Turn
 
 TEMPLATES = list(CHAT_TEMPLATES)
 CONTROL_TOKENS = [token for template in CHAT_TEMPLATES.values() for token in template.control_tokens]
@@ -476,6 +476,20 @@ def test_a_directory_without_the_templates_control_tokens_is_refused(tmp_path):
         Tokenizer(directory, vocab_size=10)
     with pytest.raises(UserError, match="chatml needs; it fits no template"):
         Tokenizer(foreign_tokenizer(tmp_path / "none", "special", ["<s>"]))
+
+
+def test_control_tokens_of_an_edited_template_are_found(monkeypatch):
+    turn = Turn(header="<|endoftext|><role>\n", end="</s>")
+    monkeypatch.setitem(CHAT_TEMPLATES, "mine", ChatTemplate(start="", turns=dict.fromkeys(ROLES, turn)))
+    tokenizer = Tokenizer(vocab_size=512, chat_template="mine")
+    assert tokenizer.control_ids == {"<|endoftext|>": 509, "<role>": 510, "</s>": 511}
+    ids, mask = tokenizer.render([{"role": "assistant", "content": "</s>"}])
+    assert (ids[:2], ids[-1], mask[-1], ids.count(511)) == ([509, 510], 511, 1, 1)
+    for end in ("", "end", "</s>\n"):
+        turns = dict.fromkeys(ROLES, turn._replace(end=end))
+        monkeypatch.setitem(CHAT_TEMPLATES, "mine", ChatTemplate(start="", turns=turns))
+        with pytest.raises(UserError, match="mine does not end the assistant's turn with one control token"):
+            Tokenizer(vocab_size=512, chat_template="mine")
 
 
 def test_an_unknown_role_is_refused(small):
