@@ -276,13 +276,13 @@ def load_model_and_tokenizer(
     model = load_pretrained(base, dtype, device, config, quantize)
     if base != directory:
         load_adapter(model, directory)
-    return model, load_tokenizer(directory, base)
+    return model, load_tokenizer(directory, base, model.config.vocab_size)
 
 
-def load_tokenizer(directory: Path, base: Path) -> Tokenizer:
-    """Load a checkpoint's own tokenizer, else its base's."""
+def load_tokenizer(directory: Path, base: Path, vocab_size: int) -> Tokenizer:
+    """Load a checkpoint's own tokenizer, else its base's. Raises UserError for ids beyond the model's vocab_size."""
     has_tokenizer = (directory / "tokenizer.json").is_file()
-    return Tokenizer(str(directory if has_tokenizer else base))
+    return Tokenizer(str(directory if has_tokenizer else base), vocab_size)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

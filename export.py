@@ -8,21 +8,42 @@ python export.py gguf RUN OUT.gguf                       # a file that llama.cpp
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+from torch import Tensor
 from tyro.conf import Positional, arg
 
 import lora
-from checkpoint import load_model_and_tokenizer, resolve_checkpoint
-from config import UserError
+from checkpoint import (
+    hub_parts,
+    load_config,
+    load_model_and_tokenizer,
+    load_tokenizer,
+    resolve_checkpoint,
+    stored_parts,
+    torch_dtype,
+    write_model,
+)
+from config import ModelConfig, UserError
 from files import disk_errors, inside, read_json, replacing, write_directory, write_json
 from hub.card import model_card
-from hub.peft import ADAPTER_CONFIG, publish_base
+from hub.peft import (
+    ADAPTER_CONFIG,
+    adapted_weight,
+    attach_like,
+    find_base,
+    publish_base,
+    read_adapter,
+    read_scaling,
+)
 from launch.command_line import one_line_errors, parse_flags
 from launch.run_directory import CONFIG, METRICS, read_metrics
+from model import DeepSeekV2
 from view.plots import plot_runs
 
 # A checkpoint's files for others; run state and checksums stay here.
@@ -42,9 +63,51 @@ class Merge:
     out: Annotated[Positional[str], arg(metavar="OUT")]
 
     def export(self) -> None:
-        from merge import merge_adapter
+        merge_adapter(Path(self.adapter), Path(self.out))
 
-        merge_adapter(self.adapter, self.out)
+
+def merge_adapter(adapter: Path, out: Path, max_shard_bytes: int = 10**9) -> None:
+    """Write an adapter's base model with the adapter merged into its weights, in files of max_shard_bytes.
+
+    Memory: the adapter and one weight. Raises UserError, and leaves nothing, if `adapter` is not an adapter or does not
+    fit its base, or if `out` exists.
+    """
+    check_new(out)
+    directory = resolve_checkpoint(adapter)
+    if not (directory / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{directory} is not an adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge")
+    place, recorded = find_base(directory)
+    base = resolve_checkpoint(place)
+    config = recorded or load_config(base)
+    tokenizer = load_tokenizer(directory, base, config.vocab_size)
+    adapters, scaling = dict(adapter_parts(directory, config)), read_scaling(directory / ADAPTER_CONFIG)
+    stored = [part for _, parts in stored_parts(base, config).values() for part in parts]
+    layout = {part.name: torch.empty(part.shape, dtype=torch_dtype(part), device="meta") for part in stored}
+
+    def merged_parts() -> Iterator[Tensor]:
+        for part in stored:
+            weight = part.read()
+            yield lora.merged(weight, *adapters[part.name], scaling) if part.name in adapters else weight
+
+    def write(directory: Path) -> None:
+        write_model(directory, config, tokenizer, layout, merged_parts(), max_shard_bytes)
+
+    with disk_errors(out):
+        write_directory(out, write, checksums=False)
+
+
+def adapter_parts(directory: Path, config: ModelConfig) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield A (r, in) and B (out, r) of each adapted weight, by the Hub's names: each expert has its own, and the gate
+    and up projections of an expert share an A."""
+    with torch.device("meta"):
+        model = DeepSeekV2(config)
+    attach_like(model, directory)
+    values = dict(read_adapter(model, directory))
+    for name in [name for name in values if name.endswith("lora_A")]:
+        a, b = values.pop(name), values.pop(f"{name[:-1]}B")
+        parts = list(hub_parts(adapted_weight(name), b))
+        for i, (part_name, part_b) in enumerate(parts):
+            yield part_name, (a if a.dim() == 2 else a[i * len(a) // len(parts)], part_b)
 
 
 @dataclass

@@ -22,9 +22,9 @@ import datasets
 import torch
 
 from checkpoint import load_model_and_tokenizer, resolve_checkpoint, save_pretrained
+from export import merge_adapter
 from generation import generate
 from hub.gguf import write_gguf
-from merge import merge_adapter
 from model import DeepSeekV2
 from tokenizer import Tokenizer
 

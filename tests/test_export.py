@@ -71,16 +71,23 @@ def test_merging_writes_a_plain_model_with_the_same_logits(
     assert f"error: {tmp_path}/merged exists already" in capsys.readouterr().err
 
 
-def test_merging_what_is_no_adapter_is_refused(
+def test_merging_something_else_than_an_adapter_is_refused(
     adapted: DeepSeekV2, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(export.main, ["merge", str(tmp_path / "base"), str(tmp_path / "merged")], tmp_path) == 2
-    error = f"{tmp_path}/base is no adapter (it has no adapter_config.json): there is nothing to merge"
+    error = f"{tmp_path}/base is not an adapter (it has no adapter_config.json): there is nothing to merge"
     assert capsys.readouterr().err == f"error: {error}\n"
     assert not (tmp_path / "merged").exists()
 
 
 # ---------------------------------------------------------------- to publish
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "model", small_model(vocab_size=512), Tokenizer(vocab_size=512))
+    (tmp_path / "model/tokenizer.json").write_text(Tokenizer(vocab_size=600).to_json())
+    with pytest.raises(UserError, match=r"vocab_size is 512, but .*model/tokenizer\.json has 600 entries"):
+        load_model_and_tokenizer(tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +236,16 @@ def test_a_link_to_a_foreign_file_is_not_published(
     assert run_main(export.main, ["hub", str(tmp_path / "model"), str(tmp_path / "out")], tmp_path) == 2
     assert "generation_config.json lies outside of the directory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["hub", "gguf", "merge"])
+def test_nothing_is_published_from_a_run_without_a_checkpoint(
+    command: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    assert run_main(export.main, [command, str(tmp_path / "run"), str(tmp_path / "out")], tmp_path) == 2
+    assert "is a run with no checkpoint yet" in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} <= {"run", "cache"}
 
 
 # ---------------------------------------------------------------- GGUF (llama.cpp itself: benchmarks/clients.py)

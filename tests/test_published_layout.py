@@ -17,10 +17,10 @@ import checkpoint
 import lora
 from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint
 from config import LoraConfig
+from export import merge_adapter
 from files import read_json
 from generation import answers
 from launch.run_directory import read_metrics
-from merge import merge_adapter
 from model import DeepSeekV2
 from small_models import relative_difference, small_config, small_model, transformers_model
 from small_runs import arguments, conversations, optimizer_tensors, peak_memory, train_here, write_jsonl

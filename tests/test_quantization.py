@@ -24,10 +24,10 @@ import lora
 import quantization
 from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint, save_pretrained
 from config import MINI, OptimizerConfig, UserError
+from export import merge_adapter
 from generation import generate
 from hub import peft as peft_files
 from kernels import GroupedProduct, RowProduct
-from merge import merge_adapter
 from model import DeepSeekV2
 from optimizer import make_optimizers
 from quantization import ABSMAX_LEVELS, LEVELS, NF4, FrozenProduct
