@@ -12,32 +12,31 @@ only, one matrix each on the Hub and a stack here:
     model.layers.1.mlp.experts.1.gate_proj.weight (3, 4)
     model.layers.1.mlp.experts.1.up_proj.weight (3, 4)
 
-Run state is next to it: trainer_state.json, and optimizer/ with a file per rank in the format of
-torch.distributed.checkpoint's safetensors storage, from which any number of ranks resumes. No tensor but the one at
-hand is ever gathered, and nothing here runs what a file contains: there is no pickle.
+Run state is next to it: trainer_state.json, and optimizer/, to which torch.distributed.checkpoint writes each rank's
+shard as safetensors, and from which any number of ranks resumes. The model is gathered one tensor at a time. Nothing
+here runs what a file contains: there is no pickle.
 """
 
 import functools
-import json
+import itertools
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.types import Device
 
 from config import ModelConfig, Quantization, UserError
 from files import (
-    OFFSETS,
     StoredTensor,
     checksum,
     damaged_files,
     delete_directory,
     disk_errors,
-    flush_to_disk,
     inside,
     printable,
     read_json,
@@ -57,15 +56,13 @@ from parallel import (
     from_all_ranks,
     from_first_rank,
     full_tensor,
-    is_first_copy,
     load_weights,
-    local_shard,
-    wait_for_all,
 )
 from quantization import NF4, plan, quantized_weights
 from tokenizer import Tokenizer
 
 WEIGHTS, WEIGHTS_INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer"
+SHARD_BYTES = 2**28  # of optimizer state per file, of all ranks together: a rank holds its part once more to write it
 Optimizers = Sequence[torch.optim.Optimizer]
 
 
@@ -309,7 +306,7 @@ def resolve_model(path: str | Path) -> Path:
     return directory
 
 
-# ---------------------------------------------------------------- optimizer state: a file per rank
+# ---------------------------------------------------------------- optimizer state, sharded
 
 
 def optimizer_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
@@ -324,68 +321,37 @@ def optimizer_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tenso
 
 
 def save_optimizer(directory: Path, model: nn.Module, optimizers: Optimizers, world: World) -> dict[str, str]:
-    """Write this rank's shard of the optimizer state, and flush it. Returns the file's name and checksum; nothing if
-    another rank holds the same. Memory: a tensor. Raises OSError."""
-    held = optimizer_state(model, optimizers)
-    shards = {name: local_shard(tensor) for name, tensor in held.items() if is_first_copy(tensor, world)}
-    shards = {name: (local, offsets) for name, (local, offsets) in shards.items() if local.numel()}
-    if not shards:
-        return {}
-    name = f"{OPTIMIZER}/rank-{world.rank:05d}.safetensors"
-    (directory / OPTIMIZER).mkdir(exist_ok=True)
-    places = json.dumps({name: {"saved_offsets": offsets} for name, (_, offsets) in shards.items()})
-    write_tensors(directory / name, {name: local for name, (local, _) in shards.items()}, metadata={OFFSETS: places})
-    flush_to_disk(directory / name)
-    return {name: checksum(directory / name)}
+    """Write this rank's shard of the optimizer state, while all other ranks write theirs. Returns checksums of its
+    files, which are flushed. Memory: about SHARD_BYTES. Raises OSError."""
+    state = optimizer_state(model, optimizers)
+    ends = itertools.accumulate(tensor.nbytes for tensor in state.values())
+    files_of = {name: 1 + end // SHARD_BYTES for name, end in zip(state, ends, strict=True)}
+    place = directory / OPTIMIZER
+    writer = HuggingFaceStorageWriter(str(place), files_of, save_distributed=True)
+    try:
+        dcp.save(state, storage_writer=writer, no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise OSError("; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())) from error
+    own = place.glob(f"shard-{world.rank + 1:05d}-*")
+    return {f"{OPTIMIZER}/{file.name}": checksum(file) for file in own}
 
 
-@torch.no_grad()
-def load_optimizer(directory: Path, model: nn.Module, optimizers: Optimizers) -> None:
-    """Read this rank's shard of the optimizer state from the files of any number of ranks. Hyperparameters (decay,
-    betas) keep their configured values. Memory: a tensor. Raises UserError if the files do not fit the model."""
-    stored: dict[str, list[StoredTensor]] = defaultdict(list)
-    for file in sorted((directory / OPTIMIZER).glob("*.safetensors")):
-        for name, part in stored_tensors(inside(file.parent, file.name)).items():
-            stored[name].append(part)
-    create_state(optimizers)
-    held = optimizer_state(model, optimizers)
-    if wrong := sorted(stored.keys() ^ held.keys()):
-        shown = printable(", ".join(wrong[:5]))
-        raise UserError(f"{directory / OPTIMIZER}: {len(wrong)} tensors are missing or not of this run: {shown}")
-    for name, tensor in held.items():
-        ends = zip(*(map(sum, zip(part.offsets, part.shape, strict=True)) for part in stored[name]), strict=True)
-        whole = tuple(map(max, ends))
-        if whole != tuple(tensor.shape) or read_shard(tensor, stored[name]) != local_shard(tensor)[0].numel():
-            raise UserError(f"{directory / OPTIMIZER}: {name} has shape {whole}, not {tuple(tensor.shape)}, or gaps")
-
-
-def create_state(optimizers: Optimizers) -> None:
-    """Make each optimizer create its state, as zeros, by a step that changes nothing."""
-    for optimizer in optimizers:
+def load_optimizer(directory: Path, model: nn.Module, optimizers: Optimizers, world: World) -> None:
+    """Read this rank's shard of the optimizer state, whatever the number of ranks that wrote it. Hyperparameters
+    (decay, betas) keep their configured values. Raises UserError if the files do not fit the model."""
+    for optimizer in optimizers:  # create its state, by a step that changes nothing
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad()
-
-
-def read_shard(tensor: Tensor, parts: list[StoredTensor]) -> int:
-    """Copy what overlaps with this rank's part of a tensor from stored shards. Returns how many numbers that was."""
-    local, offsets = local_shard(tensor)
-    copied = 0
-    for part in parts:
-        begin = [max(a, b) for a, b in zip(offsets, part.offsets, strict=True)]
-        ends = zip(offsets, local.shape, part.offsets, part.shape, strict=True)
-        end = [min(a + size, b + stored_size) for a, size, b, stored_size in ends]
-        if all(b < e for b, e in zip(begin, end, strict=True)):
-            here, there = (
-                tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, origin, strict=True))
-                for origin in (offsets, part.offsets)
-            )
-            local[here].copy_(part.read(there))
-            copied += local[here].numel()
-    return copied
+    reader = HuggingFaceStorageReader(str(directory / OPTIMIZER))
+    try:
+        dcp.load(optimizer_state(model, optimizers), storage_reader=reader, no_dist=world.size == 1)
+    except CheckpointException as error:
+        reason = printable(repr(next(iter(error.failures.values()))[0])[:300])
+        raise UserError(f"{directory / OPTIMIZER} is not this run's optimizer state: {reason}") from error
 
 
 # ---------------------------------------------------------------- run state: all or nothing
@@ -410,7 +376,6 @@ def save_checkpoint(
 
     def write_together(directory: Path) -> dict[str, str]:
         written = write(Path(from_first_rank(str(directory), world))) or {}
-        wait_for_all(world)
         return {name: value for part in from_all_ranks(written, world) for name, value in part.items()}
 
     with disk_errors(place):

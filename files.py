@@ -16,7 +16,6 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 CHECKSUMS = "checksums.json"
 # torch's name of a dtype -> safetensors'. Weights are stored in no other.
 STORED_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-OFFSETS = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint keeps the place of shards in their whole
 
 
 def printable(text: str) -> str:
@@ -144,54 +142,34 @@ class StoredTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str  # one of STORED_DTYPES' values
-    offsets: tuple[int, ...]  # of a shard: where it begins in the whole tensor; else zeros
 
-    def read(self, part: tuple[slice, ...] | None = None) -> "Tensor":
-        """Return the tensor, or a part of it. The file is closed each time, since pages of an open one count as memory.
-        Raises UserError."""
-        with reading(self.path), safe_open(self.path, "pt") as opened:
-            return opened.get_tensor(self.name) if part is None else opened.get_slice(self.name)[part]
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Raise what goes wrong with a .safetensors file as a UserError that names it."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {printable(str(error))}") from error
+    def read(self) -> "Tensor":
+        """Return the tensor. The file is closed each time, since pages of an open one count as memory."""
+        with safe_open(self.path, "pt") as opened:
+            return opened.get_tensor(self.name)
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a .safetensors file by name, from its header. Raises UserError for a damaged file and for
     tensors of other than floating-point numbers."""
-    with reading(path), safe_open(path, "pt") as opened:
-        shards = json.loads((opened.metadata() or {}).get(OFFSETS, "{}"))
-        found = {}
-        for name in opened.keys():  # noqa: SIM118
-            header = opened.get_slice(name)
-            shape = tuple(header.get_shape())
-            offsets = tuple(shards[name]["saved_offsets"]) if shards else (0,) * len(shape)
-            if len(offsets) != len(shape) or not all(type(offset) is int and offset >= 0 for offset in offsets):
-                raise ValueError(f"{name}: {offsets} is not the place of a shard of shape {shape}")
-            found[name] = StoredTensor(path, name, shape, header.get_dtype(), offsets)
+    try:
+        with safe_open(path, "pt") as opened:
+            headers = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {n: StoredTensor(path, n, tuple(h.get_shape()), h.get_dtype()) for n, h in headers.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {printable(str(error))}") from error
     for name, tensor in found.items():
         if tensor.dtype not in STORED_DTYPES.values():
             raise UserError(f"{path}: {printable(name)} is stored as {tensor.dtype}, not as floating-point numbers")
     return found
 
 
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, "Tensor"],
-    values: Iterable["Tensor"] | None = None,
-    metadata: Mapping[str, str] = MappingProxyType({}),
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], values: Iterable["Tensor"] | None = None) -> None:
     """Write a .safetensors file, one tensor at a time. values: the tensors to write, if those of `tensors` only have
     their shapes and dtypes (on the meta device); they may be computed as they are written. Raises OSError."""
     import torch  # the command line needs no torch
 
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes

@@ -41,10 +41,7 @@ Value = TypeVar("Value")
 # torchrun notices a rank that has died and stops the others. This is for one that lives and does not answer. What the
 # first rank does alone (tokenise the data, write a model) may take longer: see `wait_for_all`.
 TIMEOUT = timedelta(minutes=30)
-TORCHRUN = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE",
-)  # fmt: skip
+TORCHRUN = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
 # What Gloo and NCCL report on the surviving ranks when another one has died.
 PEER_DIED = (
     "Connection closed by peer",
@@ -103,20 +100,22 @@ def join_world(device: str, dry_run: bool = False) -> World:
     UserError for a device that is missing."""
     if not dist.is_torchelastic_launched():
         return World(0, 1, torch.device(choose_device(device, planned=dry_run)))
-    if missing := [name for name in TORCHRUN if name not in os.environ]:
-        raise UserError(f"TORCHELASTIC_RUN_ID is set but not {', '.join(missing)}: start with torchrun, or unset it")
     device = choose_device(device)
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    if os.environ["GROUP_WORLD_SIZE"] == "1":
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        local_rank, node_size, nodes, restarts = (os.environ[name] for name in TORCHRUN)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"TORCHELASTIC_RUN_ID is set, but {error}: start with torchrun, or unset it") from error
+    if nodes == "1":
         # A node keeps its store when it restarts the ranks (pytorch/pytorch#135712); they must not find the keys of the
         # ranks before them. Several nodes count restarts each on their own: see the README for what they need.
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"start {restarts}", store)
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     backend, bound = ("nccl", torch.device(device)) if device.startswith("cuda") else ("gloo", None)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=bound)
-    return World(rank, size, torch.device(device), int(os.environ["LOCAL_WORLD_SIZE"]), store)
+    return World(rank, size, torch.device(device), int(node_size), store)
 
 
 def leave_world() -> None:
@@ -228,6 +227,13 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def reshard(model: nn.Module) -> None:
+    """Make FSDP release the weights that it has kept gathered, so that the model's parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copy whole tensors, one at a time, into the model's, of which a rank may hold only a shard."""
@@ -243,22 +249,6 @@ def load_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Non
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor. If it is sharded, every rank has to take part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_shard(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return this rank's part of a tensor, and the indices at which it begins in the whole."""
-    if not isinstance(tensor, DTensor):
-        return tensor, (0,) * tensor.dim()
-    (chunk,) = tensor.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
-    return tensor.to_local(), tuple(chunk.offsets)
-
-
-def is_first_copy(tensor: Tensor, world: World) -> bool:
-    """Whether this rank is the first one of those that hold the same values: of replicas, one is saved."""
-    if not isinstance(tensor, DTensor):
-        return world.is_main
-    coordinates = zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
-    return all(index == 0 for index, placement in coordinates if placement.is_replicate())
 
 
 # ---------------------------------------------------------------- messages

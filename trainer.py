@@ -270,6 +270,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint. The first rank writes the model, each rank its shard of the optimizer state."""
         config, world, base = self.config, self.world, self.base
+        parallel.reshard(self.model)
 
         def write(directory: Path) -> dict[str, str]:
             if config.lora.lora_rank:
@@ -282,6 +283,7 @@ class Trainer:
             if world.is_main:
                 state = {name: getattr(self, name) for name in COUNTERS}
                 write_json(directory / STATE, state | {"data": self.train_rows.fingerprint})
+            parallel.wait_for_all(world)  # while the first rank has written
             return save_optimizer(directory, self.plain_model, self.optimizers, world)
 
         best = int(self.best["step"]) if config.checkpoint.save_best else 0
@@ -299,7 +301,7 @@ class Trainer:
                 f"{self.data_name}: these are not the rows that the run was trained on (a changed file, or evaluation "
                 "turned on or off), so it cannot be resumed"
             )
-        load_optimizer(directory, self.plain_model, self.optimizers)
+        load_optimizer(directory, self.plain_model, self.optimizers, self.world)
         for name in COUNTERS:
             setattr(self, name, state[name])
         self.last_checkpoint = directory

@@ -301,8 +301,8 @@ def test_what_may_change_is_taken_and_logged(
     optimizers: list[torch.optim.Optimizer] = []
     load = trainer.load_optimizer
 
-    def load_and_keep(directory: Path, model: Any, loaded: list[torch.optim.Optimizer]) -> None:
-        load(directory, model, loaded)
+    def load_and_keep(directory: Path, model: Any, loaded: list[torch.optim.Optimizer], world: Any) -> None:
+        load(directory, model, loaded, world)
         optimizers.extend(loaded)
 
     monkeypatch.setattr(trainer, "load_optimizer", load_and_keep)
