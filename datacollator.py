@@ -225,7 +225,7 @@ class StepLoader:
     def __init__(self, rows: RowStream, config: BatchConfig, world: World, fixed_length: bool) -> None:
         """fixed_length: pads packed batches to the same number of tokens, which avoids recompilation."""
         self.rows, self.batch_size, self.world = rows, config.batch_size, world
-        self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * world.size
+        self.rows_per_step = config.rows_per_step(world.size)
         self.fixed_length = fixed_length and rows.collator.packing
 
     def steps(self, first_row: int, number: int) -> Generator[Step, None, None]:

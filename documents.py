@@ -4,7 +4,7 @@ Shapes: B rows, T positions, N tokens of the stream that the layers work on, D d
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,8 @@ class Documents(NamedTuple):
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "Documents":
         """Return the same documents with `move` applied to each tensor."""
-        return self._replace(**{name: move(x) for name, x in self._asdict().items() if isinstance(x, Tensor)})
+        moved: dict[str, Any] = {name: move(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**moved)
 
 
 def find_documents(sequence_ids: Tensor, labels: Tensor | None = None, fixed_length: bool = False) -> Documents:

@@ -12,14 +12,13 @@ python show.py idea attention                        # labels, attention, expert
 
 import itertools
 import sys
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from config import PRESETS, ModelConfig, TrainConfig, check
-from launch.command_line import given_fields, one_line_errors, parse_arguments, parse_flags
+from config import PRESETS, ModelConfig, check
+from launch.command_line import Arguments, one_line_errors, parse_arguments, parse_flags
 
 # torch, datasets and matplotlib take a while to import, so each command imports what it needs.
 
@@ -74,8 +73,8 @@ class Data:
     # Draw the histograms into this picture instead.
     out: str = ""
 
-    def show_run(self, config: TrainConfig, given: Collection[str]) -> None:
-        """given: see launch/command_line.py. Raises UserError for a configuration that train_sft.py refuses."""
+    def show_run(self, arguments: Arguments) -> None:
+        """Show the data of a run that is started with these arguments. Raises UserError where train_sft.py does."""
         import numpy as np
 
         from datacollator import DataCollator, RowStream
@@ -84,7 +83,7 @@ class Data:
         from parallel import join_world
         from view.terminal import LEGEND, histogram, on_screen, pick, shares, table
 
-        config, tokenizer, _, _ = find_start(config, given, join_world(config.compute.device))
+        config, tokenizer, *_ = find_start(arguments, join_world(arguments.config.compute.device))
         options, seed = config.data, config.compute.seed
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
         collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
@@ -119,7 +118,7 @@ def show_data(words: list[str]) -> None:
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
     sources = [name for name in names if name not in PRESETS]
     flags = [*(["--dataset", *sources] if sources else []), *rest[len(names) :]]
-    look.show_run(parse_arguments([*(name for name in names if name in PRESETS), *flags]), given_fields(flags))
+    look.show_run(parse_arguments([*(name for name in names if name in PRESETS), *flags, "--dry-run"]))
 
 
 # ---------------------------------------------------------------- rows
@@ -214,9 +213,11 @@ class Model:
     presets: Annotated[Positional[tuple[str, ...]], arg(metavar="PRESET")] = ()
 
     def show(self) -> None:
+        from launch.start import model_shape
+
         for preset in self.presets or PRESETS:
             check(preset in PRESETS, f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-            print(f"{preset}\n\n{describe(PRESETS[preset].model)}\n")
+            print(f"{preset}\n\n{describe(model_shape(PRESETS[preset], preset, None))}\n")
 
 
 def describe(config: ModelConfig) -> str:

@@ -1,77 +1,92 @@
 """Supervised fine-tuning, from conversations to a chat model.
 
-    python train_sft.py [tiny|mini|v2_lite] [--field value ...]
+    python train_sft.py [tiny|base|mini|v2_lite] [--field value ...]
     torchrun --nproc_per_node N train_sft.py ... --parallel ddp|fsdp|hsdp
+    python train_sft.py tiny --evaluate-only --init-from RUN --dataset FILE
 
-Without a preset: mini where there is CUDA, else tiny. All fields, their defaults and reasons stand in config.py.
+Without a preset: mini if CUDA is available, otherwise tiny. config.py explains all fields and their defaults.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import TrainConfig, UserError, check
-from launch.command_line import given_fields, one_line_errors, parse_arguments
+from config import TrainConfig, UserError
+from launch.command_line import Arguments, lasting_output, one_line_errors, parse_arguments
 
 if TYPE_CHECKING:
     from datacollator import RowStream
+    from launch.start import Start
     from parallel import World
     from tokenizer import Tokenizer
     from trainer import Trainer
 
-# torch takes a while to import, and --help should not wait for it: what needs torch is imported where it is used.
-# On CPU, torch takes large tensors from huge pages if told so before it starts: a tenth of a step otherwise goes
-# into handing out small ones.
+# --help should not wait for torch: what needs it is imported where it is used.
+# On CPU, torch takes large tensors from huge pages if this is set before it starts; small pages would take a tenth of a
+# step.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# On CPU, oneDNN generates code for each shape and keeps it. Packed batches hardly ever repeat one, so it would pile up.
+# On CPU, oneDNN generates code for each shape and caches it. Packed batches hardly ever repeat a shape.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
-def train(config: TrainConfig, given: Collection[str], world: "World") -> None:
-    """Config -> tokenizer -> data -> model -> trainer, each made by one call.
+def train(arguments: Arguments, world: "World") -> None:
+    """Resolve the command line into a `Start`, and do what it asks for."""
+    from launch.run_directory import run_lock
+    from launch.start import find_start
 
-    given: the fields that the command line names (launch/command_line.py), which have to have an effect.
-    """
+    watch, output_dir = arguments.config.watch, arguments.config.checkpoint.output_dir
+    writes = world.is_main and not (watch.dry_run or watch.evaluate_only)
+    with run_lock(output_dir) if writes else contextlib.nullcontext():
+        work = plan if watch.dry_run else evaluate if watch.evaluate_only else run
+        work(find_start(arguments, world), world)
+
+
+def run(start: "Start", world: "World") -> None:
+    """Configuration -> tokenizer -> data -> model -> trainer, each made by one call."""
     import torch
 
     from data.report import write_skipped
     from launch.build import build_model
-    from launch.job import agents
-    from launch.run_directory import NO_TRACKER, open_run, start_tracker
-    from launch.start import find_start
+    from launch.run_directory import NO_TRACKER, open_run, read_metrics, start_tracker
+    from launch.start import agents
     from parallel import replicate
     from trainer import Trainer
+    from view.plots import plot_runs
 
-    config, tokenizer, source, checkpoint = find_start(config, given, world)
-    if config.watch.dry_run:
-        return plan(config, given, tokenizer, world)
-    train_rows, held_out, skipped = load_rows(config, given, tokenizer, world)
+    tokenizer, source, checkpoint = start.tokenizer, start.source, start.checkpoint
+    train_rows, held_out, skipped = load_rows(start.config, tokenizer, world)
+    config = fit_steps(start, train_rows.rows_per_epoch, world)
 
     torch.manual_seed(config.compute.seed)
+    torch.use_deterministic_algorithms(config.compute.deterministic)
     model = build_model(config, source or checkpoint, world, checkpoint, tokenizer.new_ids)
     wrapped = replicate(model, config.compute.parallel, world)
     trainer = Trainer(config, wrapped, tokenizer, train_rows, held_out, world, source)
     if checkpoint:
         trainer.resume(checkpoint)
-    check_length(config, given, trainer)
 
-    job, tracker = agents(world), NO_TRACKER
+    directory, job, tracker = config.checkpoint.output_dir, agents(world), NO_TRACKER
+    if trainer.step > trainer.total_steps:
+        raise UserError(f"{directory} is at step {trainer.step}, past the last one, {trainer.total_steps}")
     if world.is_main:
         tracker = start_tracker(config, trainer.step)
         open_run(config, job, tracker)
         if skipped:
-            print(write_skipped(config.checkpoint.output_dir, skipped))
+            print(write_skipped(directory, skipped))
         announce(trainer)
     trainer.train(tracker)
+    if world.is_main:
+        plot_runs({directory: read_metrics(directory)}, Path(directory, "loss.png"))
 
 
 def load_rows(
-    config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World"
+    config: TrainConfig, tokenizer: "Tokenizer", world: "World"
 ) -> tuple["RowStream", "RowStream | None", list[dict[str, Any]]]:
-    """What is trained on and what is held out, in rows; and the malformed rows that were skipped. Raises UserError for
-    an eval_fraction that was told and that no source needs."""
+    """Return the rows to train on, the held-out rows, and the malformed rows that were skipped. Raises UserError if
+    ranks read different rows."""
     from datacollator import DataCollator, RowStream
     from dataset import load_data
     from parallel import first_process_first, from_all_ranks
@@ -80,69 +95,91 @@ def load_rows(
     options, seed = config.data, config.compute.seed
     with first_process_first(world):
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
-    useless = f"eval_fraction has no effect: all that is trained on has a split {options.eval_split!r} to evaluate on"
-    check(data.divided or "eval_fraction" not in given, useless)
     collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
-    train = RowStream(data.train, collator, seed, options.shuffle)
-    unequal = f"{', '.join(options.dataset)}: not all ranks have read the same rows; give all nodes the same data"
-    check(len(set(from_all_ranks(train.fingerprint, world))) == 1, unequal)
+    rows = RowStream(data.train, collator, seed, options.shuffle)
+    if len(set(from_all_ranks(rows.fingerprint, world))) > 1:
+        names = ", ".join(options.dataset)
+        raise UserError(f"{names}: not all ranks have read the same rows; give all nodes the same data")
     if world.is_main:
-        print(
-            *data.notes, *([table(data, train, config, world.size)] if config.watch.dry_run else data.reports), sep="\n"
-        )
-    # Shuffled, so that the first rows of it are a fair sample.
-    return train, RowStream(data.held_out, collator, seed) if data.held_out else None, data.skipped
+        reports = [table(data, rows, config, world.size)] if config.watch.dry_run else data.reports
+        print(*data.notes, *reports, sep="\n")
+    # Shuffled, so that the first held-out rows are a fair sample.
+    return rows, RowStream(data.held_out, collator, seed) if data.held_out else None, data.skipped
 
 
-def check_length(config: TrainConfig, given: Collection[str], trainer: "Trainer") -> None:
-    """Refuse a run whose end lies behind it. One that is over before its warm-up is said, or refused if that was told.
-    Raises UserError."""
-    step, steps, warmup = trainer.step, trainer.total_steps, config.optimizer.warmup_steps
-    check(step <= steps, f"{config.checkpoint.output_dir} is at step {step}, beyond the {steps} that were asked for")
-    if warmup > steps:
-        never = f"warmup_steps is {warmup}, but there are {steps} steps: the learning rate never reaches its peak"
-        check("warmup_steps" not in given, never)
-        if trainer.world.is_main:
-            print(f"note: {never}")
+def fit_steps(start: "Start", rows_per_epoch: int, world: "World") -> TrainConfig:
+    """Return the configuration with a warm-up of at most a tenth of a new run, unless the flag sets it. Raises
+    UserError if that is longer than the run, or if there is no whole step per epoch."""
+    from data.report import too_few_rows
+
+    config, warmup = start.config, start.config.optimizer.warmup_steps
+    steps = config.batch.max_steps or config.batch.remaining_steps(rows_per_epoch, world.size)
+    problem = too_few_rows(config, rows_per_epoch, config.batch.rows_per_step(world.size))
+    if problem:
+        raise UserError(problem)
+    if "warmup_steps" in start.given and warmup > steps:
+        raise UserError(f"warmup_steps is {warmup}, but there are {steps} steps: the rate would not reach its peak")
+    if "warmup_steps" in start.given or config.checkpoint.resume or warmup * 10 <= steps:
+        return config
+    return config.changed(warmup_steps=max(steps // 10, 1))
 
 
 def announce(trainer: "Trainer") -> None:
-    """What is about to be trained, for how long, on what and where."""
+    """Print what is about to be trained, for how long, on what and where."""
     from launch.build import parameter_summary
 
     config, world, rows = trainer.config, trainer.world, trainer.rows_per_step
-    to_come = (trainer.total_steps - trainer.step) * rows
-    epochs = (trainer.rows_seen + to_come) / trainer.train_rows.rows_per_epoch
+    left = (trainer.total_steps - trainer.step) * rows
+    epochs = (trainer.rows_seen + left) / trainer.train_rows.rows_per_epoch
     print(
         f"{parameter_summary(trainer.plain_model)}; step {trainer.step} to {trainer.total_steps} of {rows} rows "
         f"({epochs:.3g} epochs) on {world.size} x {world.device} in {config.compute.dtype} "
-        f"into {config.checkpoint.output_dir}"
+        f"into {config.checkpoint.output_dir}",
+        flush=True,
     )
+    if epochs > 10 and not config.checkpoint.save_best:
+        print(f"warning: {epochs:.3g} epochs may overfit; --save-best keeps the checkpoint with the lowest eval_loss")
 
 
-def plan(config: TrainConfig, given: Collection[str], tokenizer: "Tokenizer", world: "World") -> None:
-    """A dry run: what the run would see, and what it would take. That needs no data: where the Hub cannot be reached,
-    it is said. Raises UserError for data that no run can have."""
+def evaluate(start: "Start", world: "World") -> None:
+    """Print eval_loss and eval_bpb of a checkpoint on the dataset's eval_split, or on all of it if there is none."""
+    import torch
+
+    from checkpoint import load_model_and_tokenizer
+    from trainer import Trainer
+
+    config, place = start.config, str(start.config.checkpoint.init_from)
+    dtype = torch.float32 if config.compute.dtype == "float32" else None
+    model, tokenizer = load_model_and_tokenizer(place, dtype, world.device)
+    rows, _, _ = load_rows(config.changed(train_split=config.data.eval_split, eval_steps=0), tokenizer, world)
+    metrics = Trainer(config, model, tokenizer, rows, rows, world).evaluate()
+    if world.is_main:
+        print("{}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(place, **metrics))
+
+
+def plan(start: "Start", world: "World") -> None:
+    """Print what a run would read, and its memory, traffic and time, for which no data is needed: an unreachable Hub is
+    only noted. Raises UserError for data that no run can have."""
     from launch.dry_run import report
 
     try:
-        load_rows(config, given, tokenizer, world)
+        load_rows(start.config, start.tokenizer, world)
     except UserError as error:
         if world.size > 1 or not isinstance(error.__cause__, ConnectionError):
             raise
         print(f"note: {error}")
     if world.size == 1:
-        print(report(config))
+        print(report(start.config))
 
 
 def main() -> None:
-    with one_line_errors("--debug" in sys.argv):
-        config, given = parse_arguments(sys.argv[1:], __doc__), given_fields(sys.argv[1:])
+    with one_line_errors("--debug" in sys.argv), lasting_output():
+        arguments = parse_arguments(sys.argv[1:], __doc__)
 
         from parallel import join_world, leave_world, recorded
 
-        world = join_world(config.compute.device, config.watch.dry_run)
-        recorded(train)(config, given, world)
+        world = join_world(arguments.config.compute.device, arguments.config.watch.dry_run)
+        recorded(train)(arguments, world)
         leave_world()
 
 

@@ -1,4 +1,14 @@
-"""The training loop: accumulate, clip, step, schedule, evaluate, log, save, resume."""
+"""The training loop: accumulate, clip, step, schedule, evaluate, log, save, resume.
+
+The loss of an optimizer step is the sum over all its target tokens, in all micro-batches on all ranks, divided by their
+number. The mean of the micro-batches' means would be another number, unless all have equally many targets:
+
+>>> loss_sums, targets = [6.0, 1.0], [3, 1]  # two micro-batches
+>>> sum(loss_sums) / sum(targets)
+1.75
+>>> sum(s / n for s, n in zip(loss_sums, targets)) / 2
+1.5
+"""
 
 import contextlib
 import math
@@ -12,8 +22,7 @@ from torch import Tensor, nn
 
 import parallel
 from checkpoint import load_optimizer, save_checkpoint, save_optimizer, save_pretrained
-from config import TrainConfig, UserError, check
-from data.report import too_few_rows
+from config import TrainConfig, UserError
 from datacollator import MicroBatch, RowStream, Step, StepLoader
 from files import read_json, write_json
 from generation import answers
@@ -28,16 +37,16 @@ from parallel import World
 from tokenizer import Tokenizer
 
 STATE = "trainer_state.json"
-# What a resumed run needs beside weights and optimizer state: data and random numbers are functions of these.
+# What a resumed run needs in addition to weights and optimizer state: data and random numbers depend on these alone.
 COUNTERS = ("step", "rows_seen", "num_tokens", "skipped_steps", "bad_steps", "best")
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
 
 
 class Trainer:
-    """Trains `model` (wrapped by an engine or not) on the rows of `train`, from `state` on if there is one.
+    """Trains `model`, wrapped by an engine or not, on the rows of `train`.
 
-    The data of a step is a pure function of the seed and of the number of rows seen, so a run continues exactly from
-    weights, optimizer state, random state and a few counters.
+    A step's data is a pure function of the seed and the number of rows seen, so a run continues exactly from weights,
+    optimizer state and a few counters.
     """
 
     def __init__(
@@ -50,7 +59,7 @@ class Trainer:
         world: World,
         base: Path | None = None,
     ) -> None:
-        """base: the directory of the model that adapters are trained on."""
+        """base: directory of the model that adapters are trained on."""
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
         self.train_rows = train
         self.plain_model = cast(DeepSeekV2, getattr(model, "module", model))
@@ -60,9 +69,6 @@ class Trainer:
         self.batches = StepLoader(train, config.batch, world, fixed_length)
         self.held_out = StepLoader(held_out, config.batch, world, fixed_length) if held_out else None
         self.rows_per_step = self.batches.rows_per_step
-        self.data_name = ", ".join(config.data.dataset)
-        problem = too_few_rows(config, train.rows_per_epoch, self.rows_per_step)
-        check(not problem, problem)
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
         self.best = NO_EVALUATION
         self.output_dir = Path(config.checkpoint.output_dir)
@@ -77,24 +83,26 @@ class Trainer:
 
     @property
     def place(self) -> tuple[float, float]:
-        """How far the run is, and where it ends: in steps, or where epochs are counted, in rows by a step's rows. So a
-        run that is continued by other ranks or with other batches keeps its place in epochs and schedule."""
-        if self.config.batch.max_steps:
-            return self.step, self.config.batch.max_steps
-        rows = self.config.batch.num_train_epochs * self.train_rows.rows_per_epoch
+        """(progress, end) of the schedule, in steps. If epochs are counted, progress is rows seen over rows per step,
+        so that a run resumed with other ranks or batches keeps its place in the data and the schedule."""
+        batch = self.config.batch
+        if batch.max_steps:
+            return self.step, batch.max_steps
         seen = self.rows_seen / self.rows_per_step
-        return seen, seen + math.ceil((rows - self.rows_seen) / self.rows_per_step)
+        return seen, seen + batch.remaining_steps(self.train_rows.rows_per_epoch, self.world.size, self.rows_seen)
 
     @property
     def total_steps(self) -> int:
-        now, end = self.place
-        return self.step + round(end - now)
+        progress, end = self.place
+        return self.step + round(end - progress)
 
     # ---------------------------------------------------------------- the loop
 
     def train(self, tracker: Tracker = NO_TRACKER) -> None:
-        """Run to the last step. Exits with 128 + signal after one of STOP_SIGNALS, once the step is done and saved.
-        tracker: gets the first rank's metrics, too."""
+        """Run to the last step. After one of STOP_SIGNALS, finish the step, save, and exit with 128 + signal.
+
+        tracker: also gets the first rank's metrics.
+        """
         watch, saving, patience = self.config.watch, self.config.checkpoint, self.config.batch.early_stopping_patience
         self.model.train()
         with (
@@ -102,7 +110,7 @@ class Trainer:
             RunLog(self.output_dir, self.step, self.total_steps, self.world.is_main, tracker) as log,
             contextlib.closing(self.batches.steps(self.rows_seen, self.total_steps - self.step)) as steps,
         ):
-            last = self.step == self.total_steps  # of a finished run that is resumed
+            last = self.step == self.total_steps  # a finished run was resumed
             for step in steps:
                 metrics = self.train_step(step)
                 last, improved = self.step == self.total_steps, False
@@ -110,13 +118,7 @@ class Trainer:
                 if last or self.due(watch.logging_steps):
                     log.write(metrics)
                 if self.held_out and (last or self.due(watch.eval_steps)):
-                    evaluation = self.evaluate()
-                    log.print("step {step}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(**evaluation))
-                    self.print_samples(log.print)
-                    log.write(evaluation)
-                    if not (last and self.evaluates_part and self.best["step"]):  # else it's of other rows
-                        self.best = lowest(self.best, evaluation)
-                        improved = self.best["evaluations_since"] == 0
+                    improved = self.report_evaluation(log, last)
                     last = last or 0 < patience <= self.best["evaluations_since"]
                 if last or self.stop or self.due(saving.save_steps) or (improved and saving.save_best):
                     self.save()
@@ -127,39 +129,28 @@ class Trainer:
                 parallel.leave_world()
                 raise SystemExit(128 + self.stop)
 
-    @property
-    def evaluates_part(self) -> bool:
-        """Whether all evaluations but the last take some of the held-out rows only."""
-        assert self.held_out is not None
-        return 0 < self.config.watch.eval_max_rows < self.held_out.rows.rows_per_epoch
-
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def train_step(self, step: Step) -> dict[str, float]:
-        """One optimizer step on all micro-batches: the gradient of the sum over all their target tokens, on all ranks,
-        divided by the number of these tokens. Nothing waits for the device before the optimizer has been told."""
+        """Take one optimizer step and return its metrics. Nothing waits for the device before the optimizer's work is
+        queued. Raises UserError if there is nothing to learn, or after MAX_BAD_STEPS."""
         began, counts = time.perf_counter(), step.counts
-        now, end = self.place
-        rate = learning_rate(self.step, self.config.optimizer, end, progress=now)
-        # for dropout; torch takes 64 bits
-        torch.manual_seed(((self.config.compute.seed << 40) + self.step * self.world.size + self.world.rank) % 2**64)
-        sums: list[Tensor] = []
-        for i, micro_batch in enumerate(step.micro_batches):
-            with parallel.synchronize_gradients(self.model, last=i == len(step.micro_batches) - 1):
-                output = self.forward(micro_batch)
-                loss = output.loss_sum / counts.targets + output.balance_loss / counts.documents
-                (loss * self.world.size).backward()  # the engines divide the sum over ranks by their number
-            losses = torch.stack((output.loss_sum, output.balance_loss)).detach()
-            sums.append(torch.cat((losses, output.expert_counts.flatten(), self.signals(losses))))
-        totals = parallel.sum_over_ranks(torch.stack(sums).sum(dim=0))
-        losses, expert_counts, signals = totals.split([2, output.expert_counts.numel(), len(STOP_SIGNALS)])
-        experts = expert_counts.view_as(output.expert_counts)  # (MoE layers, E)
-        expert_load = (experts.amax(dim=1) / experts.mean(dim=1)).mean()
+        if not counts.targets:
+            raise UserError(f"step {self.step + 1} has no target tokens: {self.rows_of_step()}")
+        progress, end = self.place
+        rate = learning_rate(self.step, self.config.optimizer, end, progress)
+        # forward, backward
+        sums, experts = self.accumulate(step)
+        losses, expert_counts, signals = sums.split([2, experts.numel(), len(STOP_SIGNALS)])
+        loads = expert_counts.view_as(experts)  # (MoE layers, E)
+        expert_load = (loads.amax(dim=1) / loads.mean(dim=1)).mean()
+        # clip, step
         max_norm = self.config.optimizer.max_grad_norm
         grad_norm = parallel.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), max_norm))
         finite = losses[0].isfinite() & grad_norm.isfinite()
         self.update_weights(finite, rate)
+        # read back
         values = torch.cat((losses, torch.stack((expert_load, grad_norm, finite.float())), signals)).tolist()
         loss_sum, balance_sum, load, norm, was_finite, *received = values
         self.stop = self.stop or next((n for n, times in zip(STOP_SIGNALS, received, strict=True) if times), 0)
@@ -183,20 +174,33 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
         }
 
-    def signals(self, like: Tensor) -> Tensor:
-        """One where this rank has received one of STOP_SIGNALS. They are summed with the rest of a step's numbers, so
-        that all ranks stop after the same step."""
-        return torch.cat([like.new_full((1,), float(number == self.signal.number)) for number in STOP_SIGNALS])
+    def accumulate(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of a step's micro-batches. Returns sums over micro-batches and ranks (loss, balance
+        loss, tokens per expert, one number per stop signal), and a tensor in the shape of the experts' part."""
+        config, counts = self.config, step.counts
+        # seeds dropout; torch takes 64 bits
+        torch.manual_seed(((config.compute.seed << 40) + self.step * self.world.size + self.world.rank) % 2**64)
+        sums: list[Tensor] = []
+        for i, micro_batch in enumerate(step.micro_batches):
+            with parallel.synchronize_gradients(self.model, last=i == len(step.micro_batches) - 1):
+                output = self.forward(micro_batch)
+                loss = output.loss_sum / counts.targets + output.balance_loss / counts.documents
+                (loss * self.world.size).backward()  # engines average over ranks, we need the sum
+            losses = torch.stack((output.loss_sum, output.balance_loss)).detach()
+            # All ranks stop after the same step: their signals are summed with the rest.
+            signals = [losses.new_full((1,), float(number == self.signal.number)) for number in STOP_SIGNALS]
+            sums.append(torch.cat((losses, output.expert_counts.flatten(), *signals)))
+        return parallel.sum_over_ranks(torch.stack(sums).sum(dim=0)), output.expert_counts
 
     def forward(self, micro_batch: MicroBatch) -> LossOutput:
-        """Training and evaluation share it, so that both see the same precision."""
+        """Run the model, in the same precision for training and evaluation."""
         device = self.world.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.model(**micro_batch.arguments(device))
 
     def update_weights(self, finite: Tensor, rate: float) -> None:
-        """Step, unless the numbers have gone bad: NaN and infinity never reach the weights. The optimizers see to that
-        by themselves, on the device, so that the host needn't know."""
+        """Step, unless loss or gradient is NaN or infinite. The optimizers check `found_inf` on the device, so that the
+        host need not know."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -205,25 +209,45 @@ class Trainer:
         self.model.zero_grad()
 
     def count_bad_step(self, finite: bool) -> None:
-        """Raises UserError after MAX_BAD_STEPS in a row."""
+        """Raise UserError after MAX_BAD_STEPS in a row."""
         self.skipped_steps += not finite
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps == MAX_BAD_STEPS:
-            rows = range(self.rows_seen, self.rows_seen + self.rows_per_step)
-            conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
             raise UserError(
                 f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (now in "
-                f"conversations {conversations} of {self.data_name}); the weights are those of the "
-                f"last good step, and {self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower "
-                "learning_rate"
+                f"{self.rows_of_step()}); the weights are those of the last good step, and "
+                f"{self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower learning_rate"
             )
+
+    def rows_of_step(self) -> str:
+        """Name the conversations of the next step."""
+        rows = range(self.rows_seen, self.rows_seen + self.rows_per_step)
+        conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
+        return f"conversations {conversations} of {', '.join(self.config.data.dataset)}"
 
     # ---------------------------------------------------------------- evaluation
 
+    def report_evaluation(self, log: RunLog, last: bool) -> bool:
+        """Evaluate, and print samples. Returns whether eval_loss is the lowest so far."""
+        evaluation = self.evaluate()
+        log.print("step {step}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(**evaluation))
+        self.print_samples(log.print)
+        log.write(evaluation)
+        if last and self.evaluates_part and self.best["step"]:  # it used more rows than the others
+            return False
+        self.best = lowest(self.best, evaluation)
+        return self.best["evaluations_since"] == 0
+
+    @property
+    def evaluates_part(self) -> bool:
+        """Whether every evaluation but the last uses only some of the held-out rows."""
+        assert self.held_out is not None
+        return 0 < self.config.watch.eval_max_rows < self.held_out.rows.rows_per_epoch
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss in nats per target token, and in bits per UTF-8 byte of the text to be learned, which doesn't depend on
-        the tokenizer. Every held-out conversation counts once, on whichever rank."""
+        """Return the loss in nats per target token, and in bits per UTF-8 byte of the target text, which does not
+        depend on the tokenizer. Every held-out conversation counts once, on one of the ranks."""
         assert self.held_out is not None
         self.model.eval()
         rows, size = self.held_out.rows.rows_per_epoch, self.config.batch.batch_size
@@ -246,7 +270,7 @@ class Trainer:
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
     def print_samples(self, show: Callable[[str], None]) -> None:
-        """What the model answers by now."""
+        """Print sample answers. A model that cannot be sampled from does not end the run."""
         questions = self.config.watch.sample_prompts
         if not questions or not self.world.is_main:
             return
@@ -255,15 +279,18 @@ class Trainer:
             return
         rng = torch.Generator(self.world.device).manual_seed(self.config.compute.seed)
         self.model.eval()
-        # Blocks are compiled for streams of one length in bf16. Answers would have them compiled anew at each length,
-        # and in fp32, whose grouped product torch cannot trace.
+        # Blocks are compiled for rows of one length in bf16. Answers would be compiled anew at each length, and in
+        # fp32, whose grouped product torch cannot trace.
         with torch.compiler.set_stance("force_eager"):
-            replies = answers(
-                self.plain_model, self.tokenizer, questions, 40, temperature=0.7, top_p=0.9, generator=rng
-            )
+            try:
+                settings = {"temperature": 0.7, "top_p": 0.9, "generator": rng}
+                replies = answers(self.plain_model, self.tokenizer, questions, 40, **settings)
+                lines = [f"  {q!r} -> {reply.strip()!r}" for q, reply in zip(questions, replies, strict=True)]
+            except (UserError, RuntimeError) as error:  # e.g. logits are NaN, or memory is full
+                lines = [f"  no samples: {error}"]
         self.model.train()
-        for question, reply in zip(questions, replies, strict=True):
-            show(f"  {question!r} -> {reply.strip()!r}")
+        for line in lines:
+            show(line)
 
     # ---------------------------------------------------------------- save, resume
 
@@ -297,10 +324,11 @@ class Trainer:
         if wrong:
             raise UserError(f"{directory / STATE} is not a run's state: {', '.join(wrong)} missing or of another type")
         if state.get("data") != self.train_rows.fingerprint:
-            raise UserError(
-                f"{self.data_name}: these are not the rows that the run was trained on (a changed file, or evaluation "
-                "turned on or off), so it cannot be resumed"
+            names = ", ".join(self.config.data.dataset)
+            changed = (
+                "these are not the rows that the run was trained on (changed data, or evaluation turned on or off)"
             )
+            raise UserError(f"{names}: {changed}, so it cannot be resumed")
         load_optimizer(directory, self.plain_model, self.optimizers, self.world)
         for name in COUNTERS:
             setattr(self, name, state[name])

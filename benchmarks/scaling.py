@@ -25,6 +25,7 @@ import torch.distributed as dist
 from config import PRESETS
 from launch.cost import Traffic, parameter_counts
 from launch.dry_run import dry_run
+from launch.start import model_shape
 
 WARM_UP = COUNTED = 3  # steps
 WORKER = "RANK" in os.environ
@@ -53,7 +54,8 @@ def loopback_bytes() -> int:
 
 def theory(engine: str, ranks: int, preset: str) -> float:
     """Return the bytes per rank and step: DDP reduces gradients, FSDP also gathers parameters twice."""
-    parameters = sum(total for total, _ in parameter_counts(PRESETS[preset].model).values())
+    shape = model_shape(PRESETS[preset], preset, None)
+    parameters = sum(total for total, _ in parameter_counts(shape).values())
     return {"ddp": 2, "fsdp": 3}[engine] * (ranks - 1) / ranks * 4 * parameters
 
 
@@ -66,18 +68,16 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     from datacollator import DataCollator, RowStream
     from dataset import load_dataset_split
     from launch.build import build_model
-    from launch.start import resolve
+    from launch.start import find_start
     from parallel import join_world, leave_world, replicate
-    from tokenizer import Tokenizer
     from trainer import Trainer
 
     total = str(WARM_UP + COUNTED + steps)
     flags = [preset, "--dataset", "chitchat", "--parallel", engine, "--max-steps", total, "--device", "cpu"]
     flags += ["--optimizer", "adamw"]  # under FSDP, Muon also gathers matrices, which theory does not count
-    config = train_sft.parse_arguments(flags)
-    tokenizer = Tokenizer(vocab_size=config.model.vocab_size)
-    world = join_world(config.compute.device)
-    config = resolve(config, (), None, tokenizer, world)
+    arguments = train_sft.parse_arguments(flags)
+    world = join_world(arguments.config.compute.device)
+    config, tokenizer, *_ = find_start(arguments, world)
     width = config.data.max_seq_len
     data, _ = load_dataset_split("chitchat", "train", tokenizer, width)
     rows = RowStream(data, DataCollator(width, tokenizer.pad_token_id), config.compute.seed)

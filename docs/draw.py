@@ -191,7 +191,7 @@ def rows_of_two_ranks(out: str) -> None:
 
 IDEAS: dict[str, Callable[[str], None]] = {
     "labels": labels_of_a_conversation,
-    "attention": lambda out: draw_attention(PRESETS["tiny"].model, out),
+    "attention": lambda out: draw_attention(PRESETS["base"].model, out),
     "experts": experts_of_three_tokens,
     "ranks": rows_of_two_ranks,
 }

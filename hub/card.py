@@ -13,7 +13,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from config import PRESETS
+from config import PRESETS, ModelConfig
+from hub.config_json import CHANGEABLE
 
 # Settings that stay out of the command: they name places here, or do not change the result.
 LOCAL = {
@@ -93,8 +94,9 @@ def rounded(value: float | None) -> str:
 def command(config: dict[str, Any], base_name: str) -> list[str]:
     """Return the command line with a run's settings, starting from the preset that needs the fewest flags."""
     ours = {name: value for name, value in flags(config).items() if name not in LOCAL}
-    if config.get("init_from"):  # it determines both
-        ours = {name: value for name, value in ours.items() if name not in ("tokenizer", "chat_template")}
+    if config.get("init_from"):  # it determines the tokenizer and the shape
+        shape = {f"model.{name}" for name in vars(ModelConfig()).keys() - CHANGEABLE} | {"tokenizer", "chat_template"}
+        ours = {name: value for name, value in ours.items() if name not in shape}
 
     def changes(preset: str) -> dict[str, Any]:
         default = flags(json.loads(json.dumps(PRESETS[preset].flat())))

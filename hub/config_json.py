@@ -1,6 +1,5 @@
 """A model's config.json, as DeepSeek or transformers 5 writes it, to and from `ModelConfig`."""
 
-from collections.abc import Collection
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -102,21 +101,20 @@ def read_rope(path: Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]
     return theta, RopeScaling(**rope)
 
 
-def changed_config(loaded: ModelConfig, wanted: ModelConfig, given: Collection[str], source: Path) -> ModelConfig:
-    """Return a checkpoint's configuration with what the command line changes: the fields of `wanted` that are in
-    `given`, as "model.aux_loss_alpha" or "model.rope_scaling.factor". Raises UserError if the weights have another
-    shape.
+def changed_config(loaded: ModelConfig, wanted: ModelConfig, given: set[str], source: Path) -> ModelConfig:
+    """Return a checkpoint's configuration with the changes of preset and flags: the fields of `wanted` that are in
+    `given`, e.g. aux_loss_alpha or rope_scaling.factor. Raises UserError for a shape that the weights do not have.
 
     YaRN stretches the checkpoint's context by its factor, unless max_position_embeddings is given.
     """
-    named = {name for name in vars(loaded) if f"model.{name}" in given}
+    named = given & vars(loaded).keys()
     changes = {name: getattr(wanted, name) for name in named if getattr(wanted, name) != getattr(loaded, name)}
     fixed = [f"model.{name} is {getattr(loaded, name)}, not {changes[name]}" for name in changes.keys() - CHANGEABLE]
     if fixed:
         shape = f"the weights in {source} have a shape that cannot change: {', '.join(sorted(fixed))}"
         raise UserError(f"{shape}; --init-from none starts from new ones")
     config = replace(loaded, **changes)
-    yarn = {name for name in vars(RopeScaling()) if f"model.rope_scaling.{name}" in given}
+    yarn = {name for name in vars(RopeScaling()) if f"rope_scaling.{name}" in given}
     if yarn:
         old = config.rope_scaling or RopeScaling(original_max_position_embeddings=loaded.max_position_embeddings)
         config.rope_scaling = replace(old, **{name: getattr(wanted.rope_scaling, name) for name in yarn})

@@ -1,94 +1,150 @@
-"""A run's directory: its configuration, metrics.jsonl, loss.png; and its progress, on the terminal and in a tracker."""
+"""A run's directory: its lock, its configuration and its metrics; its progress, on the terminal and in a tracker."""
 
+import contextlib
+import errno
 import functools
 import importlib
 import json
 import math
+import os
 import secrets
+import socket
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import IO, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
 
-from config import ModelConfig, RopeScaling, TrainConfig, UserError, check
-from files import disk_errors, printing_to_nobody, read_json, replace_file
+from config import TrainConfig, UserError
+from files import disk_errors, read_json, replace_file
 
 CONFIG, METRICS, TRACKER_ID = "config.json", "metrics.jsonl", "tracker_id"
-AGENTS = ".job"  # what started the job that the run belongs to, a line each
-# What a resumed run cannot change: its weights and its place in the data would no longer fit.
-FIXED_FIELDS = (
-    *(
-        "model",
-        "tokenizer",
-        "chat_template",
-        "add_control_tokens",
-        "dataset",
-        "train_split",
-        "max_seq_len",
-        "packing",
-        "shuffle",
-    ),
-    *("long_conversations", "eval_fraction", "skip_bad_rows", "seed", "optimizer", "init_from"),
-    *("lora_rank", "lora_alpha", "lora_target_modules", "quantize"),
-)
+AGENTS = ".job"  # names of the torchrun processes that started the run, one per line
+# What a resumed run cannot change, because its weights or its place in the data would no longer fit. Data may move: its
+# content is compared when the trainer resumes.
+FIXED_FIELDS = {
+    "model", "tokenizer", "chat_template", "add_control_tokens", "train_split", "max_seq_len", "packing", "shuffle",
+    "long_conversations", "eval_fraction", "skip_bad_rows", "seed", "optimizer", "init_from", "lora_rank", "lora_alpha",
+    "lora_target_modules", "quantize",
+}  # fmt: skip
 
-# What runs did before these fields were there.
-FIRST_VALUES: dict[str, Any] = {"long_conversations": "truncate", "eval_fraction": 0.0, "add_control_tokens": False}
+
+# ---------------------------------------------------------------- its lock
+
+
+def lock_path(run: str | Path) -> Path:
+    """Return the file next to a run's directory that is locked while the run is alive."""
+    place = Path(run).resolve()
+    return place.with_name(f".{place.name}.lock")
+
+
+def this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextlib.contextmanager
+def run_lock(run: str | Path) -> Iterator[None]:
+    """Lock a run's directory. The operating system releases the lock when this process ends, in whatever way.
+
+    Raises UserError, with host and process, if another process holds it.
+    """
+    path = lock_path(run)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    with os.fdopen(descriptor, "r+") as file:
+        try:
+            lock_file(file)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                holder = file.read().strip() or "another process"
+                raise UserError(f"{run} is in use by {holder}; stop it, or choose another --output-dir") from None
+            print(f"warning: {path} cannot be locked ({error}); do not start a second run in {run}", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"{this_process()}\n")
+        file.flush()
+        yield
+
+
+def lock_file(file: IO[str]) -> None:
+    """Lock an open file until this process closes it or ends; forked children do not hold the lock. Raises OSError."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(2**20)  # nobody could read a locked byte
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        file.seek(0)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # ---------------------------------------------------------------- its configuration
 
 
 def saved_configuration(run: str | Path) -> TrainConfig:
-    """The configuration that a run has kept. Raises UserError where there is no run, or another program's."""
+    """Return the configuration in a run's directory. Raises UserError if there is none, or if a field is unknown or not
+    of its declared type."""
     path = Path(run, CONFIG)
-    there = f"{run} holds no run to resume: there is no {path}. Without --resume a new run begins"
-    check(path.is_file(), there)
-    saved = read_configuration(path)
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
-    unknown = [name for name in flatten(values) if name.split(".")[0] not in TrainConfig().flat()]
-    check(not unknown, f"{path} is no run's configuration: {', '.join(unknown[:5])} is unknown here")
+    if not path.is_file():
+        raise UserError(f"{run} holds no run to resume: there is no {path}. Without --resume a new run starts")
+    values = read_json(path)
+    default = TrainConfig()
+    kinds = {name: kind for group in default.groups.values() for name, kind in get_type_hints(type(group)).items()}
+    model = values.pop("model", {})
+    values |= model if isinstance(model, dict) else {"model": model}
+    missing, unknown = default.flat().keys() - values.keys() - {"model"}, values.keys() - kinds.keys()
+    if missing or unknown:
+        problem = (
+            f"{', '.join(sorted(unknown)[:5])} is unknown" if unknown else f"{', '.join(sorted(missing))} is missing"
+        )
+        raise UserError(f"{path} is not the configuration of a run of this version: {problem}")
     try:
-        model = values.pop("model", {})
-        scaling = model.get("rope_scaling")
-        model |= {"rope_scaling": RopeScaling(**scaling) if scaling else None}
-        return TrainConfig().changed(**values, model=ModelConfig(**model))
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no run's configuration: {error}") from error
+        return default.changed(**{name: read_value(kinds[name], value, name) for name, value in values.items()})
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
-def read_configuration(path: Path) -> dict[str, Any]:
-    """A run's config.json, an earlier version's in today's terms. Raises UserError for what is no JSON."""
-    values: dict[str, Any] = FIRST_VALUES | read_json(path)
-    if isinstance(values.get("dataset"), str):  # a run had one source
-        values["dataset"] = [values["dataset"]]
-    if "min_learning_rate" in values:
-        values["min_learning_rate_ratio"] = values.pop("min_learning_rate") / values["learning_rate"]
-    return values
+def read_value(kind: Any, value: Any, name: str) -> Any:
+    """Return a value from JSON as the declared type of its field. Raises TypeError."""
+    options = get_args(kind)
+    if is_dataclass(kind) and isinstance(value, dict):
+        kinds = get_type_hints(kind)
+        return kind(**{key: read_value(kinds.get(key), entry, f"{name}.{key}") for key, entry in value.items()})  # type: ignore[operator]
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(read_value(options[0], entry, name) for entry in value)
+    if get_origin(kind) in (Union, UnionType):
+        for option in options:
+            with contextlib.suppress(TypeError):
+                return read_value(option, value, name)
+    allowed = value in options if get_origin(kind) is Literal else type(value) is kind
+    if allowed or (kind is float and type(value) is int):
+        return value
+    raise TypeError(f"{name} is {value!r}, which is not of type {getattr(kind, '__name__', kind)}")
 
 
-def check_changes(config: TrainConfig) -> None:
-    """Say what is new in the configuration of a run that is to be resumed. Raises UserError where it had another shape
-    or other data."""
-    path = Path(config.checkpoint.output_dir, CONFIG)
-    if not path.exists():  # torchrun has restarted a job that died before it made the directory
-        return
-    old, new = flatten(read_configuration(path)), flatten(json.loads(json.dumps(config.flat())))
-    changes = {
-        name: f"{name} {old.get(name)!r} -> {new.get(name)!r}"
-        for name in old | new
-        if old.get(name) != new.get(name) and name not in ("resume", "debug") and not name.startswith("dry_run")
+def changes_between(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
+    """Describe the fields in which two configurations of a run differ, apart from those that concern one start only."""
+    before, after = (flatten(json.loads(json.dumps(config.flat()))) for config in (old, new))
+    return {
+        name: f"{name} {before.get(name)!r} -> {after.get(name)!r}"
+        for name in before | after
+        if before.get(name) != after.get(name) and name not in ("resume", "debug") and not name.startswith("dry_run")
     }
-    fixed = [change for name, change in changes.items() if name.partition(".")[0] in FIXED_FIELDS]
-    check(not fixed, f"{path.parent} cannot be resumed with another configuration: {', '.join(fixed)}")
-    news = f"changes: {', '.join(changes.values())}" if changes else "its own configuration"
-    print(f"resuming {path.parent} with {news}")
+
+
+def fixed_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Describe the changes that a resumed run cannot make."""
+    return [text for name, text in changes_between(old, new).items() if name.split(".")[0] in FIXED_FIELDS]
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"hidden_size": 64}} to {"model.hidden_size": 64}"""
+    """Turn {"model": {"hidden_size": 64}} into {"model.hidden_size": 64}."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -97,29 +153,31 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # ---------------------------------------------------------------- a tracker
 
+TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}
+
 
 class Tracker(NamedTuple):
-    """Where metrics go beside metrics.jsonl: a function that takes a line of them, and one that ends it."""
+    """Where metrics go in addition to metrics.jsonl."""
 
     track: Callable[[dict[str, float]], Any]
     close: Callable[[], Any]
-    number: str = ""  # that the run is known by there
+    run_id: str = ""
 
 
 NO_TRACKER = Tracker(lambda metrics: None, lambda: None)
 
 
 def import_tracker(name: str) -> Any:
-    """The module of a tracker. Raises UserError where it's missing."""
+    """Return the module of a tracker. Raises UserError if it is not installed."""
     try:
-        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        return importlib.import_module(TRACKERS[name])
     except ImportError as error:
         raise UserError(f"report_to {name} is not installed: pip install {name}") from error
 
 
 def start_tracker(config: TrainConfig, step: int) -> Tracker:
-    """The one that `report_to` names, before anything changes on disk. A run that goes on after `step` goes on there,
-    too. Raises UserError where the tracker is missing or cannot start."""
+    """Start the tracker `report_to`; a run that is resumed after `step` continues its own entry there. Nothing changes
+    on disk yet. Raises UserError if the tracker is not installed or does not start."""
     name, run = config.watch.report_to, Path(config.checkpoint.output_dir)
     if name == "none":
         return NO_TRACKER
@@ -128,7 +186,7 @@ def start_tracker(config: TrainConfig, step: int) -> Tracker:
 
         @functools.cache
         def writer() -> Any:
-            """Made when it's needed: it lies in the run's directory, and no longer shows what came after `step`."""
+            """Created when first needed, since it writes into the run's directory. It hides what came after `step`."""
             return tracker.SummaryWriter(run, purge_step=step + 1)
 
         def write(metrics: dict[str, float]) -> None:
@@ -137,26 +195,24 @@ def start_tracker(config: TrainConfig, step: int) -> Tracker:
 
         return Tracker(write, lambda: writer().close())
     known = config.checkpoint.resume and (run / TRACKER_ID).exists()
-    number = (run / TRACKER_ID).read_text() if known else secrets.token_hex(4)
-    names = {"id": number, "name": run.name} if name == "wandb" else {"name": f"{run.name}-{number}"}
+    run_id = (run / TRACKER_ID).read_text() if known else secrets.token_hex(4)
+    names = {"id": run_id, "name": run.name} if name == "wandb" else {"name": f"{run.name}-{run_id}"}
     try:
         tracker.init(project="sft-from-scratch", config=config.flat(), resume="allow", **names)
     except Exception as error:  # no key, no network, a full disk: each tracker has errors of its own
         raise UserError(f"report_to {name} cannot start: {' '.join(str(error).split())}") from error
-    return Tracker(lambda metrics: tracker.log(metrics, step=metrics["step"]), tracker.finish, number)
+    return Tracker(lambda metrics: tracker.log(metrics, step=metrics["step"]), tracker.finish, run_id)
 
 
 # ---------------------------------------------------------------- its directory
 
 
 def holds_a_run(directory: Path) -> bool:
-    """Or what is left of one that somebody has tidied."""
     return (directory / CONFIG).exists() or (directory / "checkpoints").exists()
 
 
 def check_start(config: TrainConfig) -> None:
-    """What has to be right before anything changes on disk. Raises UserError where a tracker is missing, or where the
-    earlier run that `open_run` would move aside holds what this one starts from."""
+    """Raise UserError if the tracker is not installed, or if `open_run` would move a directory that the run needs."""
     if config.watch.report_to != "none":
         import_tracker(config.watch.report_to)
     directory = Path(config.checkpoint.output_dir)
@@ -164,32 +220,45 @@ def check_start(config: TrainConfig) -> None:
         return
     needed = (config.checkpoint.init_from, config.data.tokenizer, *config.data.dataset)
     inside = [place for place in needed if place and Path(place).resolve().is_relative_to(directory.resolve())]
-    check(not inside, f"output_dir {directory} holds {', '.join(inside)}, which this run starts from: choose another")
+    if inside:
+        raise UserError(f"output_dir {directory} holds {', '.join(inside)}, which this run needs: choose another")
 
 
 def open_run(config: TrainConfig, agents: Iterable[str] = (), tracker: Tracker = NO_TRACKER) -> None:
-    """Make the run directory, and write into it the configuration, the job's agents (launch/job.py) and the tracker's
-    number. A run that is there and is not resumed moves aside: nothing is overwritten."""
-    directory = Path(config.checkpoint.output_dir)
+    """Make the run's directory and write its configuration, agents (launch/start.py) and tracker's id.
+
+    An earlier run that is not resumed moves to a free name: nothing is overwritten. Raises UserError if the directory
+    contains a link, through which files elsewhere would be overwritten.
+    """
+    directory = Path(config.checkpoint.output_dir).resolve()  # a link to the directory stays
     if holds_a_run(directory) and not config.checkpoint.resume:
         number = next(n for n in range(1, sys.maxsize) if not Path(f"{directory}.{n}").exists())
         directory.rename(f"{directory}.{number}")
         print(f"{directory} held an earlier run, which is now {directory}.{number} (--resume would have continued it)")
-    replace_file(directory / AGENTS, "".join(f"{agent}\n" for agent in agents))
-    if tracker.number:
-        replace_file(directory / TRACKER_ID, tracker.number)
+    for path in directory.rglob("*"):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link; remove it: a run's directory must not contain links")
     replace_file(directory / CONFIG, json.dumps(config.flat(), indent=2) + "\n")
+    replace_file(directory / AGENTS, "".join(f"{agent}\n" for agent in agents))
+    if tracker.run_id:
+        replace_file(directory / TRACKER_ID, tracker.run_id)
 
 
 # ---------------------------------------------------------------- its progress
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl; half a line, which a crash may have left at the end, is no line."""
+    """Return all lines of a run's metrics.jsonl, except an incomplete last one, which a crash may leave. Raises
+    UserError for lines that are not metrics."""
     path = Path(run, METRICS)
     if not path.is_file():
-        raise UserError(f"{run} is no run: it has no {METRICS}")
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        raise UserError(f"{run} is not a run: it has no {METRICS}")
+    complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        lines = [json.loads(line) for line in complete]
+        return [line for line in lines if isinstance(line["step"], int)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from error
 
 
 # The best evaluation of a run that has had none.
@@ -197,79 +266,86 @@ NO_EVALUATION: dict[str, float] = {"step": 0, "eval_loss": math.inf, "evaluation
 
 
 def lowest(best: dict[str, float], evaluation: dict[str, float]) -> dict[str, float]:
-    """The one with the lower eval_loss, and how many evaluations have passed since."""
+    """Return the evaluation with the lower eval_loss, and count the evaluations since."""
     if evaluation["eval_loss"] < best["eval_loss"]:
         return evaluation | {"evaluations_since": 0}
     return best | {"evaluations_since": best["evaluations_since"] + 1}
 
 
 class RunLog:
-    """What a run shows: a progress bar, and metrics.jsonl after what the run being resumed wrote up to `step`.
+    """A run's metrics.jsonl, and its progress: a bar on a terminal, elsewhere a line at most every ten seconds.
 
-    Made on every rank, but only on the first one (`shown`) it shows and writes anything.
+    Every rank has one, but only the first one's (`shown`) prints and writes. What an earlier start wrote after `step`
+    is dropped.
     """
 
+    SECONDS_BETWEEN_LINES = 10.0
+
     def __init__(self, run: Path, step: int, total_steps: int, shown: bool, tracker: Tracker = NO_TRACKER) -> None:
-        self.run, self.shown, self.tracker = run, shown, tracker
+        self.run, self.step, self.total_steps, self.shown, self.tracker = run, step, total_steps, shown, tracker
         self.path = self.run / METRICS
         if shown:
             kept = [line for line in read_metrics(self.run) if line["step"] <= step] if self.path.exists() else []
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        # Drawn at each step, but not yet (hence the delay): tqdm ends the line of a bar only if a step has drawn it.
-        how = {"dynamic_ncols": True, "unit": "step", "delay": 0.01, "mininterval": 0, "miniters": 1}
-        self.bar = tqdm(total=total_steps, initial=step, disable=not shown, **how)
+        self.next_line = 0.0
+        self.has_bar = shown and sys.stderr.isatty()
+        # Drawn at each step, but not yet (hence the delay): tqdm ends a bar's line only if a step has drawn it.
+        options = {"dynamic_ncols": True, "unit": "step", "delay": 0.01, "mininterval": 0, "miniters": 1}
+        self.bar = tqdm(total=total_steps, initial=step, disable=not self.has_bar, **options)
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, error: object, *_: object) -> None:
-        """Draw loss.png, unless the run ended before its last step."""
-        with printing_to_nobody():
-            self.bar.close()
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
         if self.shown:
             self.tracker.close()
-        if self.shown and error is None:
-            from view.plots import plot_runs  # matplotlib takes a while to import
-
-            plot_runs({str(self.run): read_metrics(self.run)}, self.run / "loss.png")
 
     def advance(self, metrics: dict[str, float]) -> None:
         """Move the bar by one step."""
-        with printing_to_nobody():
-            self.bar.set_postfix_str(
-                f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-                f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}",
-                refresh=False,
-            )
-            self.bar.update()
+        self.step += 1
+        self.bar.set_postfix_str(describe(metrics), refresh=False)
+        self.bar.update()
 
     def print(self, text: str) -> None:
-        """A line above the bar."""
-        if self.shown:
-            with printing_to_nobody():
-                self.bar.write(text)
+        """Print a line, above the bar if there is one."""
+        if self.has_bar:
+            self.bar.write(text)
+        elif self.shown:
+            print(text, flush=True)
 
-    def finish(self, checkpoint: Path | None, best: dict[str, float], stopped: bool) -> None:
-        """The last lines: what was saved, how to talk to it, and how a run that was stopped goes on."""
+    def write(self, metrics: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl; without a bar, also print it if it is time. Raises UserError if the disk is
+        full."""
         if not self.shown:
             return
-        goes_on = "; the same command with --resume goes on from there" * stopped
-        lines = [f"saved {checkpoint}{goes_on}", f"talk to it: python chat.py {self.run}"]
-        since, steps = best["evaluations_since"], f"{self.bar.n} of {self.bar.total} steps"
-        if self.bar.n < self.bar.total and not stopped:
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+        with disk_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+        self.tracker.track(metrics)
+        if "loss" in metrics and not self.has_bar and time.monotonic() >= self.next_line:
+            self.print(f"step {self.step} of {self.total_steps}: {describe(metrics)}")
+            self.next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
+
+    def finish(self, checkpoint: Path | None, best: dict[str, float], stopped: bool) -> None:
+        """Print what was saved, how to chat with it, and how to continue a run that was stopped."""
+        hint = "; the same command with --resume continues from there" if stopped else ""
+        lines = [f"saved {checkpoint}{hint}", f"talk to it: python chat.py {self.run}"]
+        since, steps = best["evaluations_since"], f"{self.step} of {self.total_steps} steps"
+        if self.step < self.total_steps and not stopped:
             lines += [f"ended after {steps}: {since} evaluations without a lower eval_loss"]
         if since:
             place = self.run / f"checkpoints/step-{best['step']:06d}"
             kept = f"{place} has it" if place.exists() else "--save-best would have kept that checkpoint"
             lines += [f"eval_loss was lowest after step {best['step']}, {best['eval_loss']:.4f}: {kept}"]
-        with printing_to_nobody():
-            self.bar.close()
-            print(*lines, sep="\n")
-
-    def write(self, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl. Raises UserError where the disk refuses."""
+        self.bar.close()
         if self.shown:
-            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
-            with disk_errors(self.path), self.path.open("a") as file:
-                file.write(json.dumps(finite) + "\n")
-            self.tracker.track(metrics)
+            print(*lines, sep="\n", flush=True)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """Return the metrics that a person watches, as text."""
+    return (
+        f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+        f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}"
+    )

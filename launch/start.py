@@ -1,94 +1,200 @@
-"""Where a run starts: with which configuration, tokenizer and weights, and after which checkpoint."""
+"""How a run starts: its complete configuration, its tokenizer, and the weights and the checkpoint that it continues.
 
-from collections.abc import Collection
+preset or saved run ──flags──▶ what checkpoint, tokenizer and device decide ──▶ Start, which is only read
+"""
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_model
-from config import TrainConfig, check
+import torch.distributed as dist
+
+from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_checkpoint, resolve_model
+from config import PRESETS, ModelConfig, TrainConfig, UserError
+from dataset import parse_source
 from hub.config_json import changed_config
 from hub.peft import model_directory
-from launch.command_line import useless_flags
-from launch.job import check_shared_files, is_own_run, look_up
-from launch.run_directory import check_changes, check_start
-from parallel import World, choose_dtype
+from launch import run_directory
+from launch.command_line import Arguments
+from launch.run_directory import changes_between, fixed_changes, lock_path, saved_configuration, this_process
+from parallel import World, choose_dtype, first_process_first, from_all_ranks, from_first_rank
 from tokenizer import Tokenizer, load_tokenizer
 
 
 class Start(NamedTuple):
-    config: TrainConfig  # complete, as the run has it and keeps it
+    config: TrainConfig  # complete, as the run's config.json holds it
     tokenizer: Tokenizer
-    source: Path | None  # the model whose tokenizer and shape the run has; see find_source
-    checkpoint: Path | None  # that the run goes on from; None for a new one
+    source: Path | None  # model directory whose weights are trained or adapted; None: new weights, or the checkpoint's
+    checkpoint: Path | None  # where a resumed run continues; None: at step 0
+    given: Collection[str]  # fields that flags set
 
 
-def find_start(config: TrainConfig, given: Collection[str], world: World) -> Start:
-    """Of what the command line says. given: the fields that it names, which have to have an effect.
-
-    Nothing has changed on disk yet. Raises UserError for a run that cannot start so.
-    """
-    run = config.checkpoint.output_dir
-    check_shared_files(run, world)
-    goes_on = config.checkpoint.resume or is_own_run(run, world)
-    checkpoint = checkpoint_to_resume(run, world) if goes_on else None
-    config = name_start(config, given, checkpoint, world)
-    source = find_source(config, checkpoint, world)
-    tokenizer = load_tokenizer(config, source, goes_on=checkpoint is not None)
-    config = resolve(config, given, source, tokenizer, world).changed(resume=goes_on)
-    check_start(config)
-    if world.is_main and goes_on:
-        check_changes(config)
-    return Start(config, tokenizer, source, checkpoint)
-
-
-def checkpoint_to_resume(run: str, world: World) -> Path | None:
-    """The newest good one, as the first process sees it; None where there is none yet. Raises UserError if all are
-    damaged."""
+def find_start(arguments: Arguments, world: World) -> Start:
+    """Resolve a command line into a `Start`. Nothing changes on disk. Raises UserError for a run that cannot start."""
+    asked, preset = arguments.config, arguments.preset
+    run = Path(asked.checkpoint.output_dir)
+    if not (asked.watch.dry_run or asked.watch.evaluate_only):
+        check_shared_files(run, world)
+    resume = asked.checkpoint.resume or is_own_run(run, world)
+    new = None if resume is True else resolve(asked.changed(resume=False), arguments.given, preset, None, world)
+    if new and not (resume == "auto" and from_first_rank(run_directory.holds_a_run(run), world)):
+        return new
+    saved = saved_configuration(run)
+    if new and fixed_changes(saved, new.config):
+        print(
+            f"{run} is a run with another configuration ({', '.join(fixed_changes(saved, new.config))}); starting anew"
+        )
+        return new
+    given = arguments.given if asked.checkpoint.resume else frozenset()  # torchrun's restart changes nothing
+    config = arguments.over(saved) if given else saved
     checkpoint = look_up(lambda: newest_checkpoint(run), world)
-    damaged = checkpoint is None and checkpoints(run)
-    check(not damaged, f"{run} has no checkpoint left that is whole; start without --resume")
-    return checkpoint
+    if checkpoint is None and checkpoints(run):
+        raise UserError(f"{run} has no undamaged checkpoint; start without --resume")
+    start = resolve(config.changed(output_dir=str(run), resume=True), given, preset, checkpoint, world)
+    obstacles, changes = fixed_changes(saved, start.config), ", ".join(changes_between(saved, start.config).values())
+    if obstacles:
+        raise UserError(f"{run} cannot be resumed with another configuration: {', '.join(obstacles)}")
+    if world.is_main:
+        print(f"resuming {run} with {f'changes: {changes}' if changes else 'its own configuration'}")
+    return start
 
 
-def name_start(config: TrainConfig, given: Collection[str], checkpoint: Path | None, world: World) -> TrainConfig:
-    """With the model directory that init_from stands for, whose tokenizer is taken too. What a resumed run has noted of
-    them stays, wherever that lies by now."""
+def resolve(config: TrainConfig, given: Collection[str], preset: str, checkpoint: Path | None, world: World) -> Start:
+    """Complete a configuration from top to bottom. given: fields that flags set. checkpoint: the resumed run's.
+
+    Raises UserError for a configuration that no run can have, or if a flag would change nothing that is learned.
+    """
+    # places, absolute so that the run can be resumed from anywhere
     base = config.checkpoint.init_from
-    noted = checkpoint and config.checkpoint.resume and "init_from" not in given
-    if base is None or noted:
-        return config
-    start = str(look_up(lambda: resolve_model(base), world))
-    return config.changed(init_from=start, tokenizer=start)
-
-
-def find_source(config: TrainConfig, checkpoint: Path | None, world: World) -> Path | None:
-    """The directory of the model whose tokenizer and shape a run has, and whose weights it trains or adapts: where it
-    goes on, its own checkpoint or that one's base, which may both have moved. None for a run from scratch, whose
-    configuration says both."""
-    base = config.checkpoint.init_from
-    if base is None or checkpoint is None:
-        return Path(base) if base else None
-    return look_up(lambda: model_directory(checkpoint), world)
-
-
-def resolve(
-    config: TrainConfig, given: Collection[str], source: Path | None, tokenizer: Tokenizer, world: World
-) -> TrainConfig:
-    """The complete configuration, as the run has it and keeps it: with what `source` (see find_source), the tokenizer
-    and the device decide. Raises UserError for one that no run can have, or that leaves a flag no effect."""
+    if base and ("init_from" in given or not config.checkpoint.resume):
+        resolve_base = resolve_checkpoint if config.watch.evaluate_only else resolve_model
+        found = look_up(lambda: resolve_base(str(base)).absolute(), world)
+        config = config.changed(init_from=str(found), tokenizer=str(found))
+    config = config.changed(dataset=tuple(map(absolute, config.data.dataset)))
+    # weights: those of the checkpoint, or of the base that its adapters need
+    source = Path(config.checkpoint.init_from) if config.checkpoint.init_from else None
+    adapter = source if config.watch.evaluate_only else checkpoint
+    if source and adapter:
+        source = look_up(lambda: model_directory(adapter), world)
+    # model and tokenizer
+    config = config.changed(model=model_shape(config, preset, source))
+    tokenizer = load_tokenizer(config, source, goes_on=checkpoint is not None)
+    if source is None or tokenizer.new_ids:
+        config = config.changed(vocab_size=max(config.model.vocab_size * bool(source), tokenizer.vocab_size))
+    # device
     dtype = choose_dtype(config.compute.dtype, world.device)
     config = config.changed(dtype=dtype, chat_template=tokenizer.chat_template)
-    if source:
-        kept = {f"model.{name}" for name in vars(config.model)} if config.checkpoint.resume else set()
-        loaded = load_config(source)
-        if tokenizer.new_ids:
-            loaded = replace(loaded, vocab_size=max(loaded.vocab_size, tokenizer.vocab_size))
-        model = changed_config(loaded, config.model, kept | set(given), source)
-        config = config.changed(model=model)
-    else:
-        config = config.changed(vocab_size=tokenizer.vocab_size)
     config.validate()
-    useless = useless_flags(config, given, world.size)
-    check(not useless, "; ".join(useless))
-    return config
+    refuse_useless_flags(config, given)
+    run_directory.check_start(config)
+    return Start(config, tokenizer, source, checkpoint, given)
+
+
+def absolute(dataset: str) -> str:
+    """Return the name of a dataset, with an absolute path if it is a local one."""
+    name, weight = parse_source(dataset)
+    return str(Path(name).absolute()) + f":{weight}" * (weight > 1) if Path(name).exists() else dataset
+
+
+def model_shape(config: TrainConfig, preset: str, source: Path | None) -> ModelConfig:
+    """Return the shape of the weights, or from scratch that of the preset's checkpoint, with the changes of the
+    configuration. Raises UserError if they contradict the weights."""
+    if source:
+        return changed_config(load_config(source), config.model, config.model_changes, source)
+    start = PRESETS[preset].checkpoint.init_from if preset else None
+    shape = load_config(resolve_model(start)) if start else ModelConfig()
+    names = {name.split(".")[0] for name in config.model_changes}
+    return replace(shape, **{name: getattr(config.model, name) for name in names})
+
+
+def refuse_useless_flags(config: TrainConfig, given: Collection[str]) -> None:
+    """Raise UserError if flags have no effect, so that something else would be learned than the user thinks."""
+    start, model, tokenizer, steps = (
+        config.checkpoint.init_from,
+        config.model,
+        config.data.tokenizer,
+        config.batch.max_steps,
+    )
+    balanced = model.device_aux_loss_alpha or model.communication_aux_loss_alpha
+    ungrouped = model.topk_method == "greedy" and not balanced
+    by_group = "model.topk_group model.device_aux_loss_alpha model.communication_aux_loss_alpha"
+    reasons = [
+        ("tokenizer", start, f"init_from brings its own tokenizer, that of {start}"),
+        ("model.vocab_size", not start and tokenizer != "cl100k_base", f"{tokenizer} brings its own vocabulary"),
+        ("lora_alpha lora_dropout lora_target_modules", not config.lora.lora_rank, "lora_rank is 0"),
+        ("eval_fraction", not config.watch.eval_steps, "eval_steps is 0: all conversations are trained on"),
+        ("num_train_epochs", steps, f"max_steps is {steps} and takes precedence; leave one of them out"),
+        (by_group, model.n_group == 1, "model.n_group is 1: there is only one group of experts"),
+        ("model.n_group", ungrouped, "model.topk_method is greedy, and no balance loss over groups is set"),
+    ]
+    useless = [
+        f"{n} has no effect: {why}" for names, applies, why in reasons if applies for n in names.split() if n in given
+    ]
+    if useless:
+        raise UserError("; ".join(useless))
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def agents(world: World) -> set[str]:
+    """Return names of the torchrun processes, one per node, that started the ranks. They stay the same when torchrun
+    restarts the ranks; a new job has others. Empty without torchrun."""
+    if not dist.is_torchelastic_launched():
+        return set()
+    directory = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2]  # temporary, one per torchrun process
+    return set(from_all_ranks(f"{socket.gethostname()} {directory}", world))
+
+
+def is_own_run(run: str | Path, world: World) -> bool:
+    """Return whether this torchrun job started the run, and so continues it after a restart."""
+    own, file = agents(world), Path(run, run_directory.AGENTS)
+    written = file.read_text().splitlines() if world.is_main and file.is_file() else []
+    return not own.isdisjoint(from_first_rank(written, world))
+
+
+def look_up(find: Callable[[], Path | None], world: World) -> Path | None:
+    """Return the directory that `find` returns on the first rank: a rank that looked for itself could see another
+    step of a run that is being written. Raises UserError if a rank sees other files there."""
+    with first_process_first(world):  # it reads all of a large checkpoint
+        found = find() if world.is_main else None
+    path, expected = from_first_rank((found, fingerprint(found)), world)
+    same = from_all_ranks(fingerprint(path) == expected, world)
+    others = [str(rank) for rank, sees_it in enumerate(same) if not sees_it]
+    if others:
+        raise UserError(f"rank {', '.join(others)} sees other files at {path} than the first rank does")
+    return path
+
+
+def fingerprint(directory: Path | None) -> str:
+    """Return a hash of the files' names and sizes, of JSON files (which hold checksums), and of the weights' ends."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()) if directory and directory.is_dir() else []:
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes() if file.suffix == ".json" else b"")
+            digest.update(first_and_last_bytes(file) if file.suffix == ".safetensors" else b"")
+    return digest.hexdigest()
+
+
+def first_and_last_bytes(file: Path, size: int = 2**16) -> bytes:
+    with file.open("rb") as opened:
+        first = opened.read(size)
+        opened.seek(max(file.stat().st_size - size, 0))
+        return first + opened.read()
+
+
+def check_shared_files(run: str | Path, world: World) -> None:
+    """Raise UserError if a rank does not see the first rank's lock of the run, and so not what it will write."""
+    place, expected = lock_path(run), from_first_rank(this_process(), world)
+    sees_it = world.is_main or (place.is_file() and place.read_text().strip() == expected)
+    others = [str(rank) for rank, sees in enumerate(from_all_ranks(sees_it, world)) if not sees]
+    if others:
+        raise UserError(
+            f"rank {', '.join(others)} does not see what the first rank writes in {place.parent}: all nodes need a "
+            "shared file system; put output_dir there"
+        )

@@ -22,7 +22,6 @@ import parallel
 import train_sft
 import trainer
 from datacollator import MicroBatch, Step
-from launch.command_line import given_fields
 from launch.cost import Traffic
 from model import LossOutput
 from small_runs import cheap_process
@@ -130,8 +129,7 @@ def main() -> None:
             if run["continues"] and world.is_main:
                 take_over(Path(run["continues"]), Path(output_dir))
             dist.barrier()
-            config = train_sft.parse_arguments(run["arguments"])
-            train_sft.train(config, given_fields(run["arguments"]), world)
+            train_sft.train(train_sft.parse_arguments(run["arguments"]), world)
     gc.unfreeze()  # or leave_world could not collect what the runs have left
     parallel.leave_world()
 

