@@ -8,7 +8,7 @@ depends on what was read, the tokenizer, `max_seq_len`, `long_conversations`, `c
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -75,7 +75,7 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
         held_out, notes = held_out + divided, notes + decided
     drop_copies(held_out, trained)
     reports = make_reports(trained) + make_reports(held_out)
-    if columns and not any(formats.main_columns(columns) in report.read_as for report in reports):
+    if columns and not any(f"read as {formats.main_columns(columns)}" in report.counts for report in reports):
         raise UserError(f"columns: no row has {', '.join(columns.values())}")
     return RunData(
         datasets.concatenate_datasets([side.dataset() for side in trained for _ in range(side.weight)]),
@@ -159,13 +159,19 @@ def split_names(split: str) -> set[str]:
     return set(re.sub(r"\[.*?\]", "", split).split("+"))
 
 
-def notes_on_source(name: str, shown: str, splits: Iterable[str], used: str, lacks_eval: bool) -> Iterator[str]:
+def notes_on_source(
+    name: str, shown: str, splits: dict[str, sources.Rows], used: str, lacks_eval: bool
+) -> Iterator[str]:
     """Yield what a person should know about the splits and files of a source, one line each."""
     rest = [split for split in splits if split not in split_names(used)]
     if rest:
         hint = f" (--eval-split {rest[0]})" if lacks_eval else ""
         yield f"{shown}: neither trained on nor evaluated on: split {', '.join(rest)}{hint}"
     yield from (f"{shown}: {note}" for note in sources.notes_on_files(Path(name)))
+    for rows in splits.values():
+        several = [place for place in ([] if rows.spans else rows.table["place"]) if "lines " in place]
+        if several:
+            yield f"{shown}: {len(several):,} rows have fields of several lines, the first in {several[0]}"
 
 
 @dataclass
@@ -235,11 +241,10 @@ def bad_rows(sides: list[SourceSplit], skip: bool) -> list[dict[str, Any]]:
     found, causes = [], defaultdict(list)
     for side in sides:
         columns = pa.table({name: side.pieces.data.column(name) for name in ("row", "reason", "error")})
-        numbers, reasons, errors = columns.filter(pc.not_equal(columns["error"], "")).to_pydict().values()
-        places = side.rows.places(numbers) if numbers else []
-        for number, reason, error, place in zip(numbers, reasons, errors, places, strict=True):
-            found.append({"source": side.source, "place": place, "error": error, "row": side.rows.text(number)})
-            causes[side.source, reason].append(found[-1])
+        for row in columns.filter(pc.not_equal(columns["error"], "")).to_pylist():
+            place, text = side.rows.place(row["row"]), side.rows.text(row["row"])
+            found.append({"source": side.source, "place": place, "error": row["error"], "row": text})
+            causes[side.source, row["reason"]].append(found[-1])
     if skip or not found:
         return found
     lines = []
@@ -316,28 +321,28 @@ def drop_copies(held_out: list[SourceSplit], trained: list[SourceSplit]) -> None
 
 def make_reports(sides: list[SourceSplit]) -> list[DataReport]:
     """Return one report per source on a side, vectorised."""
-    if not sides:
-        return []
-    contents = [side.column("content")[side.column("piece") == 0] for side in sides]
-    ends = np.cumsum([len(content) for content in contents])
-    _, first = np.unique(np.concatenate(contents), return_index=True)  # of several copies
-    different = np.diff(np.searchsorted(np.sort(first), [0, *ends]))
-    return [
-        DataReport(
-            source=side.source,
-            split=side.split,
-            held_out=side.held_out,
-            weight=side.weight,
-            conversations=side.conversations,
-            pieces=len(side.used),
-            tokens=int(side.column("length").sum()),
-            trained_tokens=int(side.column("targets").sum()),
-            cut=int((side.column("cut") > 0).sum()),
-            duplicates=side.conversations - int(number),
-            templated=int(side.column("templated").sum()),
-            dropped=side.dropped,
-            read_as=side.texts("read_as"),
-            unused=sorted({*side.unused, *(name for names in side.texts("unused") for name in names.split("\n"))}),
-        )
-        for side, number in zip(sides, different, strict=True)
-    ]
+    seen, reports = np.array([], np.int64), []
+    for side in sides:
+        contents = side.column("content")[side.column("piece") == 0]
+        different = np.setdiff1d(contents, seen)
+        seen = np.union1d(seen, different)
+        unused = Counter(dict.fromkeys(side.unused, side.conversations))
+        for names, count in side.texts("unused").items():
+            unused.update(dict.fromkeys(names.split("\n"), count))
+        usual = {
+            "conversations": side.conversations,
+            "pieces": len(side.used),
+            "tokens": int(side.column("length").sum()),
+            "trained on": int(side.column("targets").sum()),
+        }
+        rare = {
+            "cut": int((side.column("cut") > 0).sum()),
+            "duplicates": len(contents) - len(different),
+            "with control tokens as text": int(side.column("templated").sum()),
+            **{f"read as {columns}": count for columns, count in side.texts("read_as").items()},
+            **{f"dropped: {reason}": count for reason, count in side.dropped.items()},
+            **{f"not used: {name}": count for name, count in unused.items()},
+        }
+        counts = usual | {name: count for name, count in rare.items() if count}
+        reports.append(DataReport(side.source, side.split, side.held_out, side.weight, counts))
+    return reports

@@ -160,7 +160,7 @@ class Rows:
             return
         short = int(np.argmin(np.abs(rows.lengths - 150)))  # one that fits on a screen
         print(on_screen(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *rows.piece(short))}\n"))
-        padding = 1 - report.tokens / (rows.rows_per_epoch * self.max_seq_len)
+        padding = 1 - report.counts["tokens"] / (rows.rows_per_epoch * self.max_seq_len)
         print(f"{rows.rows_per_epoch:,} rows of {self.max_seq_len:,} tokens, {padding:.2%} padding; the first ten:\n")
         for i in range(min(10, rows.rows_per_epoch)):
             print(on_screen(draw_row(rows.lengths[rows.row_indices(i)].tolist(), self.max_seq_len)))

@@ -7,15 +7,15 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import yaml
 from datasets.data_files import sanitize_patterns
 from datasets.fingerprint import Hasher
@@ -42,8 +42,8 @@ class Rows:
     """Rows of a source in the order in which they are read."""
 
     table: datasets.Dataset
-    # Stretches of rows of tables: name, number of the first row, number of rows. Empty for LINES, which have places.
-    spans: Sequence[tuple[str, int, int]] = ()
+    # Of tables: the names of their files, each with the numbers of its rows. Empty for LINES, which have places.
+    spans: Sequence[tuple[str, range]] = ()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -57,10 +57,9 @@ class Rows:
 
     def select(self, wanted: range) -> "Rows":
         spans, start = [], 0
-        for name, first, count in self.spans:
-            skipped = min(max(wanted.start - start, 0), count)
-            spans.append((name, first + skipped, min(max(wanted.stop - start, skipped), count) - skipped))
-            start += count
+        for name, rows in self.spans:
+            spans.append((name, rows[max(wanted.start - start, 0) : max(wanted.stop - start, 0)]))
+            start += len(rows)
         return Rows(self.table.select(wanted), spans)
 
     def known_columns(self, named: Mapping[str, str]) -> tuple["Rows", list[str]]:
@@ -68,32 +67,27 @@ class Rows:
         are never decoded. Raises UserError for tables of no known format, and for pictures or sound."""
         names = self.table.column_names if self.spans else []
         known = [name for name in names if name.lower() in KNOWN_COLUMNS or name in named.values()]
-        if names and not known:
+        if not names:
+            return self, []
+        if not known:
             raise UserError(str(unknown_columns(names)))
-        for name in known:
-            kinds = set(re.findall(r"\b([A-Z]\w*)\(", str(self.table.features[name]))) - PLAIN_FEATURES
-            if kinds:
-                raise UserError(f"column {name} holds {', '.join(kinds)}; only text is learned")
-        table = self.table.select_columns(known) if names else self.table
-        return replace(self, table=table), [name for name in names if name not in known]
+        kinds = set(re.findall(r"\b([A-Z]\w*)\(", str([self.table.features[name] for name in known])))
+        if kinds - PLAIN_FEATURES:
+            raise UserError(f"{', '.join(known)} hold {', '.join(kinds - PLAIN_FEATURES)}; only text is learned")
+        return Rows(self.table.select_columns(known), self.spans), [name for name in names if name not in known]
 
-    def places(self, numbers: Sequence[int]) -> list[str]:
-        """Return where a person finds rows, given by numbers from 0 on: a line, or a row counted from 1."""
-        if not self.spans:
-            return self.table.select(numbers)["place"][:]
-        ends = np.cumsum([count for _, _, count in self.spans])
-        found = []
-        for number, i in zip(numbers, np.searchsorted(ends, numbers, side="right"), strict=True):
-            name, first, count = self.spans[i]
-            found.append(f"{name}row {first + count - int(ends[i]) + number + 1}")
-        return found
+    def place(self, number: int) -> str:
+        """Return where a person finds a row, given by its number from 0 on: a line, or a row counted from 1."""
+        for name, rows in self.spans:
+            if number < len(rows):
+                return f"{name}row {rows[number] + 1}"
+            number -= len(rows)
+        return self.table[number]["place"]
 
     def text(self, number: int) -> str:
         """Return a row as a person knows it."""
         row = self.table[number]
-        if self.spans:
-            return json.dumps(row, ensure_ascii=False, default=str)
-        return row["json"].decode("utf-8", "replace").rstrip("\r\n")
+        return json.dumps(row, default=str) if self.spans else row["json"].decode("utf-8", "replace").rstrip("\r\n")
 
 
 def open_split(name: str, split: str) -> Rows:
@@ -119,12 +113,11 @@ def open_splits(name: str) -> dict[str, Rows]:
     path, cache = Path(name), Path(datasets.config.HF_DATASETS_CACHE)
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         raise UserError(
-            f"{cache} cannot be created ({error.strerror}); set HF_HOME to a directory for caches"
+            f"{cache} cannot be written ({error.strerror}); set HF_HOME to a directory for caches"
         ) from error
-    if not os.access(cache, os.W_OK):
-        raise UserError(f"{cache} cannot be written; set HF_HOME to a directory for caches")
     try:
         if name in BUILT_IN:
             return tables_of(open_built_in(name))
@@ -150,7 +143,7 @@ def open_splits(name: str) -> dict[str, Rows]:
 
 
 def tables_of(splits: dict[str, datasets.Dataset]) -> dict[str, Rows]:
-    return {split: Rows(table, [(f"split {split}, ", 0, len(table))]) for split, table in splits.items()}
+    return {split: Rows(table, [(f"split {split}, ", range(len(table)))]) for split, table in splits.items()}
 
 
 # ---------------------------------------------------------------- directories
@@ -197,8 +190,9 @@ def files_below(directory: Path) -> list[Path]:
         below = [Path(folder, name) for name in sorted(names) if name[0] != "."]
         found += (here := [Path(folder, name) for name in files if name[0] != "."])
         check_inside(directory, [*below, *here])
-        names[:] = [path.name for path in below if path.resolve() not in seen]
-        seen |= {path.resolve() for path in below}
+        new = {path.resolve(): path.name for path in reversed(below)}
+        names[:] = sorted(name for real, name in new.items() if real not in seen)
+        seen |= new.keys()
     return sorted(found)
 
 
@@ -266,8 +260,8 @@ def open_files(path: Path, files: list[Path]) -> Rows:
         raise UserError(f"{path} has .parquet and other files; take one kind")
     if tables:
         table = datasets.load_dataset("parquet", data_files=[escape(os.path.abspath(file)) for file in tables])["train"]
-        counts = [parquet.read_metadata(file).num_rows for file in tables]
-        return Rows(table, [(name, 0, count) for name, count in zip(names, counts, strict=True)])
+        counts = [range(parquet.read_metadata(file).num_rows) for file in tables]
+        return Rows(table, list(zip(names, counts, strict=True)))
     changed = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     absolute = [os.path.abspath(file) for file in files]
     with contextlib.closing(read_files(absolute, names, changed)) as rows:

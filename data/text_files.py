@@ -154,8 +154,8 @@ def read_array(text: str) -> LineRows:
         number += 1
         try:
             _, end = decoder.raw_decode(text, at)
-        except RecursionError as error:
-            raise ValueError(f"entry {number} is nested too deeply") from error
+        except RecursionError:
+            raise ValueError(f"entry {number} is nested too deeply") from None
         yield f"entry {number}", text[at:end].encode(), ""
         separator = re.compile(r"\s*([],])\s*").match(text, end)
         if not separator:

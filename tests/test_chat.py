@@ -559,7 +559,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content
     ],
 )
 def test_a_row_is_asked_as_it_is_trained_on(row: dict[str, Any]) -> None:
-    trained, _ = formats.read_row(row)
+    trained, *_ = formats.read_row(row)
     assert trained[-1]["role"] == "assistant"
     assert read_question(1, row).asked == trained[:-1]
     if trained[0]["role"] == "system":

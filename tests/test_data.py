@@ -18,6 +18,7 @@ from config import DataConfig, UserError
 from data import formats, sources, text_files
 from data.formats import RowError
 from data.pieces import PIECE, tokenize_row
+from data.report import DataReport
 from dataset import RunData, column, load_data, lottery, parse_source
 from small_runs import arguments, conversations, train_here, write_jsonl
 from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
@@ -42,6 +43,11 @@ def load(*places: object, seed: int = 0, want_eval: bool = False, **settings: An
     fields = {"train_split": "train", "eval_split": "test", "max_seq_len": 512, "num_proc": 1} | settings
     data = DataConfig(dataset=tuple(map(str, places)), **fields)
     return load_data(data, TOKENIZER, seed, want_eval)
+
+
+def dropped(report: DataReport) -> dict[str, int]:
+    found = {name.partition("dropped: ")[2]: count for name, count in report.counts.items()}
+    return {reason: count for reason, count in found.items() if reason}
 
 
 def texts(dataset: datasets.Dataset | None) -> list[str]:
@@ -121,15 +127,15 @@ def test_a_turn_longer_than_a_row_is_cut_and_counted(tmp_path: Path) -> None:
     assert question == "Yes.|" and hello == "Hi there!|"
     assert "".join(answers) == answer[1]["content"] + "|"
     (report,) = data.reports
-    assert (report.conversations, report.cut) == (3, 2)
+    assert (report.counts["conversations"], report.counts["cut"]) == (3, 2)
     headers = [
         TOKENIZER.decode(row).startswith(("<|im_start|>user", "<|im_start|>assistant"))
         for row in data.train["input_ids"]
     ]
     assert all(headers)
     truncated = load(tmp_path / "rows.jsonl", max_seq_len=64, long_conversations="truncate").reports[0]
-    assert truncated.dropped == {"nothing to learn within max_seq_len tokens": 1}
-    assert truncated.trained_tokens < report.trained_tokens and "1 conversations cut" in str(truncated)
+    assert dropped(truncated) == {"nothing to learn within max_seq_len tokens": 1}
+    assert truncated.counts["trained on"] < report.counts["trained on"] and "1 cut" in str(truncated)
 
 
 def test_all_that_people_say_in_chitchat_is_learned_from_rows_of_512() -> None:
@@ -174,10 +180,10 @@ def test_copies_are_counted_and_lie_on_one_side_whatever_their_format(tmp_path: 
     written = [{"prompt": "Hello", "completion": row["messages"][1]["content"]} for row in NUMBERED]
     data = load(write(tmp_path / "rows.jsonl", *NUMBERED, *written), want_eval=True)
     assert not set(texts(data.train)) & set(texts(data.held_out))
-    train, held_out = data.reports
-    assert (train.duplicates, held_out.duplicates) == (train.conversations / 2, held_out.conversations / 2)
-    assert train.conversations + held_out.conversations == 800
-    assert f"{train.duplicates} duplicates" in str(train)
+    train, held_out = (report.counts for report in data.reports)
+    assert [side["duplicates"] * 2 for side in (train, held_out)] == [train["conversations"], held_out["conversations"]]
+    assert train["conversations"] + held_out["conversations"] == 800
+    assert f"{train['duplicates']} duplicates" in str(data.reports[0])
 
 
 def test_pieces_of_one_conversation_lie_on_one_side(tmp_path: Path) -> None:
@@ -210,7 +216,7 @@ def test_what_is_also_trained_on_is_dropped_from_a_split_to_evaluate_on(tmp_path
     data = load(tmp_path / "both", want_eval=True)
     assert texts(data.train) == [f"say {i}|" for i in range(50)]
     assert texts(data.held_out) == [f"say {i}|" for i in range(50, 60)]
-    assert data.reports[1].dropped == {"also trained on": 5}
+    assert dropped(data.reports[1]) == {"also trained on": 5}
     write(tmp_path / "both/test.jsonl", *NUMBERED[:9])
     with pytest.raises(UserError, match="test: all 9 rows were dropped: 9 for also trained on"):
         load(tmp_path / "both", want_eval=True)
@@ -229,7 +235,7 @@ def test_sources_are_weighted_and_counted_apart(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.jsonl", *NUMBERED[:3]), write(tmp_path / "b.jsonl", *NUMBERED[3:5], NUMBERED[0])
     data = load(f"{a}:2", b)
     assert texts(data.train) == [f"say {i}|" for i in (0, 1, 2, 0, 1, 2, 3, 4, 0)]
-    assert [(r.source, r.conversations, r.weight, r.duplicates) for r in data.reports] == [
+    assert [(r.source, r.counts["conversations"], r.weight, r.counts.get("duplicates", 0)) for r in data.reports] == [
         ("a.jsonl", 3, 2, 0),
         ("b.jsonl", 3, 1, 1),
     ]
@@ -255,6 +261,7 @@ def test_a_weight_that_is_none_is_refused(weight: str) -> None:
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"id": "1", "type": "function", "function": {"name": "time", "arguments": '{"zone": "UTC"}'}}
 CALLED = '<tool_call>\n{"name": "time", "arguments": {"zone": "UTC"}}\n</tool_call>'
+THOUGHT = [HELLO[0], {"role": "assistant", "content": "<think>\nGreet.\n</think>\n\nHi!"}]
 SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi there!"}]
 
 
@@ -272,6 +279,59 @@ SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi th
             [],
         ),
         ({"question": "Hello", "answer": "Hi there!", "topic": "small talk"}, HELLO, ["topic"]),
+        ({"Question": "Hello", "ANSWER": "Hi there!", "text": "x"}, HELLO, ["text"]),
+        ({"problem": "Hello", "solution": "Hi there!", "messages": None}, HELLO, []),
+        ({"instruction": "Hello", "context": "", "response": "Hi there!"}, HELLO, []),
+        ({"instruction": "Hello", "output": "Hi there!", "history": [["Hello", "Hi there!"]]}, [*HELLO, *HELLO], []),
+        (
+            {
+                "conversation": [
+                    {"role": "user", "content": "Hello"},
+                    {"role": "bot", "content": "Hi there!", "train": True},
+                ]
+            },
+            HELLO,
+            [],
+        ),
+        (
+            {"messages": [HELLO[0], HELLO[1] | {"train": False}, *HELLO]},
+            [HELLO[0], HELLO[1] | {"weight": 0}, *HELLO],
+            [],
+        ),
+        (
+            {"messages": [HELLO[0], HELLO[1] | {"loss_weight": 0}, *HELLO]},
+            [HELLO[0], HELLO[1] | {"weight": 0}, *HELLO],
+            [],
+        ),
+        (
+            {
+                "messages": [
+                    HELLO[0],
+                    {"role": "model", "content": [{"type": "text", "value": t} for t in ("Hi ", "there!")]},
+                ]
+            },
+            HELLO,
+            [],
+        ),
+        ({"messages": [HELLO[0], {"role": "ai", "content": "Hi!", "reasoning_content": "Greet."}]}, THOUGHT, []),
+        (
+            {
+                "messages": [
+                    HELLO[0],
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "thinking", "thinking": "Greet."}, {"type": "text", "text": "Hi!"}],
+                    },
+                ]
+            },
+            THOUGHT,
+            [],
+        ),
+        (
+            {"messages": [HELLO[0], {"role": "assistant", "content": None, "function_call": CALL["function"]}]},
+            [HELLO[0], {"role": "assistant", "content": CALLED}],
+            [],
+        ),
         (
             {"prompt": [*HELLO, HELLO[0]], "completion": HELLO[1:]},
             [HELLO[0], HELLO[1] | {"weight": 0}, *HELLO],
@@ -319,22 +379,51 @@ def test_formats(row: dict[str, Any], messages: list[dict[str, Any]], unused: li
     assert (content, ignored) == (messages, unused)
 
 
-@pytest.mark.parametrize(
-    ("row", "error"),
-    [
-        ({"messages": [HELLO[0], {"role": "assistant", "content": " \n"}]}, "[1].content: an empty assistant turn"),
-        ({"prompt": "Hello", "completion": ""}, "completion: an empty assistant turn"),
-        ({"instruction": "Hello", "output": ""}, "output: an empty assistant turn"),
-        ({"messages": [HELLO[1] | {"weight": 0.5}]}, "messages[0].weight: neither 0 nor 1 (it is 0.5)"),
-        ({"messages": [SYSTEM, *HELLO], "system": "Rhyme."}, "system: the conversation has another system message"),
-        ({"messages": [HELLO[1] | {"tool_calls": "x"}]}, "messages[0].tool_calls: invalid JSON"),
-        ({"messages": [HELLO[1] | {"tool_calls": [{"id": 1}]}]}, "tool_calls[0]: not a call with a function's name"),
-        ({**GOOD, "tools": {"name": "time"}}, "tools: not a list of tools (it is dict)"),
-    ],
-)
-def test_malformed_rows_of_these_formats(row: dict[str, Any], error: str) -> None:
-    (piece,) = tokenize_row(row, TOKENIZER, 512)
-    assert error in piece["error"]
+@pytest.mark.parametrize("arguments", ['{"id": 7, "due": null}', "0", "[1.5, null]"])
+def test_arguments_of_a_call_are_learned_as_they_are_but_for_nulls_that_a_table_added(
+    arguments: str, tmp_path: Path
+) -> None:
+    """In one column of a table, a call without `due` has a null there; a null inside a string was written."""
+    call = {"function": {"name": "add", "arguments": arguments}}
+    rows = [{"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}]
+    lines = write(tmp_path / "calls.jsonl", *rows, {"messages": [*HELLO, HELLO[0], HELLO[1] | {"name": "Al"}]})
+    datasets.Dataset.from_list([json.loads(line) for line in lines.read_text().splitlines()]).to_parquet(
+        tmp_path / "calls.parquet"
+    )
+    for file in (lines, tmp_path / "calls.parquet"):
+        assert f'{{"name": "add", "arguments": {arguments}}}' in texts(load(file).train)[0]
+    written = [{"name": "a", "default": None}, {"name": "b", "default": 0}]
+    content, *_ = formats.read_row({**GOOD, "tools": written})
+    assert '{"name": "a", "default": null}\n{"name": "b", "default": 0}' in content[0]["content"]  # type: ignore[index]
+    content, *_ = formats.read_row(formats.without_nulls({**GOOD, "tools": written}))
+    assert '{"name": "a"}\n{"name": "b", "default": 0}' in content[0]["content"]  # type: ignore[index]
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    rows = [{"Câu hỏi": "Hello", "Câu trả lời": row["messages"][1]["content"], "answer": "no"} for row in NUMBERED[:3]]
+    path, other = write(tmp_path / "vi.jsonl", *rows), write(tmp_path / "en.jsonl", NUMBERED[3])
+    named = ("prompt=Câu hỏi", "completion=Câu trả lời")
+    data = load(path, other, columns=named)
+    assert texts(data.train) == [f"say {i}|" for i in range(4)]
+    assert data.reports[0].counts["read as Câu hỏi + Câu trả lời"] == data.reports[0].counts["not used: answer"] == 3
+    for wrong, error in (
+        (("prompt=Câu hỏi", "completion=x"), "not all that --columns names .x missing"),
+        (("text=x",), "columns: no row has x"),
+        (("answer=x",), "columns answer=x: write PART=COLUMN, where PART is one of messages, prompt,"),
+        (("prompt=Câu hỏi",), "columns names neither messages, nor text, nor prompt and completion"),
+    ):
+        with pytest.raises(UserError, match=error):
+            load(other if wrong[0] == "text=x" else path, columns=wrong)
+
+
+def test_rows_that_spell_control_tokens_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"text": "<|im_start|>user\nHi<|im_end|>"},
+        {"messages": [HELLO[0], HELLO[1] | {"content": "<|eot_id|>"}]},
+        GOOD,
+    ]
+    (report,) = load(write(tmp_path / "rows.jsonl", *rows)).reports
+    assert report.counts["with control tokens as text"] == 2 and "2 with control tokens as text" in str(report)
 
 
 def test_an_answer_of_weight_0_is_only_read(tmp_path: Path) -> None:
@@ -348,8 +437,7 @@ def test_an_answer_of_weight_0_is_only_read(tmp_path: Path) -> None:
 
 def test_unused_fields_are_reported(tmp_path: Path) -> None:
     (report,) = load(write(tmp_path / "rows.jsonl", {**GOOD, "id": 1}, {**NUMBERED[0], "id": 2, "tags": []})).reports
-    assert report.unused == ["id", "tags"]
-    assert "not used: id, tags" in str(report)
+    assert (report.counts["not used: id"], report.counts["not used: tags"]) == (2, 1)
 
 
 # ---------------------------------------------------------------- files
@@ -454,6 +542,20 @@ def test_a_txt_is_one_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
+        ("missing.parquet", None, "there is no file or directory"),
+        ("blank.jsonl", b"\n\n", "is empty"),
+        ("empty.json", b"[ ]", "is empty"),
+        ("bad.json", b'[{"messages":\n [}]', "bad.json cannot be read as a dataset: Expecting value: line 2"),
+        (
+            "deep.json",
+            b'[{"text": "a"}, ' + b"[" * 100_000,
+            "cannot be read as a dataset: entry 2 is nested too deeply",
+        ),
+        ("twice.json", b'[{"text": "a"}, {"text": "b", "text": "c"}]', "entry 2: line: invalid JSON (the key 'text'"),
+        ("bad.parquet", b"PAR1 no", "cannot be read as a dataset"),
+        ("bomb.jsonl.gz", gzip.compress(b" \n" * 2**22), "unpacks to more than 200 times its size (MAX_RATIO in"),
+        ("long.jsonl", b"x" * 70_000, "line 1 is longer than 65,536 characters (MAX_LINE in data/text_files.py)"),
+        ("long.csv", b'a,b\n"' + b"x\n" * 40_000, "field larger than field limit (65536)"),
         ("a.csv", b"prompt,prompt\nx,y\n", "line 1: the column 'prompt' is named twice"),
         ("a.csv", b"prompt,completion\n", "is empty"),
         ("a.csv", b"", "is empty"),
@@ -482,10 +584,141 @@ def test_a_txt_is_one_document(tmp_path: Path) -> None:
         ("a.docx", b"", "files of this kind are not read, only .jsonl, .json, .csv, .tsv, .txt, .parquet"),
     ],
 )
-def test_files_that_cannot_be_read(name: str, content: bytes, error: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(error)):
+def test_files_that_cannot_be_read(
+    name: str, content: bytes | None, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "MAX_LINE", 2**16)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(error)) as raised:
         load(tmp_path / name)
+    assert len(str(raised.value).split("\n")) <= 3
+
+
+def test_a_path_is_never_a_pattern(tmp_path: Path) -> None:
+    for i, name in enumerate(("weird[1]", "weird1", "a*", "ab")):
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_list([NUMBERED[i]]).to_parquet(tmp_path / name / "set.parquet")
+        (tmp_path / name / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: '*.parquet'\n---\n")
+    for i, name in enumerate(("weird[1]", "weird1", "a*", "ab")):
+        for place in (tmp_path / name, tmp_path / name / "set.parquet"):
+            assert texts(load(place).train) == [f"say {i}|"]
+
+
+def test_a_links_name_decides_the_format_and_links_are_followed_once(tmp_path: Path) -> None:
+    revision, blobs, folder = tmp_path / "hub/snapshots/main/data", tmp_path / "hub/blobs", tmp_path / "talk"
+    for directory in (revision, blobs, folder / ".store"):
+        directory.mkdir(parents=True)
+    write(blobs / "9f86d0", NUMBERED[0])
+    (revision / "train.jsonl").symlink_to("../../../../hub/blobs/9f86d0")  # as in the Hub's cache
+    write(tmp_path / "export.txt", NUMBERED[1])
+    (tmp_path / "chats.jsonl").symlink_to("export.txt")
+    write(folder / ".store/a.jsonl", NUMBERED[2])
+    for name, target in (("more", ".store"), ("again", ".store"), ("cycle", "."), (".store/up", "..")):
+        (folder / name).symlink_to(target)
+    for i, place in enumerate((revision, tmp_path / "chats.jsonl", folder)):
+        assert texts(load(place).train) == [f"say {i}|"]
+
+
+def test_files_outside_a_directory_are_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "secret.jsonl", GOOD)
+    for name in ("link", "folder", "listed", "saved"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link/a.jsonl").symlink_to("../secret.jsonl")
+    (tmp_path / "folder/up").symlink_to("..")
+    listed = "---\nconfigs:\n- config_name: default\n  data_files: ../*.jsonl\n---\n"
+    (tmp_path / "listed/README.md").write_text(listed)
+    datasets.Dataset.from_list([GOOD]).save_to_disk(tmp_path / "saved")
+    state = json.loads((tmp_path / "saved/state.json").read_text())
+    (tmp_path / "saved/state.json").write_text(json.dumps(state | {"_data_files": [{"filename": "../secret.jsonl"}]}))
+    for name, named in (
+        ("link", "a.jsonl"),
+        ("folder", "up"),
+        ("listed", "../secret.jsonl"),
+        ("saved", "secret.jsonl"),
+    ):
+        with pytest.raises(UserError, match=rf"{named}.* (leads out of|lies outside)"):
+            load(tmp_path / name)
+
+
+def test_a_readme_tells_the_splits_of_a_directory(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", *NUMBERED[:2])
+    write(tmp_path / "b.jsonl", NUMBERED[2])
+    entries = "".join(f"\n  - split: {split}\n    path: {file}" for split, file in (("test", "a*"), ("train", "b*")))
+    listed = f"configs:\n- config_name: main\n  data_files:{entries}\n"
+    (tmp_path / "README.md").write_text(f"---\n{listed}---\nHello")
+    data = load(tmp_path, want_eval=True)
+    assert (texts(data.train), texts(data.held_out)) == (["say 2|"], ["say 0|", "say 1|"])
+    (tmp_path / "README.md").write_text(f"---\n{listed}- config_name: other\n  data_files: c*\n---\n")
+    with pytest.raises(UserError, match=r"has several datasets \(main, other\); name the files of one of them"):
+        load(tmp_path)
+
+
+def test_columns_without_a_part_are_not_decoded_and_nothing_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.load, "get_session", lambda: pytest.fail("contacts a server"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    broken = {"bytes": b"no picture", "path": "/etc/hostname"}
+    table = datasets.Dataset.from_list([{**GOOD, "picture": broken, "place": "x", "json": b"{}", "error": ""}])
+    features = datasets.Features(table.features | {"picture": datasets.Image(), "json": text_files.LINES["json"]})
+    table.cast(features).to_parquet(tmp_path / "a.parquet")
+    data = load(tmp_path / "a.parquet")
+    assert texts(data.train) == ["Hi there!|"]
+    assert [name for name in data.reports[0].counts if "not used" in name] == [
+        f"not used: {name}" for name in ("picture", "place", "json", "error")
+    ]
+    table.select_columns(["place", "json", "error"]).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"columns: of no known format \(they are place, json, error"):
+        load(tmp_path / "b.parquet")
+    table.cast(features).select_columns(["picture"]).rename_column("picture", "text").to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="text hold Image; only text is learned"):
+        load(tmp_path / "c.parquet")
+
+
+def test_quotes_in_tables_are_text_where_they_cannot_be_quoting(tmp_path: Path) -> None:
+    def answers(name: str, content: str) -> list[str]:
+        (tmp_path / name).write_text(content)
+        return texts(load(tmp_path / name).train)
+
+    head = "prompt\tcompletion\n"
+    assert answers("a.tsv", f'{head}"Hello\tsay 1\nHi"\tsay 2\n') == ["say 1|", "say 2|"]
+    assert answers("b.tsv", f'{head}"Hi" they said\tsay 1\nHi\t"say 2\nHi\tsay 3\n') == ["say 1|", '"say 2|', "say 3|"]
+    assert answers("c.tsv", f'{head}Hi\t"say\n1"\n') == ["say\n1|"]
+    assert load(tmp_path / "c.tsv").notes == ["c.tsv: 1 rows have fields of several lines, the first in lines 2 to 3"]
+    assert answers("d.csv", 'prompt;completion\n"a;b";say, 1\n') == ["say, 1|"]
+    assert answers("e.csv", "text\nsay 1\n") == ["say 1<|endoftext|>"]
+
+
+def test_a_file_of_rows_is_read_as_in_training(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt;id\nHello;7\n", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "\\ud83d"}\n{"prompt"\n', encoding="utf-8-sig")
+    assert list(text_files.read_rows(tmp_path / "a.csv")) == [("line 2", {"prompt": "Hello", "id": "7"})]
+    rows = text_files.read_rows(tmp_path / "b.jsonl")
+    assert next(rows) == ("line 1", {"prompt": "\ud83d"})
+    with pytest.raises(UserError, match=r"b\.jsonl, line 2: line: invalid JSON"):
+        next(rows)
+    assert formats.read_question({"prompt": "Hello", "id": 7}) == HELLO[:1]
+    assert formats.read_question({"messages": [*HELLO, HELLO[0]]}) == [*HELLO, HELLO[0]]
+    assert formats.read_question({"instruction": "Hello", "output": "Hi", "system": "Rhyme."})[1:] == HELLO[:1]
+    assert formats.read_question({"text": "Once"}) == "Once"
+
+
+def test_files_of_one_name_are_told_apart_by_as_little_as_that_takes(tmp_path: Path) -> None:
+    for i, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "chats.jsonl", NUMBERED[i])
+    reports = load(tmp_path / "a/chats.jsonl", tmp_path / "b/chats.jsonl").reports
+    assert [report.source for report in reports] == ["a/chats.jsonl", "b/chats.jsonl"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/cache")
+    with pytest.raises(
+        UserError, match=r"file/cache cannot be written \(Not a directory\); set HF_HOME to a directory"
+    ):
+        load(write(tmp_path / "rows.jsonl", GOOD))
 
 
 # ---------------------------------------------------------------- whatever people have in their files

@@ -46,24 +46,12 @@ def load_rows(path, rows, **arguments):
     return load(write_lines(path / "data.jsonl", rows), **arguments)
 
 
-# --- Formats and sources ---
+def dropped(report) -> dict[str, int]:
+    found = {name.partition("dropped: ")[2]: count for name, count in report.counts.items()}
+    return {reason: count for reason, count in found.items() if reason}
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        GOOD,
-        {"prompt": "ignored", "prompt_id": "7", **GOOD},
-        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi there!"}]},
-        {"prompt": "Hello", "completion": "Hi there!"},
-        {"prompt": HELLO[:1], "completion": HELLO[1:]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("Hel", "lo")]}, HELLO[1]]},
-        {"messages": [message | {"name": None} for message in HELLO], "extra": {"a": [1, "b"]}},
-    ],
-)
-def test_every_row_format_gives_the_same_conversation(tmp_path, row):
-    dataset, _ = load_rows(tmp_path, [row])
-    assert dataset[0] == {"input_ids": HELLO_IDS, "mask": HELLO_MASK}
+# --- Sources ---
 
 
 def test_every_kind_of_source_gives_the_same_rows(tmp_path):
@@ -122,7 +110,7 @@ def test_chatterbot_keeps_every_opening_for_training():
 
 def test_built_in_datasets_are_found_by_name():
     dataset, report = load("chatterbot", "test")
-    assert report.conversations == len(dataset) == len(open_split("chatterbot", "test")) == 44
+    assert report.counts["conversations"] == len(dataset) == len(open_split("chatterbot", "test")) == 44
     with pytest.raises(UserError, match="chatterbot has no split 'valid', only train, test"):
         load("chatterbot", "valid")
 
@@ -140,7 +128,7 @@ def test_documents_come_from_lines_and_tables_and_empty_ones_are_counted(tmp_pat
     for name in (write_lines(tmp_path / "data.jsonl", rows), tmp_path / "data.parquet"):
         dataset, report = load(name)
         assert dataset["input_ids"][:] == [[*TOKENIZER.encode(row["text"]), end] for row in rows if row["text"]]
-        assert report.dropped == {"a single token": 1}
+        assert dropped(report) == {"a single token": 1}
 
 
 def test_every_name_of_a_role_means_one_that_templates_know():
@@ -171,6 +159,39 @@ BAD_ROWS = {
         {"words": "Hello", "id": 1},
         r'columns: of no known format \(they are words, id; name them: --columns "prompt=words" "completion=id"\)',
     ),
+    "empty answer": (
+        {"messages": [HELLO[0], {"role": "assistant", "content": " \n"}]},
+        r"\[1\].content: an empty assis",
+    ),
+    "empty completion": ({"prompt": "Hello", "completion": ""}, "completion: an empty assistant turn"),
+    "weight": ({"messages": [HELLO[1] | {"weight": 0.5}]}, r"\[0\].weight: neither 0 nor 1 \(it is 0.5\)"),
+    "two systems": (
+        {"messages": [{"role": "system", "content": "Sing."}, *HELLO], "system": "Rhyme."},
+        "system: the conversation has another system message",
+    ),
+    "calls no json": ({"messages": [HELLO[1] | {"tool_calls": "x"}]}, r"\[0\].tool_calls: invalid JSON"),
+    "call no name": (
+        {"messages": [HELLO[1] | {"tool_calls": [{"id": 1}]}]},
+        r"\[0\]: not a call with a function's name",
+    ),
+    "tools no list": ({**GOOD, "tools": {"name": "time"}}, r"tools: not a list of tools \(it is dict\)"),
+    "NaN in tools": (
+        json.dumps(GOOD)[:-1] + ', "tools": [{"limit": NaN}]}',
+        "tools: cannot be written as JSON .*Out of ra",
+    ),
+    "1e999 in a call": (
+        {"messages": [HELLO[1] | {"function_call": {"name": "f", "arguments": '{"x": 1e999}'}}]},
+        r"function_call\[0\]: cannot be written as JSON .*Out of range float",
+    ),
+    "key twice": ('{"text": "a", "text": "b"}', r"line: invalid JSON \(the key 'text' occurs twice\)"),
+    "two questions": (
+        {"prompt": "a", "question": "b", "answer": "c"},
+        'ambiguous .the question may be prompt, question, the answer answer; name them: --columns "prompt=prompt"',
+    ),
+    "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "columns: preference data"),
+    "ChatGPT export": ({"title": "a", "mapping": {}}, "columns: a ChatGPT export"),
+    "escapes": ({"messages": [{"role": "\x1b]0;x", "content": ""}]}, r"unknown role \('\\x1b\]0;x'"),
+    "escapes in columns": ({"\x1b[2J": 1}, "columns: of no known format .they are \ufffd\\[2J"),
     "row no object": ([1], r"line: not a JSON object \(it is list"),
     "truncated json": ('{"messages": [{"role": "us', "line: invalid JSON"),
     "deep json": ("[" * 100_000, "line: invalid JSON"),
@@ -185,7 +206,7 @@ def test_a_malformed_row_is_named_with_its_line_and_field_or_dropped_and_counted
         load(path)
     dataset, report = load(path, skip_bad_rows=True)
     assert dataset["input_ids"][:] == [HELLO_IDS] * 2
-    assert list(report.dropped.values()) == [1]
+    assert list(dropped(report).values()) == [1]
 
 
 def test_a_malformed_row_of_a_table_is_named_with_its_split_and_number(tmp_path):
@@ -204,31 +225,10 @@ def test_invalid_utf8_is_named_with_its_line(tmp_path):
 def test_reasons_are_counted(tmp_path):
     rows = [GOOD, BAD_ROWS["empty list"][0], BAD_ROWS["content null"][0], BAD_ROWS["content number"][0]]
     _, report = load_rows(tmp_path, rows, skip_bad_rows=True)
-    assert report.dropped == {"an empty list": 1, "not text": 2}
+    assert dropped(report) == {"an empty list": 1, "not text": 2}
 
 
 # --- Sources that cannot be read ---
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.jsonl", None, "there is no file or directory"),
-        ("missing.parquet", None, "there is no file"),
-        ("empty.jsonl", "", "is empty"),
-        ("blank.jsonl", "\n\n", "is empty"),
-        ("empty.json", "[]", "is empty"),
-        ("bad.json", '[{"messages":\n [}]', r"bad.json cannot be read as a dataset: .*line 2"),
-        ("bad.parquet", "PAR1 no", "cannot be read as a dataset"),
-        ("bad.jsonl", '{"messages": []}\n', "line 1: messages: an empty list"),
-    ],
-)
-def test_an_unreadable_file_is_refused(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message) as error:
-        load(tmp_path / name)
-    assert "\n" not in str(error.value)
 
 
 def test_a_table_without_rows_is_refused(tmp_path):
@@ -270,7 +270,7 @@ def test_rows_that_are_all_bad_are_refused(tmp_path):
 def test_a_row_of_5_megabytes_is_truncated(tmp_path, unit):
     content = unit * (5_000_000 // len(unit)) + "x"
     dataset, report = load_rows(tmp_path, [{"messages": [HELLO[0], {"role": "assistant", "content": content}]}])
-    assert (len(dataset[0]["input_ids"]), report.cut) == (512, 1)
+    assert (len(dataset[0]["input_ids"]), report.counts["cut"]) == (512, 1)
     prefix = TOKENIZER.decode(dataset[0]["input_ids"]).split("assistant\n")[1]
     assert content.startswith(prefix)
 
@@ -278,7 +278,7 @@ def test_a_row_of_5_megabytes_is_truncated(tmp_path, unit):
 def test_a_row_of_100_000_turns_is_truncated(tmp_path):
     dataset, report = load_rows(tmp_path, [{"messages": HELLO * 50_000}])
     assert dataset[0]["input_ids"] == TOKENIZER.render(HELLO * 50_000)[0][:512]
-    assert report.cut == 1
+    assert report.counts["cut"] == 1
 
 
 WORDS = st.text(min_size=1, max_size=20).filter(str.strip)
@@ -330,10 +330,10 @@ def test_the_report_counts_what_a_loop_counts(tmp_path):
     dataset, report = load_rows(tmp_path, [GOOD, {"messages": long}, {"messages": cut}], max_seq_len=50)
     rendered = [TOKENIZER.render(messages) for messages in (HELLO, cut)]
     assert dataset["input_ids"][:] == [ids[:50] for ids, _ in rendered]
-    assert (report.conversations, report.cut) == (2, 1)
-    assert report.tokens == len(HELLO_IDS) + 50
-    assert report.trained_tokens == sum(sum(mask[:50]) for _, mask in rendered)
-    assert report.dropped == {"nothing to learn within max_seq_len tokens": 1}
+    assert (report.counts["conversations"], report.counts["cut"]) == (2, 1)
+    assert report.counts["tokens"] == len(HELLO_IDS) + 50
+    assert report.counts["trained on"] == sum(sum(mask[:50]) for _, mask in rendered)
+    assert dropped(report) == {"nothing to learn within max_seq_len tokens": 1}
     assert "2 conversations" in str(report) and "1 dropped: nothing to learn" in str(report)
 
 
@@ -370,4 +370,4 @@ def test_several_processes_give_the_same_as_one(tmp_path):
     rows = [{"messages": [HELLO[0], {"role": "assistant", "content": f"Hi {i}"}]} for i in range(5001)]
     dataset, report = load_rows(tmp_path, [*rows, {"messages": []}], num_proc=2, skip_bad_rows=True)
     assert dataset["input_ids"][:] == [TOKENIZER.render(row["messages"])[0] for row in rows]
-    assert report.dropped == {"an empty list": 1}
+    assert dropped(report) == {"an empty list": 1}

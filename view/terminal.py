@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def table(data: "RunData", train: "RowStream", config: TrainConfig, processes: int = 1) -> str:
     """A column for each source and side, then what follows for the run."""
-    columns = [facts(report) for report in data.reports]
+    columns = [report.facts() for report in data.reports]
     names = list(dict.fromkeys(name for column in columns for name in column))
     names.sort(key=lambda name: (name.startswith("dropped: "), name.startswith("not used: ")))
     cells = [[column.get(name, "-") for column in columns] for name in names]
@@ -39,27 +39,6 @@ def table(data: "RunData", train: "RowStream", config: TrainConfig, processes: i
         "  ".join((f"{row[0]:{first}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths, strict=True)))) for row in rows
     ]
     return "\n".join([*(line.rstrip() for line in lines), "", course(train, config, processes)])
-
-
-def facts(report: DataReport) -> dict[str, str]:
-    """Name to number of what the table has about a source; what is 0 and usually is, is left out."""
-    rare = {
-        "passed an epoch": report.weight if report.weight > 1 else 0,
-        "conversations cut": report.cut,
-        "duplicates": report.duplicates,
-        **{f"dropped: {reason}": number for reason, number in report.dropped.items()},
-        "control tokens as text": report.templated,
-    }
-    return {
-        "rows": f"{report.rows:,}",
-        "conversations": f"{report.conversations:,}",
-        "pieces": f"{report.pieces:,}",
-        "tokens": f"{report.tokens:,}",
-        "trained on": f"{report.trained_tokens:,} ({report.trained_tokens / max(report.tokens, 1):.0%})",
-        **{name: f"{number:,}" for name, number in rare.items() if number},
-        **{f"read as {columns}": f"{number:,}" for columns, number in report.read_as.items()},
-        **{f"not used: {name}": "yes" for name in report.unused},
-    }
 
 
 def course(train: "RowStream", config: TrainConfig, processes: int) -> str:
@@ -129,9 +108,12 @@ def shares(data: "RunData") -> list[Share]:
     found, ends = [], {False: 0, True: 0}
     for report in data.reports:
         side = data.held_out if report.held_out else data.train
-        start, ends[report.held_out] = ends[report.held_out], ends[report.held_out] + report.pieces * report.weight
+        start, ends[report.held_out] = (
+            ends[report.held_out],
+            ends[report.held_out] + report.counts["pieces"] * report.weight,
+        )
         if side:
-            found.append(Share(report, side, range(start, start + report.pieces)))
+            found.append(Share(report, side, range(start, start + report.counts["pieces"])))
     return found
 
 
