@@ -18,29 +18,12 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional, arg
 
+import checkpoint
 import lora
-from checkpoint import (
-    hub_parts,
-    load_config,
-    load_model_and_tokenizer,
-    load_tokenizer,
-    resolve_checkpoint,
-    stored_parts,
-    torch_dtype,
-    write_model,
-)
 from config import ModelConfig, UserError
 from files import disk_errors, inside, read_json, replacing, write_directory, write_json
+from hub import peft
 from hub.card import model_card
-from hub.peft import (
-    ADAPTER_CONFIG,
-    adapted_weight,
-    attach_like,
-    find_base,
-    publish_base,
-    read_adapter,
-    read_scaling,
-)
 from launch.command_line import one_line_errors, parse_flags
 from launch.run_directory import CONFIG, METRICS, read_metrics
 from model import DeepSeekV2
@@ -73,16 +56,16 @@ def merge_adapter(adapter: Path, out: Path, max_shard_bytes: int = 10**9) -> Non
     fit its base, or if `out` exists.
     """
     check_new(out)
-    directory = resolve_checkpoint(adapter)
-    if not (directory / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{directory} is not an adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge")
-    place, recorded = find_base(directory)
-    base = resolve_checkpoint(place)
-    config = recorded or load_config(base)
-    tokenizer = load_tokenizer(directory, base, config.vocab_size)
-    adapters, scaling = dict(adapter_parts(directory, config)), read_scaling(directory / ADAPTER_CONFIG)
-    stored = [part for _, parts in stored_parts(base, config).values() for part in parts]
-    layout = {part.name: torch.empty(part.shape, dtype=torch_dtype(part), device="meta") for part in stored}
+    directory = checkpoint.resolve_checkpoint(adapter)
+    if not (directory / peft.ADAPTER_CONFIG).is_file():
+        raise UserError(f"{directory} is not an adapter (it has no {peft.ADAPTER_CONFIG}): there is nothing to merge")
+    place, recorded = peft.find_base(directory)
+    base = checkpoint.resolve_checkpoint(place)
+    config = recorded or checkpoint.load_config(base)
+    tokenizer = checkpoint.load_tokenizer(directory, base, config.vocab_size)
+    adapters, scaling = dict(adapter_parts(directory, config)), peft.read_scaling(directory / peft.ADAPTER_CONFIG)
+    stored = [part for _, parts in checkpoint.stored_parts(base, config).values() for part in parts]
+    layout = {part.name: torch.empty(part.shape, dtype=checkpoint.torch_dtype(part), device="meta") for part in stored}
 
     def merged_parts() -> Iterator[Tensor]:
         for part in stored:
@@ -90,7 +73,7 @@ def merge_adapter(adapter: Path, out: Path, max_shard_bytes: int = 10**9) -> Non
             yield lora.merged(weight, *adapters[part.name], scaling) if part.name in adapters else weight
 
     def write(directory: Path) -> None:
-        write_model(directory, config, tokenizer, layout, merged_parts(), max_shard_bytes)
+        checkpoint.write_model(directory, config, tokenizer, layout, merged_parts(), max_shard_bytes)
 
     with disk_errors(out):
         write_directory(out, write, checksums=False)
@@ -101,11 +84,11 @@ def adapter_parts(directory: Path, config: ModelConfig) -> Iterator[tuple[str, t
     and up projections of an expert share an A."""
     with torch.device("meta"):
         model = DeepSeekV2(config)
-    attach_like(model, directory)
-    values = dict(read_adapter(model, directory))
+    peft.attach_like(model, directory)
+    values = dict(peft.read_adapter(model, directory))
     for name in [name for name in values if name.endswith("lora_A")]:
         a, b = values.pop(name), values.pop(f"{name[:-1]}B")
-        parts = list(hub_parts(adapted_weight(name), b))
+        parts = list(checkpoint.hub_parts(peft.adapted_weight(name), b))
         for i, (part_name, part_b) in enumerate(parts):
             yield part_name, (a if a.dim() == 2 else a[i * len(a) // len(parts)], part_b)
 
@@ -127,20 +110,20 @@ class Hub:
     def export(self) -> None:
         out = Path(self.out)
         check_new(out)
-        checkpoint = resolve_checkpoint(self.run)
-        is_adapter = (checkpoint / ADAPTER_CONFIG).is_file()
+        source = checkpoint.resolve_checkpoint(self.run)
+        is_adapter = (source / peft.ADAPTER_CONFIG).is_file()
         if is_adapter and not self.base_name:
             raise UserError("an adapter needs the name of its base on the Hub: --base-name ORG/MODEL")
-        run = checkpoint.resolve().parent.parent
-        is_run = checkpoint.resolve().parent.name == "checkpoints" and (run / METRICS).is_file()
+        run = source.resolve().parent.parent
+        is_run = source.resolve().parent.name == "checkpoints" and (run / METRICS).is_file()
         config, metrics = (read_json(run / CONFIG), read_metrics(run)) if is_run else ({}, [])
 
         def write(directory: Path) -> None:
-            for file in checkpoint.iterdir():
+            for file in source.iterdir():
                 if PUBLISHED.fullmatch(file.name):
-                    publish(inside(checkpoint, file.name), directory / file.name)
+                    publish(inside(source, file.name), directory / file.name)
             if is_adapter:
-                publish_base(directory, self.base_name)
+                peft.publish_base(directory, self.base_name)
             card = model_card(out.name, self.base_name, self.license, is_adapter, config, metrics)
             (directory / "README.md").write_text(card, encoding="utf-8")
             if metrics:
@@ -175,7 +158,7 @@ class Gguf:
             raise UserError("GGUF needs a package: pip install -r requirements-gguf.txt")
         from hub.gguf import write_gguf  # the package is optional
 
-        model, tokenizer = load_model_and_tokenizer(self.run)
+        model, tokenizer = checkpoint.load_model_and_tokenizer(self.run)
         lora.merge(model)
         with disk_errors(out), replacing(out) as unfinished:
             write_gguf(unfinished, model, tokenizer, out.stem)

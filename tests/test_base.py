@@ -1,4 +1,4 @@
-"""The model in base/: small, as its card says, and without what others are measured on."""
+"""The model in base/: small, as described in its card, and not trained on evaluation data."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ BASE_MODEL = ROOT / "base"
 PRETRAINING = ROOT.parent / "shared/data/pretraining/dialogues.parquet"
 
 
-def test_its_files_are_weights_that_run_nothing_and_small() -> None:
+def test_its_files_are_small_and_contain_no_code() -> None:
     files = {file.name: file.stat().st_size for file in BASE_MODEL.iterdir()}
     assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".md"}
     assert sum(files.values()) < 16e6
@@ -38,22 +38,22 @@ def test_it_has_tinys_shape_and_vocabulary() -> None:
 
 
 def held_out() -> list[str]:
-    """Conversations as they would stand in a text, a turn a line."""
+    """Return the held-out conversations as texts with one line per turn."""
     rows = [*open_split("chitchat", "test"), *open_split("chatterbot", "test")]
     return ["\n".join(message["content"] for message in row["messages"]) for row in rows]
 
 
-def test_no_held_out_conversation_is_in_what_it_read() -> None:
+def test_no_held_out_conversation_is_in_its_training_data() -> None:
     texts = [row["text"] for row in open_split("chitchat_text", "train")]
     if PRETRAINING.is_file():
         texts += datasets.load_dataset("parquet", data_files=str(PRETRAINING), split="train")["text"][:]
     everything = "\n".join(texts)
-    long = [text for text in held_out() if len(text) > 20]  # anybody says "Hello", and "Hi" to that
+    long = [text for text in held_out() if len(text) > 20]  # short ones ("Hello", "Hi") occur anywhere
     assert len(long) > 230
     assert [text for text in long if text in everything] == []
 
 
-def test_paraphrases_are_in_no_training_data() -> None:
+def test_no_paraphrase_is_in_the_training_data() -> None:
     paraphrases = json.loads((ROOT / "tests/data/paraphrases.json").read_text())
     openings = {row["messages"][0]["content"].lower() for row in open_split("chatterbot", "train+test")}
     assert len(paraphrases) == 30

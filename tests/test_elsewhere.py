@@ -1,4 +1,4 @@
-"""What was saved here, opened by programs that nobody here wrote: transformers' batches, TRL's preparation of data."""
+"""Models and tokenizers saved here, opened by other programs: batches of transformers, data preparation of TRL."""
 
 from pathlib import Path
 
@@ -34,13 +34,15 @@ def saved(model: DeepSeekV2, tokenizer: Tokenizer, tmp_path_factory: pytest.Temp
 
 
 def in_parts(messages: list[dict[str, str]]) -> list[dict]:
-    """Contents as transformers' server and TRL send them: lists of text parts, cut anywhere."""
+    """Return messages whose contents are lists of text parts, as transformers' server and TRL send them."""
     cut = [(message["role"], message["content"][:5], message["content"][5:]) for message in messages]
     return [{"role": role, "content": [{"type": "text", "text": part} for part in parts]} for role, *parts in cut]
 
 
-def test_a_batch_of_prompts_is_continued_as_each_alone(model: DeepSeekV2, tokenizer: Tokenizer, saved: Path) -> None:
-    """With the tokenizer's own side of padding, as transformers' pipeline takes it."""
+def test_a_batch_of_prompts_gets_the_answers_of_single_prompts(
+    model: DeepSeekV2, tokenizer: Tokenizer, saved: Path
+) -> None:
+    """With the padding side that is saved with the tokenizer, which transformers' pipeline uses."""
     theirs = AutoTokenizer.from_pretrained(saved)
     questions = ["Hi", "Hello! How are you?", "one", "What did you do today? And the day before?", "?"]
     chats = [[{"role": "user", "content": question}] for question in questions]
@@ -54,18 +56,18 @@ def test_a_batch_of_prompts_is_continued_as_each_alone(model: DeepSeekV2, tokeni
         assert new[: len(alone)] == alone
 
 
-def test_the_tokenizer_knows_how_long_a_text_may_be(saved: Path) -> None:
+def test_the_saved_tokenizer_has_the_models_context_length(saved: Path) -> None:
     assert AutoTokenizer.from_pretrained(saved).model_max_length == 256
 
 
-def test_everyone_may_read_a_saved_model(saved: Path) -> None:
+def test_saved_files_are_readable_by_everyone(saved: Path) -> None:
     assert {file.name: oct(file.stat().st_mode)[-3:] for file in saved.iterdir()} == {
         file.name: "644" for file in saved.iterdir()
     }
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_content_may_come_in_parts(name: str, tmp_path: Path) -> None:
+def test_the_saved_template_accepts_content_in_parts(name: str, tmp_path: Path) -> None:
     ours = Tokenizer(vocab_size=512, chat_template=name)
     save_tokenizer(tmp_path, ours)
     theirs = AutoTokenizer.from_pretrained(tmp_path)

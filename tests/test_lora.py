@@ -19,7 +19,7 @@ import lora
 from config import MINI, OptimizerConfig, UserError
 from generation import generate
 from hub import peft as peft_files
-from model import DeepSeekV2, Experts
+from model import DeepSeekV2
 from optimizer import make_optimizers
 from small_models import relative_difference, small_config, small_model, transformers_model
 
@@ -44,7 +44,7 @@ def case(request: pytest.FixtureRequest) -> tuple[tuple[str, ...], int, dict[str
 
 
 def adapted_model(targets: Sequence[str], rank: int = 4, alpha: float = 6.0, **changes: Any) -> DeepSeekV2:
-    """A small model with random adapters, none of them zero."""
+    """Return a small model with random, non-zero adapters."""
     model = small_model(**changes)
     lora.add_lora(model, rank, alpha, 0.0, targets)
     with torch.no_grad():
@@ -54,14 +54,14 @@ def adapted_model(targets: Sequence[str], rank: int = 4, alpha: float = 6.0, **c
 
 
 def open_with_peft(directory: Path, trainable: bool = False, **changes: Any) -> PeftModel:
-    """PEFT's own reading of an adapter, on the base model in transformers. Keys that it doesn't find are an error."""
+    """Open an adapter with PEFT, on transformers' base model. A key that it does not find is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return PeftModel.from_pretrained(transformers_model(small_model(**changes)), directory, is_trainable=trainable)
 
 
 def made_by_peft(directory: Path, settings: dict[str, Any], **changes: Any) -> PeftModel:
-    """PEFT's adapters, none of them zero, and their files."""
+    """Return a model with PEFT's random, non-zero adapters, and save them."""
     model = get_peft_model(transformers_model(small_model(**changes)), LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -76,13 +76,13 @@ def tokens(rows: int = 3, length: int = 21, seed: int = 0) -> Tensor:
 
 
 def peft_parameters(model: DeepSeekV2, theirs: PeftModel) -> dict[str, nn.Parameter]:
-    """PEFT's parameter for each of our adapters."""
+    """Map the name of each of our adapters to PEFT's parameter."""
     parameters = dict(theirs.named_parameters())
     names = peft_files.peft_names(model)
     return {name: parameters[names[name].replace(".weight", ".default.weight")] for name in names}
 
 
-# ---------------------------------------------------------------- which weights, and where training starts
+# ---------------------------------------------------------------- new adapters
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_new_adapters_change_nothing(case: tuple[tuple[str, ...], int, dict[str,
     assert torch.equal(model(tokens()), before)
 
 
-def test_default_targets_are_all_linear_layers_but_no_routed_expert() -> None:
+def test_default_targets_are_all_linear_layers_without_routed_experts() -> None:
     model = small_model(**COMPRESSED)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
     lora.add_lora(model, 4, 8.0, 0.0, DEFAULT)
@@ -102,8 +102,8 @@ def test_default_targets_are_all_linear_layers_but_no_routed_expert() -> None:
     assert {name.rpartition(".")[0] for name in lora.adapters(model)} == linear
 
 
-def test_adapters_start_as_pefts_do() -> None:
-    """Uniform A of the bound that torch's (and so PEFT's) linear layers have, zero B; given by the generator."""
+def test_adapters_are_initialised_as_in_peft() -> None:
+    """A is uniform with the bound of torch's (and PEFT's) linear layers, and depends on the generator only; B is zero."""
     model = small_model()
     lora.add_lora(model, 64, 8.0, 0.0, ("o_proj", "experts.down_proj"))
     for name, parameter in lora.adapters(model).items():
@@ -113,7 +113,7 @@ def test_adapters_start_as_pefts_do() -> None:
     assert all(torch.equal(first[name], again[name]) for name in lora.adapters(model))
 
 
-def test_an_unknown_target_is_refused_and_those_present_listed() -> None:
+def test_an_unknown_target_is_refused_with_a_list_of_those_present() -> None:
     for targets in (("q_proj", "o_porj"), ("lm_head",), ("q_a_proj",), ()):
         with pytest.raises(UserError, match=r"has no .*; it has down_proj, experts\.down_proj.*o_proj, q_proj"):
             lora.add_lora(small_model(), 4, 8.0, 0.0, targets)
@@ -122,7 +122,7 @@ def test_an_unknown_target_is_refused_and_those_present_listed() -> None:
 
 
 @torch.no_grad()
-def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
+def test_dropout_acts_only_in_training_and_keeps_the_mean() -> None:
     model = small_model().eval()
     lora.add_lora(model, 4, 8.0, 0.5, ("q_proj",))
     layer = model.model.layers[0].self_attn.q_proj
@@ -179,7 +179,7 @@ MADE_BY_PEFT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", MADE_BY_PEFT.values(), ids=MADE_BY_PEFT.keys())
 @torch.no_grad()
-def test_we_read_pefts_adapters_and_give_them_back(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_adapters_of_peft_survive_reading_and_saving(settings: dict[str, Any], tmp_path: Path) -> None:
     theirs = made_by_peft(tmp_path / "theirs", {"lora_alpha": 8} | settings)(tokens()).logits
     model = small_model()
     peft_files.load_adapter(model, tmp_path / "theirs")
@@ -193,7 +193,7 @@ def test_we_read_pefts_adapters_and_give_them_back(settings: dict[str, Any], tmp
     assert relative_difference(again(tokens()).logits, theirs) < 1e-5
 
 
-def test_files_hold_adapters_alone_and_give_back_every_bit(tmp_path: Path) -> None:
+def test_files_hold_only_the_adapters_bit_for_bit(tmp_path: Path) -> None:
     model = adapted_model((*DEFAULT, *EXPERTS), rank=3)
     weights = {name: parameter.detach().clone() for name, parameter in lora.adapters(model).items()}
     peft_files.save_adapter(tmp_path / "whole", model, "base")
@@ -222,7 +222,7 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("option", UNSUPPORTED)
-def test_adapters_that_mean_something_else_are_refused(option: str, tmp_path: Path) -> None:
+def test_adapters_with_unsupported_options_are_refused(option: str, tmp_path: Path) -> None:
     peft_files.save_adapter(tmp_path, adapted_model(("q_proj",)), "base")
     path = tmp_path / peft_files.ADAPTER_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {option: UNSUPPORTED[option]}))
@@ -298,8 +298,8 @@ def test_merging_into_bf16_rounds_once() -> None:
 
 
 @torch.no_grad()
-def test_adapters_take_part_in_generation() -> None:
-    """Every step's choice from the cache is that of a forward pass over the whole sequence."""
+def test_generation_uses_the_adapters() -> None:
+    """Each token chosen with the cache equals that of a forward pass over the whole sequence."""
     model = adapted_model((*DEFAULT, *EXPERTS), **COMPRESSED).eval()
     sequence = tokens(1, 9)[0].tolist()
     for (token,) in list(generate(model, [sequence], 12)):
@@ -338,7 +338,7 @@ def test_gradients_are_pefts(case: tuple[tuple[str, ...], int, dict[str, Any]], 
         assert (adapter.grad - wanted).abs().max() < 2e-5 * scale, name
 
 
-def test_an_expert_that_no_token_is_sent_to_gets_no_gradient() -> None:
+def test_an_expert_without_tokens_gets_no_gradient() -> None:
     model = adapted_model(EXPERTS)
     model(tokens(1, 1), labels=tokens(1, 1)).loss_sum.backward()  # one token, three of eight experts
     for adapter in lora.adapters(model).values():
@@ -358,7 +358,7 @@ def test_gradients_are_the_same_with_checkpointing() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rank", [4, 8])
 def test_adapters_stay_fp32_on_a_bf16_base(autocast: bool, rank: int) -> None:
-    """Logits as near to those of an fp32 model with the same weights as bf16 comes without adapters."""
+    """Logits are as close to an fp32 model's with the same weights as those of a bf16 model without adapters."""
     with torch.device("meta"):
         model = DeepSeekV2(small_config()).to(torch.bfloat16)
         lora.add_lora(model, rank, 6.0, 0.0, (*DEFAULT, *EXPERTS))
@@ -388,8 +388,8 @@ def test_adapters_stay_fp32_on_a_bf16_base(autocast: bool, rank: int) -> None:
 
 
 @pytest.mark.parametrize("targets", [DEFAULT, (*DEFAULT, *EXPERTS)], ids=["default targets", "routed experts too"])
-def test_losses_stay_pefts_for_fifty_steps(targets: tuple[str, ...], tmp_path: Path) -> None:
-    """Same base, same adapters to start from, same batches, AdamW, fp32; right padding on both sides."""
+def test_losses_equal_pefts_for_fifty_steps(targets: tuple[str, ...], tmp_path: Path) -> None:
+    """With the same base, initial adapters and batches, AdamW, fp32 and right padding on both sides."""
     model = small_model()
     lora.add_lora(model, 8, 16.0, 0.0, targets)
     peft_files.save_adapter(tmp_path, model, "base")
@@ -414,10 +414,3 @@ def test_losses_stay_pefts_for_fifty_steps(targets: tuple[str, ...], tmp_path: P
             curve.append(loss.item())
     assert max(abs(one - other) for one, other in zip(ours, theirs, strict=True)) < 1e-3
     assert ours[-1] < ours[0] - 0.5
-
-
-def test_every_experts_module_stays_one() -> None:
-    """model.py asks for Experts; adapted ones still are."""
-    layers = adapted_model(EXPERTS).model.layers[1:]
-    assert all(isinstance(layer.mlp.experts, Experts) for layer in layers)
-    assert all(isinstance(layer.mlp.experts, lora.LoRAExperts) for layer in layers)

@@ -53,7 +53,7 @@ HANDWRITTEN = {
 
 
 def literal(template: str, role: str, content: str) -> tuple[str, str, str]:
-    """A turn as (before, what is trained on if the role is assistant, after), spelled out."""
+    """Return a turn as texts: (before, trained on if the role is assistant, after)."""
     if template == "chatml":
         return f"<|im_start|>{role}\n", f"{content}<|im_end|>", "\n"
     if template == "llama3":
@@ -79,7 +79,7 @@ def full() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def saved(small, tmp_path_factory) -> dict[str, Path]:
-    """Each small tokenizer as a directory."""
+    """Map each template to a directory with its small tokenizer."""
     folder = tmp_path_factory.mktemp("saved")
     for name, tokenizer in small.items():
         save_tokenizer(folder / name, tokenizer)
@@ -108,7 +108,7 @@ def assert_same_as_transformers(tokenizer: Tokenizer, oracle, jinja: str | None,
 # --- Against transformers ---
 
 
-def test_chatml_is_rendered_as_transformers_does_on_all_of_chitchat(chitchat, small, saved):
+def test_all_of_chitchat_is_rendered_as_by_transformers(chitchat, small, saved):
     conversations = without_leading_space(chitchat)
     assert len(conversations) > 3500
     oracle = transformers.AutoTokenizer.from_pretrained(saved["chatml"])
@@ -117,7 +117,7 @@ def test_chatml_is_rendered_as_transformers_does_on_all_of_chitchat(chitchat, sm
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("handwritten", [True, False])
-def test_every_template_and_role_is_rendered_as_transformers_does(chitchat, small, saved, name, handwritten):
+def test_every_template_and_role_is_rendered_as_by_transformers(chitchat, small, saved, name, handwritten):
     conversations = without_leading_space(chitchat)[::20]
     texts = [message["content"] for message in conversations[0]]
     rng = random.Random(0)
@@ -128,7 +128,7 @@ def test_every_template_and_role_is_rendered_as_transformers_does(chitchat, smal
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_generation_prompt_is_what_transformers_writes(small, saved, name):
+def test_the_generation_prompt_equals_that_of_transformers(small, saved, name):
     oracle = transformers.AutoTokenizer.from_pretrained(saved[name])
     messages = [{"role": "user", "content": "Hello!"}]
     for jinja in (HANDWRITTEN[name], None):
@@ -138,8 +138,8 @@ def test_the_generation_prompt_is_what_transformers_writes(small, saved, name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_text_is_what_the_published_template_writes(chitchat, small, saved, name, add_generation_prompt):
-    """White space around content, too. Not compared: DeepSeek's leaves tools' turns out, which ours writes."""
+def test_text_equals_that_of_the_published_template(chitchat, small, saved, name, add_generation_prompt):
+    """Including white space around content, and except for tool turns, which DeepSeek's template omits."""
     oracle = transformers.AutoTokenizer.from_pretrained(saved[name])
     rng = random.Random(0)
     texts = ["  Hi!  ", "\n\nTwo\n\nlines\n", "\t", "", " x", *(c[0]["content"] for c in chitchat[::200])]
@@ -149,7 +149,7 @@ def test_text_is_what_the_published_template_writes(chitchat, small, saved, name
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         published = oracle.apply_chat_template(messages, chat_template=PUBLISHED[name].read_text(), **options)
         assert small[name].decode(small[name].render(messages, add_generation_prompt)[0]) == published
-        assert oracle.apply_chat_template(messages, **options) == published  # what is saved with a checkpoint
+        assert oracle.apply_chat_template(messages, **options) == published  # the template saved with a checkpoint
 
 
 @pytest.mark.parametrize("vocab_size", [300, 8192, None])
@@ -243,7 +243,7 @@ def test_a_copy_in_another_process_is_the_same(small):
 
 
 def foreign_tokenizer(directory: Path, kind: str, control_tokens: list[str]) -> str:
-    """A byte-level BPE whose control tokens are known in one of the ways that are found in the wild."""
+    """Write a byte-level BPE tokenizer with control tokens of one of the kinds that published models have."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     splits = kind != "merged"
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits)
@@ -270,7 +270,7 @@ KINDS = ["special", "plain", "trained", "merged"]
 
 @pytest.fixture(scope="module")
 def every_tokenizer(small, tmp_path_factory) -> list[Tokenizer]:
-    """cl100k_base with each template, and foreign directories of each kind with each template."""
+    """Return cl100k_base and foreign directories of each kind, with each template."""
     folder = tmp_path_factory.mktemp("foreign")
     foreign = [
         Tokenizer(foreign_tokenizer(folder / f"{kind}-{name}", kind, CONTROL_TOKENS), chat_template=name)
@@ -294,7 +294,7 @@ def test_merges_that_produce_a_control_token_are_not_used(tmp_path):
     spec = json.loads(Path(directory, "tokenizer.json").read_text())
     library = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
     tokenizer = Tokenizer(directory)
-    assert library.encode("<|im_end|>").ids == [tokenizer.eos_token_id]  # what has to be avoided
+    assert library.encode("<|im_end|>").ids == [tokenizer.eos_token_id]  # to be avoided
     assert tokenizer.eos_token_id not in tokenizer.encode("<|im_end|>")
 
 
@@ -327,7 +327,7 @@ def test_decoding_gives_the_text_back_and_the_mask_is_the_assistants(every_token
         turns = [literal(tokenizer.chat_template, message["role"], message["content"]) for message in messages]
         assert tokenizer.decode(ids) == tokenizer.template.start + "".join("".join(turn) for turn in turns)
 
-        # Runs of trained tokens, each to be the text that one assistant turn has to produce.
+        # Each run of trained tokens is the text that one assistant turn has to produce.
         runs: list[list[int]] = []
         for i, (token, trained) in enumerate(zip(ids, mask, strict=True)):
             if trained and not mask[i - 1]:
@@ -497,7 +497,7 @@ def test_an_unknown_role_is_refused(small):
         small["chatml"].render([{"role": "robot", "content": "beep"}])
 
 
-def test_without_a_vocabulary_the_error_says_what_to_install(monkeypatch):
+def test_the_error_for_a_missing_vocabulary_names_the_package(monkeypatch):
     def unreachable(name):
         raise ConnectionError("no route")
 
