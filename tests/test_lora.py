@@ -103,7 +103,7 @@ def test_default_targets_are_all_linear_layers_without_routed_experts() -> None:
 
 
 def test_adapters_are_initialised_as_in_peft() -> None:
-    """A is uniform with the bound of torch's (and PEFT's) linear layers, and depends on the generator only; B is zero."""
+    """A is uniform with the bound of torch's (and PEFT's) linear layers and drawn with the generator; B is zero."""
     model = small_model()
     lora.add_lora(model, 64, 8.0, 0.0, ("o_proj", "experts.down_proj"))
     for name, parameter in lora.adapters(model).items():
