@@ -25,6 +25,7 @@ from tyro.conf import OmitArgPrefixes, Suppress
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["nf4"]
+GpuName = Literal["h100", "h200", "b200", "a100", "l40s", "4090", "3090"]
 
 
 class UserError(ValueError):
@@ -230,7 +231,7 @@ class WatchConfig:
     evaluate_only: bool = False  # print eval_loss and eval_bpb of init_from on the dataset; train and write nothing
     dry_run: bool = False  # train nothing: print what the run would read, and its memory, network traffic and time
     dry_run_ranks: int = 1  # plan for this many processes, eight per node
-    dry_run_share: float = 0.4  # share of an H100's peak that the run is assumed to reach
+    dry_run_gpu: GpuName = "h100"  # GPU whose time and memory are predicted
     debug: bool = False  # show Python's traceback with an error
 
 
@@ -274,8 +275,6 @@ class TrainConfig:
             raise UserError(f"max_seq_len ({length}) is above model.max_position_embeddings ({context})")
         if self.optimizer.min_learning_rate_ratio > 1:
             raise UserError("min_learning_rate_ratio must be at most 1: the rate falls from its peak")
-        if watch.dry_run_share > 1:
-            raise UserError(f"dry_run_share is {watch.dry_run_share}; it must be at most 1")
         if compute.compile and compute.dtype == "float32":
             raise UserError("compile needs dtype bfloat16: torch cannot trace the grouped product in float32")
         if compute.dtype != "float32" and (model.hidden_size % 8 or model.moe_intermediate_size % 8):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.profiler import record_function
 
 from documents import Documents
 
@@ -291,7 +292,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         size = min(tuning(hidden).targets, len(targets))
         block = min(tuning(hidden).block, size)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with record_function("loss"), torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(dtype)
             all_logits = weight.new_empty(size, len(weight))
             buffer = weight.new_empty(block, len(weight), dtype=torch.float32)
@@ -313,13 +314,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.gradients
-        ctx.gradients = None  # the only reference goes: the parameter can take grad_weight over without a copy
-        return (
-            None if grad_hidden is None else grad_hidden * grad,
-            None if grad_weight is None else grad_weight.mul_(grad),
-            None,
-            None,
-        )
+        ctx.gradients = None  # drops the only other reference: the parameter takes grad_weight over without a copy
+        with record_function("loss"):
+            return (
+                None if grad_hidden is None else grad_hidden * grad,
+                None if grad_weight is None else grad_weight.mul_(grad),
+                None,
+                None,
+            )
 
 
 def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def run(start: "Start", world: "World") -> None:
 
     tokenizer, source, checkpoint = start.tokenizer, start.source, start.checkpoint
     train_rows, held_out, skipped = load_rows(start.config, tokenizer, world)
-    config = fit_steps(start, train_rows.rows_per_epoch, world)
+    config = fit_to_device(fit_steps(start, train_rows.rows_per_epoch, world), world)
 
     torch.manual_seed(config.compute.seed)
     torch.use_deterministic_algorithms(config.compute.deterministic)
@@ -80,6 +80,21 @@ def run(start: "Start", world: "World") -> None:
     trainer.train(tracker)
     if world.is_main:
         plot_runs({directory: read_metrics(directory)}, Path(directory, "loss.png"))
+
+
+def fit_to_device(config: TrainConfig, world: "World") -> TrainConfig:
+    """Return the configuration with micro-batches that fit into the GPU's memory. Raises UserError if one row does
+    not."""
+    if world.device.type != "cuda":
+        return config
+    import torch
+
+    from launch.dry_run import fit_to_memory
+
+    config, note = fit_to_memory(config, torch.cuda.mem_get_info(world.device)[1])
+    if note and world.is_main:
+        print(note)
+    return config
 
 
 def load_rows(

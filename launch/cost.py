@@ -1,21 +1,29 @@
-"""What a run costs: parameters, FLOPs, and the most FLOP/s that the machine could do."""
+"""What a run costs: parameters, FLOPs, bytes sent; and how long a GPU would take for recorded operations."""
 
+import contextlib
+import math
+import re
 import time
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from config import ModelConfig
+from config import GpuName, ModelConfig, UserError
 from model import DeepSeekV2
 from quantization import quantized_weights
 
+# ---------------------------------------------------------------- what theory says
+
 
 def parameter_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Parameters of each part: in total, and those that take part in one token (active)."""
+    """Return the parameters of each part: all of them, and those that one token uses (active)."""
     with torch.device("meta"):
         model = DeepSeekV2(config)
     parts = {
@@ -38,28 +46,28 @@ def parameter_counts(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def cache_entries(config: ModelConfig) -> tuple[int, int]:
-    """Numbers that a token of context takes in all layers: as latent and rotary key, and as keys and values of all
-    heads (table 1 of the paper)."""
+    """Return the numbers cached per token in all layers: as latent and rotary key, and as keys and values of all heads
+    (table 1 of the paper)."""
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     heads = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
     return latent * config.num_hidden_layers, heads * config.num_hidden_layers
 
 
 class TrainingCost(NamedTuple):
-    """FLOPs of forward and backward pass, without attention's products of two activations."""
+    """FLOPs of the forward and backward pass, without attention's products of two activations."""
 
-    token: int  # of what every token passes
-    target: int  # of the head, which only target tokens pass
+    token: int  # per token, without the head
+    target: int  # of the head, per target token
 
     def flops(self, num_tokens: int, num_targets: int) -> int:
         return self.token * num_tokens + self.target * num_targets
 
 
 def training_cost(model: nn.Module) -> TrainingCost:
-    """2 FLOPs for each parameter that takes part in a token, 2 for the gradient of what it is multiplied by, and 2 for
-    its own gradient, unless it is frozen. The embedding is looked up, unless it is the head too.
+    """Count 2 FLOPs per active parameter, 2 for the gradient of its input, and 2 for its own gradient unless frozen.
+    The embedding is a lookup, unless it is the head too.
 
-    model: a DeepSeekV2, with adapters or without, on any device, sharded or not; what is in 4 bits is frozen.
+    model: a DeepSeekV2, with or without adapters, on any device, sharded or not; 4-bit weights are frozen.
     """
     config = model.config
     assert isinstance(config, ModelConfig)
@@ -78,16 +86,15 @@ def training_cost(model: nn.Module) -> TrainingCost:
 
 
 def attention_flops(config: ModelConfig, length: int) -> int:
-    """Products of activations with activations, forward and backward, for a conversation of that many tokens, of which
-    each meets itself and all before it."""
+    """Return the FLOPs of attention's products of two activations, forward and backward, for one document of `length`
+    tokens, each of which attends to itself and all earlier ones."""
     widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return 6 * config.num_hidden_layers * config.num_attention_heads * widths * (length * (length + 1) // 2)
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, largest: int | None = None) -> float:
-    """FLOP/s of large matrix products: the most that this machine is seen to do. Larger ones are tried while it's
-    quick, up to `largest` rows; None: 8192, on a CPU 2048. Elsewhere than on a CPU several are sent off before one is
-    waited for, since what it takes to start one would count as well."""
+    """Measure the FLOP/s of large matrix products. Sizes double while they are quick, up to `largest` rows; None: 8192,
+    on a CPU 2048. On a GPU several are queued before the host waits, so that launching one does not count."""
     on_cpu = device.type == "cpu"
     best, seconds, size, together = 0.0, 0.0, 256, 1 if on_cpu else 8
     while size <= (largest or (2048 if on_cpu else 8192)) and seconds < 0.1:
@@ -103,20 +110,31 @@ def measure_peak(device: torch.device, dtype: torch.dtype, largest: int | None =
     return best
 
 
-# Bytes that a rank of N sends in a collective on a ring, over (N - 1) / N of the whole tensor.
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Within the block, or the function that it decorates, raise UserError if a GPU runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        words = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+        raise UserError(
+            f"the GPU is out of memory ({words[0] if words else 'no amount given'}): halve --batch-size and double "
+            "--gradient-accumulation-steps, or use --gradient-checkpointing"
+        ) from error
+
+
+# ---------------------------------------------------------------- what is sent
+
+# Bytes that a rank of N sends in a collective on a ring, divided by (N - 1) / N times those of the whole tensor.
 ON_A_RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "broadcast_": 1}
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up in `sent` the bytes that this rank sends, by kind of collective: DDP's and FSDP's pass here too."""
+    """Adds up in `sent` the bytes that this rank sends, by kind of collective, DDP's and FSDP's included."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: dict[str, float] = {}
-
-    @property
-    def bytes(self) -> float:
-        return sum(self.sent.values())
+        self.sent: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = func._schema.name.removeprefix("c10d::")
@@ -125,5 +143,126 @@ class Traffic(TorchDispatchMode):
             whole = max(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
             (group,) = (leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf))
             ranks = dist.ProcessGroup.unbox(group).size()
-            self.sent[kind] = self.sent.get(kind, 0) + ON_A_RING[kind] * (ranks - 1) / ranks * whole
+            self.sent[kind] += ON_A_RING[kind] * (ranks - 1) * whole // ranks
         return func(*args, **(kwargs or {}))
+
+
+# ---------------------------------------------------------------- how long a GPU takes
+
+
+class Gpu(NamedTuple):
+    """Data sheet values, and the share of the peak that FlashAttention 2 reaches (it was written for the A100)."""
+
+    bf16: float  # FLOP/s of products in bf16, dense, with sums in fp32
+    fp32: float  # FLOP/s of products in fp32, without TF32
+    bandwidth: float  # bytes/s of its memory
+    memory: float  # bytes
+    link: float  # bytes/s to the other GPUs of a node
+    attention: float  # share of the peak
+
+
+GPUS: dict[GpuName, Gpu] = {
+    "h100": Gpu(989e12, 67e12, 3.35e12, 80e9, 350e9, 0.24),
+    "h200": Gpu(989e12, 67e12, 4.8e12, 141e9, 350e9, 0.24),
+    "b200": Gpu(2250e12, 80e12, 8e12, 180e9, 700e9, 0.12),
+    "a100": Gpu(312e12, 19.5e12, 2.04e12, 80e9, 230e9, 0.5),
+    "l40s": Gpu(362e12, 91e12, 0.86e12, 48e9, 25e9, 0.4),
+    "4090": Gpu(165e12, 83e12, 1.01e12, 24e9, 25e9, 0.6),
+    "3090": Gpu(71e12, 36e12, 0.94e12, 24e9, 25e9, 0.6),
+}
+BANDWIDTH_SHARE = 0.85  # of the data sheet's, that long copies reach
+PRODUCT_SHARES = {"experts": 0.55, "other products": 0.67}  # of the peak, that cuBLAS and CUTLASS reach
+LAUNCH = 5e-6  # seconds that the host takes for an operation, which a short one cannot hide
+
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::_grouped_mm": 0, "aten::addmm": 1, "aten::baddbmm": 1}  # first factor
+GATHERS = ("aten::embedding", "aten::index_select", "aten::index", "aten::gather")  # read as much as they return
+SCATTERS = ("aten::scatter_add_", "aten::index_put_")  # touch as much as they are given
+OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_")  # do not read their first argument
+
+
+class Roofline(Traffic):
+    """Predicts the seconds that a GPU takes for each operation, and adds them up by region.
+
+        time = max(bytes / bandwidth, FLOPs / attainable rate, launch)
+
+    Regions: attention, experts (grouped products), other products, elementwise (everything else); within
+    `record_function("loss")` or "optimizer" all counts as that. Operations that only make views or memory are free.
+    Tensors may be fake.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__()
+        self.gpu, self.seconds, self.within = gpu, Counter[str](), list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # comes again with the local tensors
+        name = func._schema.name
+        if name == "profiler::_record_function_enter_new":
+            self.within.append(args[0])
+        elif name == "profiler::_record_function_exit":
+            self.within.pop()
+        if name == "aten::_grouped_mm" and args[0].dtype == torch.float32:  # torch cannot do that on fake tensors
+            a, b, ends = args[:3]
+            result = a.new_empty((len(a), b.shape[-1]) if b.dim() == 3 else (len(ends), len(a), b.shape[-1]))
+        else:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        moved = bytes_moved(func, args, kwargs or {}, result)
+        if moved:
+            kind, flops = products(func, args)
+            seconds = max(moved / self.gpu.bandwidth / BANDWIDTH_SHARE, self.compute(kind, flops, args), LAUNCH)
+            region = next((region for region in self.within if region in ("loss", "optimizer")), kind)
+            self.seconds[region] += seconds  # type: ignore[assignment]
+        return result
+
+    def compute(self, kind: str, flops: float, args: Any) -> float:
+        """Return the seconds that products take."""
+        if not flops:
+            return 0.0
+        in_fp32 = next(x.dtype for x in args if isinstance(x, Tensor)) == torch.float32
+        share = self.gpu.attention if kind == "attention" else PRODUCT_SHARES[kind]
+        return flops / share / (self.gpu.fp32 if in_fp32 else self.gpu.bf16)
+
+
+def products(func: Any, args: Any) -> tuple[str, float]:
+    """Return the region of an operation, and the FLOPs of its matrix products."""
+    name = func._schema.name
+    if name in PRODUCTS:
+        a, b = args[PRODUCTS[name] :][:2]
+        return "experts" if name == "aten::_grouped_mm" else "other products", 2 * a.numel() * b.shape[-1]
+    if "attn" in name or "attention" in name:  # causal, on documents of equal length
+        backward = "backward" in name
+        q, v = args[backward], args[backward + 2]
+        length = next((x for x in args if type(x) is int), q.shape[-2])
+        return "attention", (2.5 if backward else 1) * q.numel() * length * (1 + v.shape[-1] / q.shape[-1])
+    return "elementwise", 0.0
+
+
+def bytes_moved(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
+    """Return the bytes that an operation reads and writes; 0 where it returns views or memory without values."""
+    name, schema = func._schema.name, func._schema
+    if name.startswith(("c10d::", "prim::", "profiler::")) or "empty" in name:
+        return 0
+    given, returned = tensors(args), tensors(result)
+    known = {x.untyped_storage()._cdata for x in given}
+    new = [x for x in returned if x.untyped_storage()._cdata not in known]
+    if not new and not schema.is_mutable:
+        return 0
+    if name in GATHERS:
+        return 2 * size_of(returned) + size_of(given[1:])
+    if name in SCATTERS:
+        return 2 * size_of(given[1:])
+    values = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+    written = [values[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in values]
+    read = given[1:] if name in OVERWRITES else given  # `out` is among kwargs
+    return size_of(read) + size_of(tensors(written) if schema.is_mutable else new)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def size_of(some: list[Tensor]) -> int:
+    """Return the bytes behind tensors; what was expanded counts once."""
+    sizes = ([size for size, stride in zip(x.shape, x.stride(), strict=True) if stride] for x in some)
+    return sum(math.prod(size) * x.itemsize for size, x in zip(sizes, some, strict=True))

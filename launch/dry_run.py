@@ -1,11 +1,14 @@
-"""What a run will take, known without a GPU: it is built, and two steps of it are taken, on tensors without numbers.
+"""What a run needs, predicted without a GPU: it is built, and two steps of it are taken, on tensors without values.
 
-Memory is that of all tensors alive at a time, and what is sent that of the collectives that the engines call, in a
-process group that sends nothing. (FSDPMemTracker of torch.distributed._tools does as much, but not for modules that are
-gathered together.) Left out is what no tensor shows: CUDA's context (half a GB), the allocator's gaps, NCCL's buffers.
+Memory is that of all tensors that are alive at the same time. Time is a roofline over all operations (cost.Roofline).
+What is sent is what the engines' collectives send, in a process group that sends nothing. (FSDPMemTracker of
+torch.distributed._tools does not cover modules that are gathered together.) Unknown: CUDA's context (half a GB), the
+allocator's gaps, NCCL's buffers, how well operations overlap, and what --compile fuses.
 """
 
 import contextlib
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,57 +17,71 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from config import TrainConfig
+from config import TrainConfig, UserError
 from datacollator import MicroBatch
 from documents import find_documents
 from kernels import tuned_as
 from launch.build import gathered_modules, plan_model
-from launch.cost import Traffic, attention_flops, training_cost
+from launch.cost import GPUS, Roofline, attention_flops, training_cost
 from model import DeepSeekV2
 from optimizer import make_optimizers
 from parallel import World, make_mesh, parallelize, synchronize_gradients
 
 NODE_SIZE = 8  # GPUs
-PEAK = 989e12  # FLOP/s of an H100 in bf16
+NETWORK = 40e9  # bytes/s between nodes, per GPU
+CONTEXT = 0.7e9  # bytes that CUDA and its libraries take
+GAPS = 1.05  # memory that the allocator holds per byte in use
 
 
 class DryRun(NamedTuple):
-    """Of one rank."""
+    """Predictions for one rank."""
 
-    memory: dict[str, int]  # bytes by kind at the moment when all of them together are most
-    sent: float  # bytes in a step
-    flops: int  # in a step, those of recomputation not counted
+    memory: dict[str, int]  # bytes by kind at the moment of the peak
+    sent: float  # bytes per step
+    flops: int  # per step, without recomputation
+    seconds: dict[str, float]  # per step, by region
 
     @property
     def peak(self) -> int:
         return sum(self.memory.values())
 
 
+# ---------------------------------------------------------------- the prediction
+
+
 def report(config: TrainConfig) -> str:
-    """A table for people."""
-    ranks, share = config.watch.dry_run_ranks, config.watch.dry_run_share
-    result = dry_run(config, ranks)
-    batch, compute = config.batch, config.compute
-    engine = f"{ranks} ranks, {compute.parallel}" if ranks > 1 else "1 rank"
-    rows, device = batch.batch_size * batch.gradient_accumulation_steps, kind_of(compute.device)
-    lines = [f"{engine}; {rows} rows of {config.data.max_seq_len:,} tokens a rank and step, all of them targets"]
-    lines[0] += f"; {compute.dtype} on {device}"
-    lines += [f"  {name:24}{size / 1e9:9.2f} GB" for name, size in result.memory.items() if size]
-    lines += [f"  {'at the peak':24}{result.peak / 1e9:9.2f} GB"]
-    lines += [f"  {'sent in a step':24}{result.sent / 1e9:9.2f} GB"] if ranks > 1 else []
-    seconds = result.flops / PEAK / share
-    lines += [f"  {'computed in a step':24}{result.flops / 1e12:9.2f} TFLOP"]
-    lines += [f"  {'which takes':24}{seconds:9.2f} s at {share:.0%} of {PEAK / 1e12:,.0f} TFLOP/s"]
+    """Return the prediction as a table."""
+    ranks, name, batch = config.watch.dry_run_ranks, config.watch.dry_run_gpu, config.batch
+    result, gpu, device = dry_run(config, ranks), GPUS[name], kind_of(config.compute.device)
+    engine = f"{ranks} ranks, {config.compute.parallel}" if ranks > 1 else "1 rank"
+    micro_batches, tokens = batch.gradient_accumulation_steps, batch.batch_size * config.data.max_seq_len
+    lines = [
+        f"{engine}; per rank and step {micro_batches} micro-batches of {tokens:,} tokens, all of them targets; "
+        f"{config.compute.dtype} on {device}"
+    ]
+    lines += [f"  {kind:24}{size / 1e9:9.2f} GB" for kind, size in result.memory.items() if size]
+    fits = "" if needed(result.peak) <= gpu.memory else f": more than the {gpu.memory / 1e9:.0f} GB of one {name}"
+    lines += [f"  {'at the peak':24}{result.peak / 1e9:9.2f} GB{fits if device == 'cuda' else ''}"]
+    lines += [f"  {'sent per step':24}{result.sent / 1e9:9.2f} GB"] if ranks > 1 else []
+    lines += [f"  {'computed per step':24}{result.flops / 1e12:9.2f} TFLOP"]
+    if device == "cuda":
+        seconds = sum(result.seconds.values())
+        lines += [f"  {region:24}{part * 1e3:9.1f} ms" for region, part in result.seconds.items()]
+        speed, mfu = micro_batches * tokens / seconds, result.flops / seconds / gpu.bf16
+        lines += [
+            f"  {'step':24}{seconds * 1e3:9.1f} ms: {speed:,.0f} tokens/s and {mfu:.0%} MFU per {name}, predicted"
+        ]
     return "\n".join(lines)
 
 
 def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
-    """Whatever the configuration says of LoRA, checkpointing, sharding, on the device that it names; "auto" is CUDA."""
+    """Predict for the configured LoRA, checkpointing, sharding and device; "auto" is CUDA."""
     world = World(0, ranks, torch.device("cpu"), min(ranks, NODE_SIZE))
     dtype = torch.float32 if config.compute.dtype == "float32" else torch.bfloat16
     with fake_group(ranks), tuned_as(kind_of(config.compute.device)):
@@ -75,26 +92,44 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
             parallelize(model, gathered_modules(model, str(dtype).removeprefix("torch.")), mesh)
             model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
             optimizers = make_optimizers(model, config.optimizer, dtype)
-            moved = batch.map(fake.from_tensor)._asdict()
+            inputs = batch.map(fake.from_tensor)._asdict()
             live = LiveMemory(model, optimizers)
-            step(model, optimizers, moved, config, dtype)  # in which optimizer state, and DTensor's plans, come to be
+            step(model, optimizers, inputs, config, dtype)  # creates optimizer state, and DTensor's plans
             with live:
-                sent = step(model, optimizers, moved, config, dtype)
+                seconds, sent = step(model, optimizers, inputs, config, dtype)
     if ranks > 1 and mesh is None:  # DDP reduces every gradient once
-        sent = 2 * (ranks - 1) / ranks * sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+        sent["allreduce_"] += (
+            2 * (ranks - 1) * sum(4 * p.numel() for p in model.parameters() if p.requires_grad) // ranks
+        )
     length, rows = config.data.max_seq_len, config.batch.batch_size * config.batch.gradient_accumulation_steps
     flops = training_cost(model).flops(rows * length, rows * length) + rows * attention_flops(config.model, length)
-    return DryRun(live.at_peak, sent, flops)
+    if ranks > 1:
+        seconds["communication"] = waiting(sent, sum(seconds.values()), config, ranks)  # type: ignore[assignment]
+    return DryRun(live.at_peak, sent.total(), flops, dict(seconds.most_common()))
+
+
+def waiting(sent: Counter[str], computing: float, config: TrainConfig, ranks: int) -> float:
+    """Return the seconds of communication per step that no computation hides.
+
+    FSDP gathers weights and scatters gradients during all of it; gradients that are reduced once per step (DDP's, and
+    HSDP's between nodes) travel during the last backward pass, two thirds of a micro-batch.
+    """
+    inside, between = GPUS[config.watch.dry_run_gpu].link, NETWORK
+    everywhere = inside if ranks <= NODE_SIZE else between
+    sharding = sent.total() - sent["allreduce_"]
+    last = computing / config.batch.gradient_accumulation_steps * 2 / 3
+    shards = sharding / (inside if config.compute.parallel == "hsdp" else everywhere) - computing
+    return max(shards, 0.0) + max(sent["allreduce_"] / everywhere - last, 0.0)
 
 
 def kind_of(device: str) -> str:
-    """Of a device by its name; "auto" is CUDA."""
+    """Return the type of a device by its name; "auto" is CUDA."""
     return "cuda" if device == "auto" else torch.device(device).type
 
 
 @contextlib.contextmanager
 def fake_group(ranks: int) -> Iterator[None]:
-    """A process group of so many ranks, of which this is the first and the only one."""
+    """A process group of `ranks` ranks, of which this is the first and the only one."""
     if ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -105,7 +140,7 @@ def fake_group(ranks: int) -> Iterator[None]:
 
 
 def full_rows(rows: int, length: int) -> MicroBatch:
-    """Rows of one conversation each, all of whose tokens are targets."""
+    """Return rows of one document each, all of whose tokens are targets."""
     ids = torch.zeros(rows, length, dtype=torch.int64)
     return MicroBatch(ids, ids, find_documents(ids + 1, ids))
 
@@ -116,32 +151,40 @@ def step(
     inputs: dict[str, Any],
     config: TrainConfig,
     dtype: torch.dtype,
-) -> float:
-    """As Trainer.train_step does it; bytes sent. Micro-batches between the first and the last are as the first."""
-    number, sent = config.batch.gradient_accumulation_steps, 0.0
+) -> tuple[Counter[str], Counter[str]]:
+    """Take a step like Trainer.train_step's. Return its seconds by region, and the bytes sent by kind. Micro-batches
+    between the first and the last count like the first."""
+    number, seconds, sent = config.batch.gradient_accumulation_steps, Counter[str](), Counter[str]()
+
+    def add(recorded: Roofline, times: int = 1) -> None:
+        for total, part in ((seconds, recorded.seconds), (sent, recorded.sent)):
+            total.update({kind: value * times for kind, value in part.items()})
+
     for last in (False, True)[-number:]:
-        with Traffic() as traffic, synchronize_gradients(model, last):
+        with Roofline(GPUS[config.watch.dry_run_gpu]) as recorded, synchronize_gradients(model, last):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 output = model(**inputs)
             (output.loss_sum + output.balance_loss).backward()
-        sent += traffic.bytes * (1 if last else number - 1)
-    with Traffic() as traffic:
+        add(recorded, 1 if last else number - 1)
+    with Roofline(GPUS[config.watch.dry_run_gpu]) as recorded, record_function("optimizer"):
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-    return sent + traffic.bytes
+    add(recorded)
+    return seconds, sent
 
 
 class LiveMemory(TorchDispatchMode):
-    """Watches the memory of all tensors that come to be, and notes what kinds it was of when it was most."""
+    """Watches the memory of all tensors, and notes what kinds it was of when it was most."""
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         super().__init__()
         self.weights = [*model.parameters(), *model.buffers()]  # shards: before any is gathered; NF4's are buffers
         self.optimizers = optimizers
         self.storages = WeakIdKeyDictionary()  # of live tensors; FSDP empties and refills some
-        self.peak, self.at_peak = 0, dict[str, int]()
+        self.bound = self.peak = 0  # bytes: no more than bound are in use
+        self.at_peak = dict[str, int]()
 
     def __enter__(self) -> "LiveMemory":
         for tensor in (*self.weights, *self.states()):
@@ -153,14 +196,18 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
-            return NotImplemented  # it comes again with the local tensors
+            return NotImplemented  # comes again with the local tensors
         result = func(*args, **(kwargs or {}))
         made = {x.untyped_storage() for x in tree_leaves(result) if isinstance(x, FakeTensor)}
-        if any(storage not in self.storages for storage in made):
-            self.storages.update(dict.fromkeys(made))
-            total = sum(storage.nbytes() for storage in self.storages)
-            if total > self.peak:
-                self.peak, self.at_peak = total, self.by_kind(total)
+        new = [storage for storage in made if storage not in self.storages]
+        self.storages.update(dict.fromkeys(new))
+        self.bound += sum(storage.nbytes() for storage in new)
+        if func.namespace == "c10d":
+            self.bound = sys.maxsize  # FSDP refills storages around its collectives
+        if new and self.bound > self.peak:  # only then it pays to add up what is still alive
+            self.bound = sum(storage.nbytes() for storage in self.storages)
+            if self.bound > self.peak:
+                self.peak, self.at_peak = self.bound, self.by_kind(self.bound)
         return result
 
     def by_kind(self, total: int) -> dict[str, int]:
@@ -174,3 +221,42 @@ class LiveMemory(TorchDispatchMode):
 
 def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# ---------------------------------------------------------------- before training
+
+
+def needed(peak: int) -> float:
+    """Return the bytes of a GPU that a run with this peak takes."""
+    return peak * GAPS + CONTEXT
+
+
+def fit_to_memory(config: TrainConfig, memory: float) -> tuple[TrainConfig, str]:
+    """Return the configuration with the largest micro-batch whose predicted peak fits into `memory` bytes, and more of
+    them per step: the same global batch. The text says what has changed, and is "" if nothing has. Raises UserError
+    if not even one row fits. Under FSDP, whose shards need less, a rank is not predicted.
+    """
+    batch, first = config.batch, 0.0
+    if config.compute.parallel != "ddp":
+        return config, ""
+    for size in (size for size in range(batch.batch_size, 0, -1) if batch.batch_size % size == 0):
+        number = batch.gradient_accumulation_steps * (batch.batch_size // size)
+        # one micro-batch more than the first is enough for the peak
+        trial = config.changed(batch_size=size, gradient_accumulation_steps=min(number, 2))
+        peak = needed(dry_run(trial).peak)
+        if peak <= memory:
+            break
+        first = first or peak
+    else:
+        raise UserError(
+            f"the GPU has {memory / 1e9:.1f} GB, and batch_size 1 needs {peak / 1e9:.1f} GB (predicted): lower "
+            "--max-seq-len, or use --gradient-checkpointing, --lora-rank with --init-from, or --quantize nf4"
+        )
+    if size == batch.batch_size:
+        return config, ""
+    changed = config.changed(batch_size=size, gradient_accumulation_steps=number)
+    text = (
+        f"note: batch_size {batch.batch_size} needs {first / 1e9:.1f} GB (predicted), the GPU has {memory / 1e9:.1f} "
+        f"GB: using batch_size {size} and gradient_accumulation_steps {number}, the same global batch"
+    )
+    return changed, text

@@ -1,20 +1,25 @@
 """What a run is said to cost. Oracle: torch's own count of the products in a forward and backward pass."""
 
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
+from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import model as model_module
-from config import TrainConfig
+from config import GpuName, TrainConfig
 from datacollator import IGNORE
 from launch import cost
 from launch.build import plan_model
-from launch.cost import measure_peak, training_cost
+from launch.cost import GPUS, Gpu, Roofline, measure_peak, training_cost
 from small_models import WIDE, small_config, small_model
 
 TOKENS, TARGETS = 4000, 1500
@@ -96,3 +101,71 @@ def test_starting_a_product_is_no_part_of_a_devices_peak(monkeypatch: pytest.Mon
     monkeypatch.setattr(cost.time, "perf_counter", lambda: clock)
     seen = measure_peak(torch.device("cuda"), torch.bfloat16)
     assert seen == pytest.approx(2 * 8192**3 / (1e-6 + 99e-6 / 8))
+
+
+# ---------------------------------------------------------------- how long a GPU takes
+
+
+def predicted(work: Callable[..., Any], *shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Counter[str]:
+    """Seconds by region of some work on fake tensors, on a GPU of 1 GB/s and 1 TFLOP/s."""
+    with FakeTensorMode():
+        inputs = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        with Roofline(Gpu(1e12, 1e11, 1e9, 0.0, 0.0, 0.5)) as roofline:
+            work(*inputs)
+    return roofline.seconds
+
+
+def test_a_product_takes_the_longer_of_its_bytes_and_its_flops() -> None:
+    size = 4096
+    seconds = predicted(torch.mm, (size, size), (size, size))
+    assert seconds == {"other products": pytest.approx(2 * size**3 / 1e12 / 0.67)}  # 205 ms; the bytes take 118
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "BANDWIDTH_SHARE", 0.1)
+        seconds = predicted(torch.mm, (size, size), (size, size))
+    assert seconds == {"other products": pytest.approx(3 * 2 * size**2 / 1e9 / 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("work", "numbers"),
+    [
+        (lambda x: x + x.clone(), 2 + 3),  # the clone, and two read, one written
+        (lambda x: x.add_(1), 2),
+        (lambda x: x.zero_(), 1),
+        (lambda x: x.t().view(-1, 1000, 500)[0].detach(), 0),
+        (lambda x: torch.empty_like(x), 0),
+        (lambda x: torch.add(x, x, out=x), 3),
+        (lambda x: x[:1].expand(500, 1000).clone(), 1 + 1 / 500),
+    ],
+)
+def test_bytes_are_counted_where_they_are_read_or_written(work: Callable[..., Any], numbers: float) -> None:
+    seconds = predicted(work, (500, 1000))
+    assert seconds.total() == pytest.approx(numbers * 1e6 / 1e9 / 0.85)
+
+
+def test_regions_are_told_apart() -> None:
+    def work(x: Tensor, w: Tensor) -> None:
+        with record_function("loss"):
+            x @ x
+        F.grouped_mm(x, w, offs=torch.empty(2, dtype=torch.int32))
+        with record_function("optimizer"), record_function("another"):
+            x.add_(1)
+        x.mul(2)
+
+    assert predicted(work, (512, 512), (2, 512, 512)).keys() == {"loss", "experts", "optimizer", "elementwise"}
+    assert GPUS.keys() == set(get_args(GpuName))
+
+
+def test_attention_counts_the_products_of_a_causal_document() -> None:
+    """Oracle: the FLOPs that the model's cost has for them, forward and 2.5 times as much backward instead of 2."""
+    config = small_config()
+    heads, qk, v = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    length = 1000
+    q, k, value = (torch.empty(length, heads, width) for width in (qk, qk, v))
+    args = (q, k, value, None, None, length, length)
+    _, forward = cost.products(varlen._varlen_attn._opoverload, args)
+    _, backward = cost.products(
+        varlen._varlen_attn_backward._opoverload, (value, q, k, value, None, None, None, None, length)
+    )
+    expected = cost.attention_flops(config, length) / config.num_hidden_layers / 3
+    assert forward == pytest.approx(expected, rel=0.01)
+    assert backward == pytest.approx(2.5 * expected, rel=0.01)

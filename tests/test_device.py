@@ -27,8 +27,8 @@ from datacollator import StepLoader
 from documents import Documents, find_documents
 from kernels import document_attention, plain_attention
 from launch import dry_run as dry_run_module
-from launch.cost import parameter_counts
-from launch.dry_run import DryRun, dry_run
+from launch.cost import memory_errors, parameter_counts
+from launch.dry_run import DryRun, dry_run, fit_to_memory
 from model import DeepSeekV2, LossOutput
 from parallel import World
 from small_models import WIDE, make_batch, relative_difference, small_config, small_model
@@ -359,12 +359,29 @@ def test_lora_needs_little_of_it() -> None:
     assert adapters.flops * 6 > whole.flops * 4 > adapters.flops * 4
 
 
-@pytest.mark.parametrize(("share", "seconds"), [(0.4, "10.00 s at 40%"), (0.8, "5.00 s at 80%")])
-def test_a_plan_takes_the_share_of_the_peak_that_it_is_told(
-    share: float, seconds: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dry_run_module, "dry_run", lambda *_: DryRun({}, 0.0, int(4 * 989e12)))
-    assert f"{seconds} of 989 TFLOP/s" in dry_run_module.report(TrainConfig().changed(dry_run_share=share))
+def test_micro_batches_shrink_until_they_fit_and_the_global_batch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peak of 10 GB and 4 GB per row: 26 GB for four rows, on cards of 30, 24 and 12 GB."""
+    monkeypatch.setattr(dry_run_module, "needed", float)
+    monkeypatch.setattr(
+        dry_run_module, "dry_run", lambda config: SimpleNamespace(peak=10e9 + 4e9 * config.batch.batch_size)
+    )
+    config = TrainConfig().changed(batch_size=4, gradient_accumulation_steps=3)
+    assert fit_to_memory(config, 30e9) == (config, "")
+    changed, note = fit_to_memory(config, 24e9)
+    assert (changed.batch.batch_size, changed.batch.gradient_accumulation_steps) == (2, 6)
+    assert "batch_size 4 needs 26.0 GB (predicted), the GPU has 24.0 GB: using batch_size 2" in note
+    with pytest.raises(UserError, match=r"the GPU has 12.0 GB, and batch_size 1 needs 14.0 GB"):
+        fit_to_memory(config, 12e9)
+
+
+def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags() -> None:
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB.\nMore lines"
+    with (
+        pytest.raises(UserError, match=r"\(Tried to allocate 2.00 GiB\): halve --batch-size") as raised,
+        memory_errors(),
+    ):
+        raise torch.OutOfMemoryError(text)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])

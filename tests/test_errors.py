@@ -158,7 +158,6 @@ finally:
         ({"model_qk_rope_head_dim": 7}, "model.qk_rope_head_dim must be even"),
         ({"model_num_attention_heads": 3}, "model.num_attention_heads (3) must divide model.hidden_size (32)"),
         ({"dtype": "bfloat16", "model_moe_intermediate_size": 12}, "must be multiples of 8"),
-        ({"dry_run_share": 1.5}, "dry_run_share is 1.5; it must be at most 1"),
         ({"device": "abacus"}, "there is no device 'abacus' here"),
         ({"device": "mps:7"}, "there is no device 'mps:7' here"),
         ({"chat_template": "mine"}, "chat template 'mine' is unknown; use one of chatml"),
