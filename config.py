@@ -277,8 +277,10 @@ class TrainConfig:
             raise UserError("min_learning_rate_ratio must be at most 1: the rate falls from its peak")
         if compute.compile and compute.dtype == "float32":
             raise UserError("compile needs dtype bfloat16: torch cannot trace the grouped product in float32")
-        if compute.dtype != "float32" and (model.hidden_size % 8 or model.moe_intermediate_size % 8):
-            raise UserError("in bfloat16 model.hidden_size and moe_intermediate_size must be multiples of 8")
+        aligned = 4 if compute.dtype == "float32" else 8  # the grouped product takes rows of whole 16 bytes
+        if model.hidden_size % aligned or model.moe_intermediate_size % aligned:
+            words = f"model.hidden_size and model.moe_intermediate_size must be multiples of {aligned}"
+            raise UserError(f"{words} in {compute.dtype}, for the grouped product")
         if (self.checkpoint.save_best or self.batch.early_stopping_patience) and not watch.eval_steps:
             raise UserError("save_best and early_stopping_patience need evaluations: set eval_steps")
         self.validate_adaptation()

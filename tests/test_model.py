@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from config import RopeScaling
+from config import RopeScaling, TrainConfig, UserError
 from model import DeepSeekV2, LossOutput, rope_frequencies
 from small_models import make_batch, relative_difference, small_config, small_model, transformers_model
 
@@ -292,3 +292,24 @@ def test_autocast_keeps_the_loss_near_that_of_float32() -> None:
     assert output.loss_sum.item() == pytest.approx(exact.loss_sum.item(), rel=1e-3)
     assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
     assert relative_difference(gradients(model)["lm_head.weight"], expected["lm_head.weight"]) < 0.05
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", range(60, 69, 2))
+def test_widths_are_refused_where_the_grouped_product_refuses_them(dtype: str, width: int) -> None:
+    x, stack = (
+        torch.zeros(4, width, dtype=getattr(torch, dtype)),
+        torch.zeros(2, 16, width, dtype=getattr(torch, dtype)),
+    )
+    config = TrainConfig().changed(dtype=dtype, hidden_size=width, num_attention_heads=1)
+    refused = []
+    for attempt in (lambda: F.grouped_mm(x, stack.mT, offs=torch.tensor([2, 4], dtype=torch.int32)), config.validate):
+        try:
+            attempt()
+            refused.append(False)
+        except (RuntimeError, UserError):
+            refused.append(True)
+    assert refused[0] == refused[1]
