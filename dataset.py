@@ -1,9 +1,14 @@
-"""Conversations from anywhere, checked row by row and tokenised once.
+"""Load conversations from anywhere, check each row, and tokenise them once.
 
     Hub, directory, file or built-in ──open_split──▶ rows ──tokenize──▶ pieces ──hold_out──▶ trained on, held out
 
-Everything goes through `datasets`: the result is on disk, memory-mapped, and found again by its fingerprint, which
-depends on what was read, the tokenizer, `max_seq_len`, `long_conversations`, `columns` and the code involved.
+`datasets` keeps the result on disk, memory-mapped, and finds it again by a fingerprint of what was read, the tokenizer,
+`max_seq_len`, `long_conversations`, `columns` and the code involved.
+
+>>> data = DataConfig(dataset=("chatterbot",), train_split="train", eval_split="test", max_seq_len=128)
+>>> found = load_data(data, Tokenizer(vocab_size=512), seed=0, want_eval=True)
+>>> print(found.reports[1])
+chatterbot, test, held out: 44 conversations; 46 pieces; 2,583 tokens; 1,472 (57%) trained on; 44 read as messages
 """
 
 import re
@@ -11,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -27,7 +32,7 @@ from tokenizer import Tokenizer
 
 
 class RunData(NamedTuple):
-    """What a run trains on and evaluates on. The datasets' columns: data/pieces.py."""
+    """The data that a run trains on and evaluates on. The datasets' columns: data/pieces.py."""
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None
@@ -35,8 +40,6 @@ class RunData(NamedTuple):
     reports: list[DataReport]
     # What was decided about splits and files, one line each.
     notes: list[str]
-    # Whether a source has no split to evaluate on, so that eval_fraction of it is held out.
-    divided: bool
     # Malformed rows: source, place, error and row.
     skipped: list[dict[str, Any]]
 
@@ -82,25 +85,18 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
         datasets.concatenate_datasets([side.dataset() for side in held_out]) if held_out else None,
         reports,
         [printable(note) for note in notes],
-        bool(to_divide),
         skipped,
     )
 
 
 def load_dataset_split(
-    name: str,
-    split: str,
-    tokenizer: Tokenizer,
-    max_seq_len: int,
-    long_conversations: Literal["split", "truncate"] = "truncate",
-    **settings: Any,
+    name: str, split: str, tokenizer: Tokenizer, max_seq_len: int, **settings: Any
 ) -> tuple[datasets.Dataset, DataReport]:
     """Return one split of one source, and its report. settings: fields of DataConfig. Raises UserError."""
-    data = DataConfig(max_seq_len=max_seq_len, long_conversations=long_conversations, **settings)
-    side = read_split(name, name, split, tokenizer, data)
-    bad_rows([side], data.skip_bad_rows)
-    side.check_not_empty()
-    return side.dataset(), make_reports([side])[0]
+    fields: dict[str, Any] = {"long_conversations": "truncate", "num_proc": 1} | settings
+    data = DataConfig(dataset=(name,), train_split=split, max_seq_len=max_seq_len, **fields)
+    found = load_data(data, tokenizer, seed=0, want_eval=False)
+    return found.train, found.reports[0]
 
 
 def column(dataset: datasets.Dataset, name: str) -> np.ndarray:
@@ -169,8 +165,9 @@ def notes_on_source(
         yield f"{shown}: neither trained on nor evaluated on: split {', '.join(rest)}{hint}"
     yield from (f"{shown}: {note}" for note in sources.notes_on_files(Path(name)))
     for rows in splits.values():
-        several = [place for place in ([] if rows.spans else rows.table["place"]) if "lines " in place]
-        if several:
+        places = pa.chunked_array([[]], pa.string()) if rows.spans else rows.table.data.column("place")
+        several = places.filter(pc.match_substring_regex(places, r"lines \d+ to \d+$"))
+        if len(several):
             yield f"{shown}: {len(several):,} rows have fields of several lines, the first in {several[0]}"
 
 

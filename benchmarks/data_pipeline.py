@@ -1,4 +1,4 @@
-"""How fast do conversations become batches? Render, mask and pack chitchat on one core.
+"""Measure how fast conversations become batches: render, mask and pack chitchat on one core.
 
     python benchmarks/data_pipeline.py [--width 2048] [--vocab-size 100277]
 
@@ -69,7 +69,7 @@ def main() -> None:
     lengths = [len(ids) for ids, _ in rendered]
     rows, packing = fastest(lambda: pack_best_fit(lengths, options.width), options.repeats)
     batches, collating = fastest(lambda: collate(rendered, rows, collator), options.repeats)
-    # Cut after rendering: what rendering yields is counted whole, what is packed is not.
+    # The rate of rendering counts whole conversations, that of packing what fits a row.
     whole, cut = sum(len(tokenizer.render(messages)[0]) for messages in conversations), sum(lengths)
     assert sum(int((batch["sequence_ids"] > 0).sum()) for batch in batches) == cut
     per_token = rendering / whole + (packing + collating) / cut

@@ -47,7 +47,7 @@ class RowError(Exception):
 
 
 class Content(NamedTuple):
-    """What a row holds."""
+    """The content of a row."""
 
     # A conversation in which the assistant speaks, or a document.
     content: list[Message] | str

@@ -258,11 +258,24 @@ def test_a_weight_that_is_none_is_refused(weight: str) -> None:
 
 # ---------------------------------------------------------------- formats
 
+ASK = HELLO[0]
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"id": "1", "type": "function", "function": {"name": "time", "arguments": '{"zone": "UTC"}'}}
 CALLED = '<tool_call>\n{"name": "time", "arguments": {"zone": "UTC"}}\n</tool_call>'
-THOUGHT = [HELLO[0], {"role": "assistant", "content": "<think>\nGreet.\n</think>\n\nHi!"}]
 SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi there!"}]
+TOOLS = '# Tools\n\n<tools>\n{"name": "time", "unit": null}\n</tools>'
+THOUGHT = "<think>\nGreet.\n</think>\n\nHi!"
+
+
+def say(content: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content} | fields
+
+
+READ_ONLY = [ASK, say("Hi there!", weight=0), *HELLO]
+TOOL_TALK = [ASK, say(None, tool_calls=[CALL]), {"role": "tool", "content": "12:00", "id": 1}, say("Noon.")]
+TOOL_READ = [ASK, say(CALLED), {"role": "tool", "content": "12:00"}, say("Noon.")]
+PARTS = [{"type": "text", "value": text} for text in ("Hi ", "there!")]
+THINKING = [{"type": "thinking", "thinking": "Greet."}, {"type": "text", "text": "Hi!"}]
 
 
 @pytest.mark.parametrize(
@@ -270,106 +283,32 @@ SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi th
     [
         ({"conversations": SHAREGPT, "system": "Be brief.", "id": "7"}, [SYSTEM, *HELLO], ["id"]),
         ({"conversations": HELLO, "system": ""}, HELLO, []),
-        ({"messages": SHAREGPT}, HELLO, []),
+        ({"messages": SHAREGPT, "prompt": "ignored"}, HELLO, ["prompt"]),
         ({"messages": [SYSTEM, *HELLO], "system": "Be brief."}, [SYSTEM, *HELLO], []),
-        ({"instruction": "Hello", "output": "Hi there!", "input": ""}, HELLO, []),
+        ({"conversation": [ASK, say("Hi there!", role="bot", train=True)]}, HELLO, []),
+        ({"messages": [ASK, say(PARTS, role="model")]}, HELLO, []),
+        ({"messages": [ASK, say("Hi!", role="ai", reasoning_content="Greet.")]}, [ASK, say(THOUGHT)], []),
+        ({"messages": [ASK, say(THINKING)]}, [ASK, say(THOUGHT)], []),
+        ({"messages": [ASK, say("Hi there!", train=False), *HELLO]}, READ_ONLY, []),
+        ({"messages": [ASK, say("Hi there!", loss_weight=0), *HELLO]}, READ_ONLY, []),
+        ({"messages": [ASK, say("Hi there!", weight=0, name="Al"), *HELLO]}, READ_ONLY, ["messages[].name"]),
+        ({"messages": [ASK, say(None, function_call=CALL["function"])]}, [ASK, say(CALLED)], []),
+        ({"messages": TOOL_TALK}, TOOL_READ, ["messages[].id"]),
         (
-            {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief."},
-            [SYSTEM, {"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}],
+            {"conversations": SHAREGPT, "tools": '[{"name": "time", "unit": null}]', "system_prompt": "Be brief."},
+            [SYSTEM | {"content": f"Be brief.\n\n{TOOLS}"}, *HELLO],
             [],
         ),
+        ({"prompt": [*HELLO, ASK], "completion": HELLO[1:]}, READ_ONLY, []),
         ({"question": "Hello", "answer": "Hi there!", "topic": "small talk"}, HELLO, ["topic"]),
         ({"Question": "Hello", "ANSWER": "Hi there!", "text": "x"}, HELLO, ["text"]),
         ({"problem": "Hello", "solution": "Hi there!", "messages": None}, HELLO, []),
+        ({"instruction": "Hello", "output": "Hi there!", "input": ""}, HELLO, []),
         ({"instruction": "Hello", "context": "", "response": "Hi there!"}, HELLO, []),
         ({"instruction": "Hello", "output": "Hi there!", "history": [["Hello", "Hi there!"]]}, [*HELLO, *HELLO], []),
         (
-            {
-                "conversation": [
-                    {"role": "user", "content": "Hello"},
-                    {"role": "bot", "content": "Hi there!", "train": True},
-                ]
-            },
-            HELLO,
-            [],
-        ),
-        (
-            {"messages": [HELLO[0], HELLO[1] | {"train": False}, *HELLO]},
-            [HELLO[0], HELLO[1] | {"weight": 0}, *HELLO],
-            [],
-        ),
-        (
-            {"messages": [HELLO[0], HELLO[1] | {"loss_weight": 0}, *HELLO]},
-            [HELLO[0], HELLO[1] | {"weight": 0}, *HELLO],
-            [],
-        ),
-        (
-            {
-                "messages": [
-                    HELLO[0],
-                    {"role": "model", "content": [{"type": "text", "value": t} for t in ("Hi ", "there!")]},
-                ]
-            },
-            HELLO,
-            [],
-        ),
-        ({"messages": [HELLO[0], {"role": "ai", "content": "Hi!", "reasoning_content": "Greet."}]}, THOUGHT, []),
-        (
-            {
-                "messages": [
-                    HELLO[0],
-                    {
-                        "role": "assistant",
-                        "content": [{"type": "thinking", "thinking": "Greet."}, {"type": "text", "text": "Hi!"}],
-                    },
-                ]
-            },
-            THOUGHT,
-            [],
-        ),
-        (
-            {"messages": [HELLO[0], {"role": "assistant", "content": None, "function_call": CALL["function"]}]},
-            [HELLO[0], {"role": "assistant", "content": CALLED}],
-            [],
-        ),
-        (
-            {"prompt": [*HELLO, HELLO[0]], "completion": HELLO[1:]},
-            [HELLO[0], HELLO[1] | {"weight": 0}, *HELLO],
-            [],
-        ),
-        (
-            {"messages": [HELLO[0], HELLO[1] | {"weight": 0, "name": "Al"}, HELLO[0], HELLO[1] | {"weight": 1}]},
-            [HELLO[0], HELLO[1] | {"weight": 0}, *HELLO],
-            ["messages[].name"],
-        ),
-        (
-            {
-                "messages": [
-                    HELLO[0],
-                    {"role": "assistant", "content": None, "tool_calls": [CALL]},
-                    {"role": "tool", "content": "12:00", "tool_call_id": "1"},
-                    {"role": "assistant", "content": "It's noon."},
-                ],
-                "tools": [{"name": "time"}],
-            },
-            [
-                {"role": "system", "content": '# Tools\n\n<tools>\n{"name": "time"}\n</tools>'},
-                HELLO[0],
-                {"role": "assistant", "content": CALLED},
-                {"role": "tool", "content": "12:00"},
-                {"role": "assistant", "content": "It's noon."},
-            ],
-            ["messages[].tool_call_id"],
-        ),
-        (
-            {"conversations": SHAREGPT, "tools": '[{"name": "time", "unit": null}]', "system_prompt": "Be brief."},
-            [
-                {
-                    "role": "system",
-                    "content": 'Be brief.\n\n# Tools\n\n<tools>\n{"name": "time", "unit": null}\n</tools>',
-                },
-                *HELLO,
-            ],
+            {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief."},
+            [SYSTEM, {"role": "user", "content": "Add.\n\n1 2"}, say("3")],
             [],
         ),
     ],
@@ -568,6 +507,7 @@ def test_a_txt_is_one_document(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\nx,\xff\n", "line 2: line: invalid UTF-8"),
         ("a.csv", b"prompt\ncompletion\nx\n", "columns: of no known format (they are prompt; name them: --columns"),
         ("a.txt", b"\xff", "byte 1: line: invalid UTF-8"),
+        ("a.jsonl", b'{"text": "\xff"}', "line 1: line: invalid UTF-8 (byte 11"),
         ("a.jsonl.gz", b"not gzip", "cannot be read as a dataset: Not a gzipped file"),
         ("a.json", b'[{"text": "a"}, 2]', "a.json, entry 2: line: not a JSON object"),
         (
