@@ -1,256 +1,245 @@
 """Talk to a checkpoint: python chat.py CHECKPOINT [--prompt TEXT]
 
-CHECKPOINT: a model directory, a run directory (meaning its newest checkpoint) or a LoRA adapter's. A file of questions
-is answered by --prompts FILE --out FILE, and --compare CHECKPOINT asks another one the same. With --web a page in the
-browser shows what goes on inside; it takes two checkpoints as well, to be asked the same.
+CHECKPOINT is a model directory, a run directory (its newest checkpoint is used) or a LoRA adapter's directory.
+--prompts FILE --out FILE answers the prompts in a file, --compare CHECKPOINT gives the same prompts to another one, and
+--web opens a page in the browser that shows how one or two checkpoints choose their tokens.
 """
 
 import contextlib
-import shutil
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from config import Quantization, UserError, check
+from config import Quantization, UserError
+from files import printable
 from launch.command_line import one_line_errors, parse_flags
 
 if TYPE_CHECKING:
     import torch
 
+    from generation import Answer, Prompt
     from model import DeepSeekV2
     from tokenizer import Tokenizer
 
-Messages = list[dict[str, str]]
+# torch takes a while to import and --help should not wait for it: what needs torch is imported where it is used.
 
 
 @dataclass
 class ChatConfig:
     """Talk to a checkpoint."""
 
-    # A model directory, a run directory (meaning its newest checkpoint) or a LoRA adapter's; with --web one or two.
+    # A model directory, a run directory (its newest checkpoint is used) or a LoRA adapter's; with --web one or two.
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    # Answer this once and exit; without it, a conversation begins.
+    # Answer this and exit; without it, a conversation begins.
     prompt: str | None = None
-    # Continue this text once and exit, without a chat template: what a base model does.
+    # Continue this text and exit, without a chat template: for base models.
     complete: str | None = None
-    # Answer the questions in this file: a .txt file's lines, or a .jsonl file's rows with `messages`, `conversations`,
-    # `prompt`, `question` or `instruction`; rows with `text` are continued.
+    # Answer the prompts in this file: the lines of a .txt file, or rows as for training, up to their last answer.
     prompts: str | None = None
-    # The .jsonl file for the answers to --prompts. An interrupted run goes on where it was; without it, they are shown.
+    # Write the answers to --prompts into this .jsonl file instead of printing them.
     out: str | None = None
-    # Another checkpoint, which is asked the same; the answers are shown side by side.
+    # Give another checkpoint the same prompts and print its answers below.
     compare: str | None = None
-    # Questions from a file that are answered at a time.
-    batch_size: int = 32
-    # Told to the model before the conversation.
+    # System message at the start of the conversation.
     system: str | None = None
-    # Longest reply, in tokens.
+    # Longest answer, in tokens.
     max_new_tokens: int = 256
     # 0: always the likeliest token; higher: more varied.
     temperature: float = 0.7
     # Draw from the likeliest tokens that together have this probability.
     top_p: float = 0.9
-    # Draw from this many likeliest tokens; 0: all.
+    # Draw from this many of the likeliest tokens; 0: all.
     top_k: int = 0
-    # Seed of the draw; the same seed gives the same reply.
+    # Seed of the draw; the same seed gives the same answer.
     seed: int = 0
     # nf4: load the blocks' matrices in 4 bits, an eighth to a quarter of the memory.
     quantize: Quantization | None = None
-    # cuda, cpu, ...; "auto": CUDA where there is one.
+    # cuda, cpu, ...; "auto": CUDA where available.
     device: str = "auto"
-    # A page in the browser instead: the answer's tokens with their probabilities, alternatives and experts.
+    # Open a page in the browser: an answer's tokens with their probabilities, alternatives and experts.
     web: bool = False
-    # Who may open that page: this machine only, or with 0.0.0.0 whoever reaches it over the network.
+    # Address of the page: 127.0.0.1 is this machine only, 0.0.0.0 anyone on the network.
     host: str = "127.0.0.1"
-    # Show Python's traceback with an error.
+    # Port of the page; none: the first free one from 7860.
+    port: int | None = None
+    # USER:PASSWORD that the page asks for; a host that other machines can reach needs it, or --no-auth.
+    auth: str | None = None
+    # Let anyone who reaches the page use it.
+    no_auth: bool = False
+    # Print Python's traceback with an error.
     debug: bool = False
 
     def validate(self) -> None:
+        from generation import check_sampling
+
         number, most = len(self.checkpoints), 2 if self.web else 1
-        check(number > 0, "name a CHECKPOINT: a model directory, a run directory or a LoRA adapter's")
-        more = "two are the most" if self.web else "two need --web or --compare"
-        check(number <= most, f"{number} checkpoints are named; {more}")
-        asked = [name for name in ("prompt", "complete", "prompts") if getattr(self, name) is not None]
-        ways = [f"--{name}" for name in (*asked, *["web"] * self.web)]
-        check(len(ways) < 2, f"{' and '.join(ways)} exclude each other")
-        for name in asked:
-            check(getattr(self, name) != "", f"--{name} is empty")
-        check(asked != [] or self.compare is None, "--compare needs --prompt, --complete or --prompts")
-        check(self.out is None or self.prompts is not None, "--out is for the answers to --prompts")
-        check(self.batch_size == ChatConfig.batch_size or self.prompts is not None, "--batch-size is for --prompts")
-        check(self.host == ChatConfig.host or self.web, "--host is for the page of --web")
-        check(self.complete is None or self.system is None, "--complete has no template that --system could stand in")
-        check(self.batch_size > 0, f"batch_size is {self.batch_size}; it must be positive")
-        check(self.max_new_tokens > 0, f"max_new_tokens is {self.max_new_tokens}; it must be positive")
-        check(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
-        check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        check(self.top_k >= 0, f"top_k is {self.top_k}; it must not be negative")
-        check(abs(self.seed) < 2**63, f"seed is {self.seed}; it must be below 2**63")
+        if not 1 <= number <= most:
+            raise UserError(f"{number} CHECKPOINTs are given instead of {most} (--web and --compare take another)")
+        modes = [name for name in ("prompt", "complete", "prompts", "web") if getattr(self, name) not in (None, False)]
+        if len(modes) > 1:
+            raise UserError(f"{' and '.join(f'--{name}' for name in modes)} exclude each other")
+        if self.compare is not None and modes in ([], ["web"]):
+            raise UserError("--compare needs --prompt, --complete or --prompts")
+        if self.complete is not None and self.system:
+            raise UserError("--system has no effect: --complete uses no chat template")
+        for name, mode in NEEDED.items():
+            if getattr(self, name) != getattr(ChatConfig, name) and mode not in modes:
+                raise UserError(f"--{name.replace('_', '-')} has no effect without --{mode}")
+        if self.out is not None and Path(self.out).resolve() == Path(str(self.prompts)).resolve():
+            raise UserError(f"--out {self.out} would overwrite the prompts: choose another name")
+        if self.host not in LOCAL and not self.auth and not self.no_auth:
+            raise UserError(f"--host {self.host} opens the page to others: give --auth USER:PASSWORD, or --no-auth")
+        if self.auth is not None and not all(self.auth.partition(":")):
+            raise UserError("--auth is not USER:PASSWORD")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be positive")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+
+# Flags that have an effect only with another one.
+NEEDED = {"out": "prompts", "host": "web", "port": "web", "auth": "web", "no_auth": "web"}
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def chat(config: ChatConfig) -> None:
-    import torch
-
-    from checkpoint import load_model_and_tokenizer
-    from parallel import choose_device
-
     config.validate()
     if config.web:
-        check(find_spec("gradio") is not None, "--web needs Gradio: pip install -r requirements-web.txt")
-    device = choose_device(config.device)
-    if config.prompts or config.compare:
-        return answer_all(config, device)
-    models = [load_model_and_tokenizer(path, device=device, quantize=config.quantize) for path in config.checkpoints]
-    for model, _ in models:
-        model.eval()
-    if config.web:
+        if find_spec("gradio") is None:
+            raise UserError("--web needs Gradio: pip install -r requirements-web.txt")
         from view.page import serve
 
-        return serve(models, config.checkpoints, config.host, vars(config))
-    ((model, tokenizer),) = models
-    writer = Writer(model, tokenizer, config, torch.Generator(device).manual_seed(config.seed))
-    if config.prompt is not None:
-        print_reply(writer.answer([*first_messages(config.system), {"role": "user", "content": config.prompt}]))
+        writers = [load(name, config) for name in config.checkpoints]
+        serve([(writer.model, writer.tokenizer) for writer in writers], config.checkpoints, vars(config))
+    elif config.prompts is not None or config.compare is not None:
+        answer_all(config)
+    elif config.prompt is not None:
+        print_answer(load(config.checkpoints[0], config), question(config.prompt, config.system))
     elif config.complete is not None:
+        writer = load(config.checkpoints[0], config)
         print(config.complete, end="")
-        print_reply(writer.complete(config.complete))
+        print_answer(writer, config.complete)
     else:
-        converse(writer)
+        converse(load(config.checkpoints[0], config))
 
 
-# ---------------------------------------------------------------- one reply
-
-
-class Reply:
-    """What a model writes: iterate over its pieces as they come. Then `text` has all of it, and `cut` why it stopped
-    before its end, if it did."""
-
-    def __init__(self, writer: "Writer", prompt: list[int], strip: bool) -> None:
-        """Raises UserError if the prompt fills the context."""
-        from generation import room_for_answer
-
-        self.writer, self.prompt, self.strip = writer, prompt, strip
-        self.room = room_for_answer(writer.model, prompt, writer.config.max_new_tokens)
-        self.text = self.cut = ""
-
-    def __iter__(self) -> Iterator[str]:
-        from generation import generate
-
-        config = self.writer.config
-        sampling = (config.temperature, config.top_k, config.top_p, self.writer.generator)
-        tokens: list[int] = []
-        stops = self.writer.tokenizer.stop_ids
-        for (token,) in generate(self.writer.model, [self.prompt], self.room, stops, *sampling):
-            if token in stops:
-                break
-            tokens.append(token)
-            text = self.decode(tokens)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character's first bytes; the others will come
-                yield self.grow(text)
-        else:
-            limit = "--max-new-tokens" if self.room == config.max_new_tokens else "the end of the model's context"
-            self.cut = f"cut after {self.room} tokens by {limit}"
-        yield self.grow(self.decode(tokens))
-
-    def decode(self, tokens: list[int]) -> str:
-        text = self.writer.tokenizer.decode(tokens)
-        return text.lstrip() if self.strip else text
-
-    def grow(self, text: str) -> str:
-        """Take over `text`; what is new in it."""
-        new, self.text = text[len(self.text) :], text
-        return new
+# ---------------------------------------------------------------- one answer
 
 
 @dataclass
 class Writer:
-    """A model that answers and continues."""
+    """A checkpoint that answers as the flags ask."""
 
     model: "DeepSeekV2"
     tokenizer: "Tokenizer"
     config: ChatConfig
     generator: "torch.Generator"
 
-    def answer(self, messages: Messages) -> Reply:
-        """The assistant's next turn."""
-        prompt, _ = self.tokenizer.render(messages, add_generation_prompt=True)
-        return Reply(self, prompt, strip=True)
+    def write(self, prompts: "list[Prompt]") -> "Iterator[list[Answer]]":
+        from generation import write
 
-    def complete(self, text: str) -> Reply:
-        """How a text goes on, up to the end of the document."""
-        return Reply(self, self.tokenizer.encode(text), strip=False)
+        config = self.config
+        sampling: dict[str, Any] = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+        return write(self.model, self.tokenizer, prompts, config.max_new_tokens, generator=self.generator, **sampling)
 
 
-def print_reply(reply: Reply) -> None:
-    for piece in reply:
-        print(piece, end="", flush=True)
-    print()
-    if reply.cut:
-        note(reply.cut)
+def load(checkpoint: str, config: ChatConfig) -> Writer:
+    """Raises UserError for what is not a checkpoint."""
+    import torch
+
+    from checkpoint import load_model_and_tokenizer
+    from parallel import choose_device
+
+    device = choose_device(config.device)
+    model, tokenizer = load_model_and_tokenizer(checkpoint, device=device, quantize=config.quantize)
+    model.eval()
+    return Writer(model, tokenizer, config, torch.Generator(device).manual_seed(config.seed))
+
+
+def print_answer(writer: Writer, prompt: "Prompt", interruptible: bool = False) -> str:
+    """Print an answer while it is written, and return it. interruptible: Ctrl-C ends the answer, not the program.
+    Raises UserError if the prompt does not fit the context."""
+    printed, answer = "", None
+    try:
+        for (answer,) in writer.write([prompt]):
+            text = answer.text
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the rest of a character's bytes is yet to come
+                print(printable(text[len(printed) :]), end="", flush=True)
+                printed = text
+    except KeyboardInterrupt:
+        if not interruptible:
+            raise
+        print()
+        note("interrupted")
+        return printed
+    assert answer
+    print(printable(answer.text[len(printed) :]))
+    if not answer.stopped:
+        by = "--max-new-tokens" if answer.room == writer.config.max_new_tokens else "the end of the model's context"
+        note(f"cut after {answer.room} tokens by {by}")
+    return answer.text
 
 
 def note(text: str) -> None:
-    """For the person at the terminal; a file that standard output goes to has the answers only."""
+    """Print a remark to standard error, so that a redirected standard output has the answers only."""
     print(f"({text})", file=sys.stderr, flush=True)
+
+
+def system_message(text: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}] if text else []
+
+
+def question(text: str, system: str | None) -> list[dict[str, str]]:
+    return [*system_message(system), {"role": "user", "content": text}]
 
 
 # ---------------------------------------------------------------- a conversation
 
-COMMANDS = "/reset begins anew, /system TEXT too, with other instructions, /quit ends it"
+COMMANDS = "/reset starts over, /system TEXT too, with other instructions, /quit ends it"
 
 
 def converse(writer: Writer) -> None:
-    """Question and answer in turn, until there is no question."""
+    """Alternate between a question from the terminal or a pipe and its answer, until there is no question."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() then has line editing and a history)
+        import readline  # noqa: F401  (gives input() line editing and a history)
     if at_terminal():
         print(f"An empty line or Ctrl-D ends the conversation; Ctrl-C ends an answer. {COMMANDS}.")
-    messages = first_messages(writer.config.system)
+    messages = system_message(writer.config.system)
     while text := ask():
-        if text.startswith("/"):
-            command, _, argument = text.partition(" ")
-            if command == "/quit":
-                return
-            if command in ("/reset", "/system"):
-                messages = first_messages(writer.config.system if command == "/reset" else argument)
-            else:
-                note(f"{command} is no command: {COMMANDS}")
-            continue
-        messages = take_turn(writer, [*messages, {"role": "user", "content": text}])
+        command, _, argument = text.partition(" ")
+        if command == "/quit":
+            return
+        if command in ("/reset", "/system"):
+            messages = system_message(argument if command == "/system" else writer.config.system)
+        elif command.startswith("/"):
+            note(f"unknown command {command}: {COMMANDS}")
+        else:
+            messages = take_turn(writer, [*messages, {"role": "user", "content": text}])
 
 
-def take_turn(writer: Writer, messages: Messages) -> Messages:
-    """Answer the last message; the conversation with the answer, as far as the model still knows it. A question that
-    is too long for the context is taken back."""
+def take_turn(writer: Writer, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Answer the last message and return the conversation, without the turns that no longer fit the context. A question
+    that does not fit by itself is reported and dropped."""
     from generation import fit_into_context
 
     kept, forgotten = fit_into_context(writer.model, writer.tokenizer, messages, writer.config.max_new_tokens)
     try:
-        reply = writer.answer(kept)
+        answer = print_answer(writer, kept, interruptible=True)
     except UserError as error:
         note(str(error))
         return messages[:-1]
     if forgotten:
         note(forgotten)
-    try:
-        print_reply(reply)
-    except KeyboardInterrupt:
-        print()
-        note("interrupted")
-    return [*kept, {"role": "assistant", "content": reply.text}]
-
-
-def first_messages(system: str | None) -> Messages:
-    return [{"role": "system", "content": system}] if system else []
+    return [*kept, {"role": "assistant", "content": answer}]
 
 
 def ask() -> str:
-    """What a person types, or the next line of what is piped in that is not blank; "" at its end."""
+    """Return what is typed, or the next line of a pipe that is not blank; "" at the end."""
     try:
         text = input("> " if at_terminal() else "").strip()
         while not (text or at_terminal()):
@@ -266,35 +255,92 @@ def at_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-# ---------------------------------------------------------------- many questions, two checkpoints
+# ---------------------------------------------------------------- many prompts, two checkpoints
+
+BATCH = 32  # prompts that are answered at a time
 
 
-def answer_all(config: ChatConfig, device: str) -> None:
-    """Questions from a file, or a single one, by one checkpoint or two, one after the other."""
-    from checkpoint import load_model_and_tokenizer, resolve_checkpoint
-    from questions import AnswerFile, answer_questions, read_question, read_questions
+class Asked(NamedTuple):
+    """A prompt, and where it comes from."""
 
-    if config.prompts:
-        questions = read_questions(Path(config.prompts), config.system)
+    place: str
+    row: dict[str, Any]
+    prompt: "Prompt"
+
+
+def answer_all(config: ChatConfig) -> None:
+    """Let one checkpoint after another answer the prompts of a file, or the one on the command line. Raises UserError
+    for a prompt that does not fit the context."""
+    from generation import encode, room
+
+    if config.prompts is not None:
+        everything = read_prompts(Path(config.prompts), config.system)
     else:
-        row = {"prompt": config.prompt} if config.prompt else {"text": config.complete}
-        questions = [read_question(1, row, config.system)]
-    names = ("system", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "batch_size")
-    answers = AnswerFile(Path(config.out) if config.out else None, questions, {n: getattr(config, n) for n in names})
-    checkpoints = [str(resolve_checkpoint(name)) for name in (*config.checkpoints, config.compare) if name]
-    try:
-        for checkpoint in checkpoints:
-            model, tokenizer = load_model_and_tokenizer(checkpoint, device=device, quantize=config.quantize)
-            model.eval()
-            answer_questions(answers, model, tokenizer, checkpoint, config.batch_size)
-    except KeyboardInterrupt:
-        if config.out:
-            note(f"{len(answers.records)} answers are in {config.out}; the same command goes on")
-        raise
+        prompt = question(config.prompt, config.system) if config.prompt is not None else str(config.complete)
+        everything = [Asked("the prompt", {}, prompt)]
+    lines: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        # Lines are written as they come. backslashreplace writes a lone surrogate as JSON does.
+        file = config.out and stack.enter_context(open(config.out, "w", 1, "utf-8", "backslashreplace"))
+        for name in filter(None, (*config.checkpoints, config.compare)):
+            writer = load(name, config)
+            for place, _, prompt in everything:
+                room(writer.model, encode(writer.tokenizer, prompt), 1, place)
+            for batch in (everything[start : start + BATCH] for start in range(0, len(everything), BATCH)):
+                *_, answers = writer.write([asked.prompt for asked in batch])
+                for asked, answer in zip(batch, answers, strict=True):
+                    line = {"place": asked.place, "row": asked.row, "checkpoint": name}
+                    lines.append(line | {"answer": answer.text, "cut": not answer.stopped})
+                    if file:
+                        file.write(json.dumps(lines[-1], ensure_ascii=False, default=str) + "\n")
     if config.out:
-        print(f"wrote {len(answers.records)} answers to {config.out}")
-    else:
-        print(answers.side_by_side(checkpoints, shutil.get_terminal_size((100, 24)).columns))
+        print(f"wrote {len(lines)} answers to {config.out}")
+        return
+    for i, (_, _, prompt) in enumerate(everything):
+        print(printable(f"> {prompt if isinstance(prompt, str) else prompt[-1]['content']}"))
+        for line in lines[i :: len(everything)]:  # one checkpoint after another
+            name, cut = f"{line['checkpoint']}: " if config.compare else "", " (cut)" if line["cut"] else ""
+            print(printable(f"{name}{line['answer']}{cut}"))
+        print()
+
+
+def read_prompts(path: Path, system: str | None) -> list[Asked]:
+    """Read the lines of a .txt file, or the rows of any other as training does. Raises UserError with the place."""
+    from data.formats import RowError
+    from data.text_files import read_rows
+
+    found = []
+    for place, row in read_rows(path):
+        if path.suffix == ".txt":
+            return [Asked(str(path), {}, question(line, system)) for line in row["text"].splitlines() if line.strip()]
+        try:
+            found.append(Asked(f"{path}, {place}", row, as_prompt(row, system)))
+        except RowError as error:
+            raise UserError(f"{path}, {place}: {error}") from error
+    if not found:
+        raise UserError(f"{path} has no prompts")
+    return found
+
+
+def as_prompt(row: dict[str, Any], system: str | None) -> "Prompt":
+    """Return a row's conversation up to its last answer, or its text. Raises RowError.
+
+    It is read as for training, which wants an answer at the end: one is added, and all trailing ones are removed.
+    """
+    from data.formats import ANSWERS, QUESTIONS, TURNS, read_row
+
+    names = {name.lower(): name for name in row}
+    turns = next((names[name] for name in TURNS if name in names), "")
+    if isinstance(row.get(turns), list):
+        row = row | {turns: [*row[turns], {"role": "assistant", "content": "-"}]}
+    elif names.keys() & {*QUESTIONS} and not names.keys() & {*ANSWERS}:
+        row = row | {"completion": "-"}
+    content = read_row(row).content
+    if isinstance(content, str):
+        return content
+    while content and content[-1]["role"] == "assistant":
+        content = content[:-1]
+    return content if content and content[0]["role"] == "system" else [*system_message(system), *content]
 
 
 def main() -> None:

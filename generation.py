@@ -1,19 +1,112 @@
-"""Answers from a trained model: a prompt is read once, then one token at a time is drawn and read.
+"""Write text with a trained model: read the prompt once, then draw one token at a time and read it.
 
-The cache holds what attention needs of earlier tokens, and in multi-head latent attention that is little: one latent
-and one rotary key a token and layer. No head's keys or values are ever rebuilt (`model.Attention.attend_absorbed`).
+Attention needs little of the earlier tokens. Multi-head latent attention (DeepSeek-V2, section 2.1) caches one latent
+and one rotary key per token and layer, and never rebuilds a head's keys or values (`model.Attention.attend_absorbed`).
+Decoding from this cache gives what a full forward pass over the whole text gives:
+
+    >>> from config import ModelConfig
+    >>> model = DeepSeekV2(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, initializer_range=0.2))
+    >>> (new,) = zip(*generate(model, prompts=[[1, 2, 3]], max_new_tokens=4))
+    >>> list(new) == model(torch.tensor([[1, 2, 3, *new]]))[0, 2:-1].argmax(-1).tolist()
+    True
+    >>> LatentCache(model, batch_size=1, length=7).latents.shape  # layers, prompts, tokens, latent + rotary key
+    torch.Size([2, 1, 7, 576])
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import UserError, check
+from config import UserError
 from kernels import compute_dtype, fast_decoding
 from model import Block, DeepSeekV2, LayerCache
 from tokenizer import Tokenizer
+
+# A conversation to be answered, or a text to be continued.
+Prompt = list[dict[str, Any]] | str
+
+
+# ---------------------------------------------------------------- answers
+
+
+@dataclass
+class Answer:
+    """What a model has written after a prompt so far."""
+
+    tokenizer: Tokenizer
+    # Most tokens that it may have.
+    room: int
+    # What the chat template writes between header and content; the model writes it, but it is not part of the answer.
+    lead: str = ""
+    # All tokens, the stop token at the end included.
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ends with a stop token: the end of a turn, or of a document."""
+        return bool(self.tokens) and self.tokens[-1] in self.tokenizer.stop_ids
+
+    @property
+    def text(self) -> str:
+        return self.tokenizer.decode(self.tokens[: len(self.tokens) - self.stopped]).removeprefix(self.lead)
+
+
+def write(
+    model: DeepSeekV2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any
+) -> Iterator[list[Answer]]:
+    """Answer or continue each prompt, yielding all answers after every token; each ends with a stop token, after
+    max_new_tokens or with the model's context. options: as in `generate`. Raises UserError."""
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    lead = tokenizer.template.turns["assistant"].lead
+    answers = [
+        Answer(tokenizer, room(model, tokens, max_new_tokens), "" if isinstance(prompt, str) else lead)
+        for prompt, tokens in zip(prompts, ids, strict=True)
+    ]
+    for drawn in generate(model, ids, max_new_tokens, tokenizer.stop_ids, **options):
+        for answer, token in zip(answers, drawn, strict=True):
+            if not answer.stopped and len(answer.tokens) < answer.room:
+                answer.tokens.append(token)
+        yield answers
+
+
+def answers(
+    model: DeepSeekV2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any
+) -> list[Answer]:
+    """Return the complete answers. Arguments and errors as in `write`."""
+    *_, complete = write(model, tokenizer, prompts, max_new_tokens, **options)
+    return complete
+
+
+def encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Return a prompt's ids: a conversation ends with the assistant's header, a text stands alone."""
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.render(prompt, True)[0]
+
+
+def fit_into_context(
+    model: DeepSeekV2, tokenizer: Tokenizer, messages: list[dict[str, Any]], max_new_tokens: int
+) -> tuple[list[dict[str, Any]], str]:
+    """Drop a conversation's oldest turns until there is room for an answer: max_new_tokens, or a quarter of the context
+    if that is less. Keep the system message and the last turn.
+
+    Return the conversation and a note about what was dropped ("": nothing).
+    """
+    context = model.config.max_position_embeddings
+    needed = min(max_new_tokens, context // 4)
+    start = int(messages[0]["role"] == "system")
+    kept = list(messages)
+    while len(kept) > start + 1 and len(encode(tokenizer, kept)) + needed > context:
+        del kept[start : start + 2]
+    dropped = len(messages) - len(kept)
+    return (
+        kept,
+        f"the context of {context:,} tokens is full: the oldest {dropped} messages are forgotten" if dropped else "",
+    )
+
+
+# ---------------------------------------------------------------- decoding
 
 
 @torch.inference_mode()
@@ -28,20 +121,17 @@ def generate(
     generator: torch.Generator | None = None,
     observe: Callable[[Tensor], None] | None = None,
 ) -> Iterator[list[int]]:
-    """Continue prompts of any lengths, yielding one token a prompt and step, until each has stopped.
+    """Continue prompts of any lengths, yielding one token per prompt and step, until each has stopped.
 
-    A prompt that has stopped goes on yielding its stop token. observe: is shown each step's logits (B, V), after the
-    layers have read the tokens before and ahead of the draw. Raises UserError where a prompt and its continuation
-    don't fit into max_position_embeddings.
+    A prompt stops at a stop token, after max_new_tokens, or where the model's context ends; from then on its last token
+    is repeated. observe: called with each step's logits (B, V) before a token is drawn from them. Raises UserError for
+    a prompt that is empty or fills the context, for logits that are not finite, and as `check_sampling`.
     """
-    longest, room = max(map(len, prompts)), model.config.max_position_embeddings
-    if min(map(len, prompts)) == 0:
-        raise UserError("generate: a prompt is empty; it needs at least one token")
-    if longest + max_new_tokens > room:
-        raise UserError(
-            f"the prompt's {longest} tokens and {max_new_tokens} new ones exceed the model's context of {room}: "
-            "shorten the prompt or lower --max-new-tokens"
-        )
+    check_sampling(temperature, top_k, top_p)
+    if not all(prompts):
+        raise UserError("a prompt is empty; it needs at least one token")
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    steps = max(room(model, prompt, max_new_tokens) for prompt in prompts)
     device = model.output_weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
@@ -49,76 +139,35 @@ def generate(
     tokens = torch.zeros_like(lengths)
     stopped = torch.zeros_like(lengths, dtype=torch.bool)
     with fast_decoding(model):
-        cache = LatentCache(model, len(prompts), longest + max_new_tokens)
+        cache = LatentCache(model, len(prompts), min(longest + steps, context))
         logits = cache.prefill(padded, lengths)
-        for step in range(max_new_tokens):
+        for step in range(steps):
             if observe:
                 observe(logits)
             tokens = torch.where(stopped, tokens, sample(logits, temperature, top_k, top_p, generator))
             yield tokens.tolist()
-            stopped |= torch.isin(tokens, stops)
-            if stopped.all() or step == max_new_tokens - 1:
+            positions = lengths + step
+            stopped |= torch.isin(tokens, stops) | (positions + 1 >= context)
+            if stopped.all() or step == steps - 1:
                 return
-            logits = cache.step(tokens, lengths + step, longest + step + 1)
+            logits = cache.step(tokens, positions.clamp(max=context - 1), min(longest + step + 1, context))
 
 
-def room_for_answer(model: DeepSeekV2, prompt: list[int], max_new_tokens: int) -> int:
-    """How many new tokens the context has room for, at most max_new_tokens. Raises UserError where it has none."""
+def room(model: DeepSeekV2, prompt: list[int], max_new_tokens: int, name: str = "the conversation") -> int:
+    """Return how many tokens may follow a prompt: max_new_tokens, or as many as the context holds if that is less.
+    Raises UserError if it holds none. name: what the error calls the prompt."""
     context = model.config.max_position_embeddings
-    check(
-        len(prompt) < context,
-        f"the conversation has {len(prompt)} tokens, but the model's context is {context}: "
-        "shorten it or start a new one",
-    )
+    if len(prompt) >= context:
+        raise UserError(
+            f"{name} has {len(prompt):,} tokens, but the model's context is {context:,}: shorten it or start a new one"
+        )
     return min(max_new_tokens, context - len(prompt))
 
 
-def fit_into_context(
-    model: DeepSeekV2, tokenizer: Tokenizer, messages: list[dict[str, str]], max_new_tokens: int
-) -> tuple[list[dict[str, str]], str]:
-    """The conversation without its oldest turns, where they leave no room for an answer, and a line that says so, or
-    "". The system message and the last turn are always kept."""
-    context = model.config.max_position_embeddings
-    room = min(max_new_tokens, context // 4)
-    start = int(messages[0]["role"] == "system")
-    kept = list(messages)
-    while len(kept) > start + 1 and len(tokenizer.render(kept, add_generation_prompt=True)[0]) + room > context:
-        del kept[start : start + 2]
-    forgotten = len(messages) - len(kept)
-    said = f"the context of {context:,} tokens is full: the oldest {forgotten} messages are forgotten"
-    return kept, said if forgotten else ""
-
-
-def continuations(
-    model: DeepSeekV2, prompts: list[list[int]], max_new_tokens: int, stop_token_ids: tuple[int, ...], **options: Any
-) -> list[tuple[list[int], bool]]:
-    """What follows each prompt up to a stop token, and whether there was one. options: as for `generate`."""
-    found = []
-    for tokens in zip(*generate(model, prompts, max_new_tokens, stop_token_ids, **options), strict=True):
-        end = next((i for i, token in enumerate(tokens) if token in stop_token_ids), len(tokens))
-        found.append((list(tokens[:end]), end < len(tokens)))
-    return found
-
-
-def answers(
-    model: DeepSeekV2, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int, **options: Any
-) -> list[str]:
-    """What the model replies to each question, cut where its context ends. options: as for `generate`."""
-    prompts = [
-        tokenizer.render([{"role": "user", "content": question}], add_generation_prompt=True)[0]
-        for question in questions
-    ]
-    room = model.config.max_position_embeddings - max(map(len, prompts))
-    if room < 1:
-        return [""] * len(questions)
-    replies = continuations(model, prompts, min(max_new_tokens, room), tokenizer.stop_ids, **options)
-    return [tokenizer.decode(tokens) for tokens, _ in replies]
-
-
 class LatentCache:
-    """Latent and rotary key of every token so far: kv_lora_rank + qk_rope_head_dim numbers a token and layer."""
+    """Latent and rotary key of every token so far: kv_lora_rank + qk_rope_head_dim numbers per token and layer."""
 
-    PREFILL = 512  # prompt tokens at a time, which bounds the memory that attention scores take
+    PREFILL = 512  # prompt tokens per pass: bounds the memory of the attention scores
 
     def __init__(self, model: DeepSeekV2, batch_size: int, length: int) -> None:
         config, weight = model.config, model.output_weight
@@ -129,9 +178,9 @@ class LatentCache:
         self.up_projections = [block.self_attn.up_projections() for block in blocks]
 
     def prefill(self, prompts: Tensor, lengths: Tensor) -> Tensor:
-        """prompts (B, T) padded on the right, lengths (B,) -> logits (B, V) of each prompt's last token.
+        """Read prompts (B, T), padded on the right, of lengths (B,); return the logits (B, V) of each one's last token.
 
-        What padding writes into the cache lies in the future of every real token, and is overwritten in time.
+        Padding writes entries that are in the future of every real token and are overwritten before they are read.
         """
         positions = torch.arange(prompts.shape[1], device=prompts.device).expand_as(prompts)
         last = prompts.new_zeros(len(prompts), self.model.config.vocab_size, dtype=torch.float32)
@@ -144,7 +193,7 @@ class LatentCache:
         return last
 
     def step(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
-        """tokens, positions (B,), end: 1 + the largest position -> logits (B, V)."""
+        """Read one token (B,) per prompt at positions (B,); return logits (B, V). end: 1 + the largest position."""
         return self.model.logits(self.hidden(tokens[:, None], positions[:, None], end)[:, 0]).float()
 
     def hidden(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
@@ -156,14 +205,37 @@ class LatentCache:
         return hidden.view(*tokens.shape, -1)
 
 
+# ---------------------------------------------------------------- sampling
+
+COLDEST = 1e-6  # the lowest temperature above 0; logits divided by less overflow
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, seed: int = 0) -> None:
+    """Raise UserError for values that no token can be drawn with."""
+    if temperature != 0 and not COLDEST <= temperature < float("inf"):
+        raise UserError(
+            f"temperature is {temperature}; it must be 0 (always the likeliest token) or at least {COLDEST}"
+        )
+    if top_k < 0:
+        raise UserError(f"top_k is {top_k}; it must not be negative")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if abs(seed) >= 2**63:
+        raise UserError(f"seed is {seed}; it must be below 2**63")
+
+
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row of logits (B, V): the likeliest at temperature 0, else drawn from the top_k likeliest (0: all)
-    that together make up top_p of the probability."""
+    """Draw one token per row of logits (B, V): the likeliest at temperature 0, else from the top_k likeliest (0: all)
+    that together make up top_p of the probability. Raises UserError for logits that are not finite."""
+    likeliest = logits.max(dim=-1)
+    if not likeliest.values.isfinite().all():  # max returns NaN if there is one
+        raise UserError("the model's logits are not finite: its weights are broken, or training has diverged")
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return likeliest.indices
     probabilities, ids = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     if top_k:
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
-    probabilities[probabilities.cumsum(dim=-1) - probabilities >= top_p] = 0  # the first is always kept
+    if top_p < 1:  # at 1, rounding in cumsum would cut the tail
+        probabilities[probabilities.cumsum(dim=-1) - probabilities >= top_p] = 0  # the first is always kept
     return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)

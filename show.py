@@ -1,24 +1,32 @@
-"""Look inside: what is trained on, how rows are packed, what a model is made of, how runs went.
+"""Look inside: what is trained on, how rows are packed, what a model consists of, how runs went.
 
 python show.py data chats.jsonl tiny --max-seq-len 512   # what a run with these flags would see of its data
-python show.py tokens "Hello!" "Hi, how are you?"    # a conversation as coloured tokens
-python show.py rows chitchat                         # a dataset's rows, packed
-python show.py model tiny                            # the architecture as a table
-python show.py complete base "Once upon a time"      # how a base model goes on, and what else it might have written
-python show.py nf4 runs/tiny                         # a weight's numbers, and the 16 levels that NF4 has for them
-python show.py runs runs/tiny runs/other             # runs, compared in a picture
-python show.py idea attention                        # labels, attention, experts, ranks: a picture of the idea
+python show.py tokens "Hello!" "Hi, how are you?"        # a conversation as coloured tokens
+python show.py rows chitchat                             # a dataset's packed rows
+python show.py model tiny                                # the architecture as a table
+python show.py runs runs/tiny runs/other                 # runs compared in a table and a picture
 """
 
+import csv
 import itertools
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from config import PRESETS, ModelConfig, check
+from config import PRESETS, ModelConfig, UserError
+from files import read_json
 from launch.command_line import Arguments, one_line_errors, parse_arguments, parse_flags
+
+if TYPE_CHECKING:
+    import datasets
+
+    from data.report import DataReport
+    from dataset import RunData
 
 # torch, datasets and matplotlib take a while to import, so each command imports what it needs.
 
@@ -32,24 +40,18 @@ class Tokens:
 
     # What a user and an assistant say in turn.
     texts: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT")] = ("Hello",)
-    # Draw them into this picture instead.
-    out: str = ""
+    # chatml, llama3 or deepseek.
+    chat_template: str = "chatml"
 
     def show(self) -> None:
         from tokenizer import Tokenizer
-        from view.terminal import LEGEND, colour, on_screen, printable
+        from view.terminal import LEGEND, colour, on_screen
 
-        texts = [*self.texts, *["Hello! How can I help you?"] * (len(self.texts) % 2)]
+        texts = [*self.texts, *(["Hello! How can I help you?"] if len(self.texts) % 2 else [])]
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-        tokenizer = Tokenizer()
-        ids, mask = tokenizer.render(messages)
-        if not self.out:
-            print(on_screen(f"{LEGEND} and each token's id\n\n{colour(tokenizer, ids, mask, show_ids=True)}"))
-            return
-        from view.plots import draw_tokens
-
-        draw_tokens([printable(tokenizer, [i]) for i in ids], mask, self.out)
-        print(f"wrote {self.out}")
+        tokenizer = Tokenizer(chat_template=self.chat_template)
+        shown = colour(tokenizer, *tokenizer.render(messages), show_ids=True)
+        print(on_screen(f"{LEGEND} and each token's id\n\n{shown}"))
 
 
 # ---------------------------------------------------------------- a run's data
@@ -59,19 +61,13 @@ class Tokens:
 class Data:
     """What a run sees of its data: python show.py data DATASET [DATASET ...] [PRESET] [the flags of the run].
 
-    A table, histograms, and rows in colour: green is trained on, grey is only read.
+    A table, histograms, and pieces in colour: green is trained on, grey is only read.
     """
 
-    # Show this row of the source, the first being 1, with all of its pieces.
+    # Show all pieces of this row of each source; the first row is 1.
     row: int = 0
-    # Show the longest piece.
-    longest: bool = False
-    # Show the shortest piece.
-    shortest: bool = False
-    # Show so many pieces, drawn at random (by the run's --seed).
+    # Show this many random pieces (by the run's --seed); 0: one that fits a screen.
     random: int = 0
-    # Draw the histograms into this picture instead.
-    out: str = ""
 
     def show_run(self, arguments: Arguments) -> None:
         """Show the data of a run that is started with these arguments. Raises UserError where train_sft.py does."""
@@ -81,38 +77,51 @@ class Data:
         from dataset import column, load_data
         from launch.start import find_start
         from parallel import join_world
-        from view.terminal import LEGEND, histogram, on_screen, pick, shares, table
+        from view.terminal import LEGEND, colour, histogram, on_screen, table
 
         config, tokenizer, *_ = find_start(arguments, join_world(arguments.config.compute.device))
         options, seed = config.data, config.compute.seed
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
-        collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
-        rows = RowStream(data.train, collator, seed, options.shuffle)
-        targets = column(data.train, "targets")
-        if self.out:
-            from view.plots import draw_histograms
-
-            draw_histograms({"tokens of a piece": rows.lengths, "of them trained on": targets}, self.out)
-            print(f"wrote {self.out}")
-            return
-        parts = shares(data)
-        if self.row:
-            found = [(part, i) for part in parts for i in part.pieces_of(self.row - 1)]
-            check(found != [], f"no piece of row {self.row} is used: there is no such row, or it was dropped")
-        else:
+        found = list(pieces(data, self.row))
+        if not found:
+            raise UserError(f"no piece of row {self.row} is used: there is no such row, or it was dropped")
+        if not self.row:
+            collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
+            rows = RowStream(data.train, collator, seed, options.shuffle)
             print(*data.notes, table(data, rows, config), "", sep="\n")
-            print(
-                histogram(rows.lengths, "tokens of a piece"), histogram(targets, "of them trained on"), "", sep="\n\n"
-            )
-            trained = [part for part in parts if not part.report.held_out]
-            places = np.concatenate([np.arange(part.places.start, part.places.stop) for part in trained])
-            chosen = places[pick(rows.lengths[places], self.longest, self.shortest, self.random, seed)].tolist()
-            found = [(part, i) for i in chosen for part in trained if i in part.places]
-        print(on_screen("\n".join([f"{LEGEND}\n", *(f"{part.describe(i, tokenizer)}\n" for part, i in found)])))
+            print(histogram(rows.lengths, "tokens per piece"), "", sep="\n")
+            print(histogram(column(data.train, "targets"), "of them trained on"), "", sep="\n")
+            distances = [abs(rows.lengths[place] - 150) for _, _, place in found]
+            order = np.random.default_rng(seed).permutation(len(found)) if self.random else np.argsort(distances)
+            found = [found[i] for i in order[: self.random or 1]]
+        print(on_screen(LEGEND))
+        for report, dataset, place in found:
+            piece = dataset[place]
+            where = f"{report.source}, {report.split}, row {piece['row'] + 1}, piece {piece['piece'] + 1}"
+            counts = f"{piece['length']:,} tokens, {piece['targets']:,} of them trained on"
+            print(f"\n{where}, {'held out' if report.held_out else 'trained on'}: {counts}")
+            print(on_screen(colour(tokenizer, piece["input_ids"], piece["mask"])))
+
+
+def pieces(data: "RunData", row: int) -> "Iterator[tuple[DataReport, datasets.Dataset, int]]":
+    """Yield each piece of a row of each source, by its place in a dataset; row 0: all pieces that are trained on.
+    load_data puts sources one after another, each as often as its weight."""
+    from dataset import column
+
+    ends = {False: 0, True: 0}
+    for report in data.reports:
+        dataset = data.held_out if report.held_out else data.train
+        start = ends[report.held_out]
+        ends[report.held_out] += report.counts["pieces"] * report.weight
+        if dataset is not None and (row or not report.held_out):
+            numbers = column(dataset, "row")[start : start + report.counts["pieces"]]
+            for i, number in enumerate(numbers.tolist()):
+                if not row or number == row - 1:
+                    yield report, dataset, start + i
 
 
 def show_data(words: list[str]) -> None:
-    """The flags of `Data` are taken out; of the rest the words at the start are datasets and a preset."""
+    """Run `Data` with its own flags; of the rest, the words at the start are datasets and a preset."""
     parsed: Any = parse_flags(Data, words, "show.py data", Data.__doc__, return_unknown_args=True)
     look, rest = parsed
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
@@ -126,80 +135,33 @@ def show_data(words: list[str]) -> None:
 
 @dataclass
 class Rows:
-    """A dataset's conversations in packed rows, and one of them in colour."""
+    """A dataset's first packed rows, one block per conversation, and the first conversation in colour."""
 
     # As in train_sft.py.
     dataset: Annotated[Positional[str], arg(metavar="DATASET")] = "chitchat"
     # "": its first.
     split: Annotated[Positional[str], arg(metavar="SPLIT")] = ""
-    # Tokens a row.
+    # Tokens per row.
     max_seq_len: int = 2048
-    # Draw the row with the most conversations, and who attends to whom in it, into this picture instead.
-    out: str = ""
+    # chatml, llama3 or deepseek.
+    chat_template: str = "chatml"
 
     def show(self) -> None:
-        import numpy as np
-
         from data.sources import open_splits
         from datacollator import DataCollator, RowStream
         from dataset import load_dataset_split
         from tokenizer import Tokenizer
         from view.terminal import LEGEND, colour, draw_row, on_screen
 
-        tokenizer = Tokenizer()
+        tokenizer = Tokenizer(chat_template=self.chat_template)
         split = self.split or next(iter(open_splits(self.dataset)))
         data, report = load_dataset_split(self.dataset, split, tokenizer, self.max_seq_len)
         rows = RowStream(data, DataCollator(self.max_seq_len, tokenizer.pad_token_id))
-        if self.out:
-            from view.plots import draw_packing
-
-            fullest = max(range(rows.rows_per_epoch), key=lambda i: len(rows.row_indices(i)))
-            batch = rows.batch([fullest])
-            draw_packing(batch["sequence_ids"][0].numpy(), batch["labels"][0].numpy(), self.out)
-            print(f"wrote {self.out}")
-            return
-        short = int(np.argmin(np.abs(rows.lengths - 150)))  # one that fits on a screen
-        print(on_screen(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *rows.piece(short))}\n"))
+        print(on_screen(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *rows.piece(0))}\n"))
         padding = 1 - report.counts["tokens"] / (rows.rows_per_epoch * self.max_seq_len)
         print(f"{rows.rows_per_epoch:,} rows of {self.max_seq_len:,} tokens, {padding:.2%} padding; the first ten:\n")
         for i in range(min(10, rows.rows_per_epoch)):
             print(on_screen(draw_row(rows.lengths[rows.row_indices(i)].tolist(), self.max_seq_len)))
-
-
-# ---------------------------------------------------------------- a text, continued
-
-
-@dataclass
-class Complete:
-    """How a model goes on with a text, and how likely it found each token and what else it might have written."""
-
-    # A model directory, a run directory or a LoRA adapter's.
-    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
-    # What to go on with.
-    text: Annotated[Positional[str], arg(metavar="TEXT")]
-    # Tokens to write, always the likeliest.
-    max_new_tokens: int = 20
-
-    def show(self) -> None:
-        import torch
-
-        from checkpoint import load_model_and_tokenizer
-        from generation import continuations, room_for_answer
-        from view.terminal import colour, on_screen, printable
-
-        model, tokenizer = load_model_and_tokenizer(self.checkpoint)
-        model.eval()
-        given = tokenizer.encode(self.text)
-        room = room_for_answer(model, given, self.max_new_tokens)
-        ((written, _),) = continuations(model, [given], room, tokenizer.stop_ids)
-        ids = given + written
-        print(on_screen(f"{colour(tokenizer, ids, [0] * len(given) + [1] * len(written))}\n"))
-        with torch.inference_mode():
-            probabilities = model(torch.tensor([ids]))[0].softmax(dim=-1)  # (T, V): of the token after each
-        for place in range(len(given) - 1, len(ids) - 1):
-            shares, tokens = probabilities[place].topk(4)
-            choices = [f"{printable(tokenizer, [int(i)])!r} {p:.0%}" for p, i in zip(shares, tokens, strict=True)]
-            print("   ".join(f"{choice:16}" for choice in choices).rstrip())
 
 
 # ---------------------------------------------------------------- the model
@@ -207,7 +169,7 @@ class Complete:
 
 @dataclass
 class Model:
-    """The parameters of a preset's model, and what its cache takes."""
+    """The parameters of a preset's model, and the size of its cache."""
 
     # tiny, base, mini, v2_lite; none: all of them.
     presets: Annotated[Positional[tuple[str, ...]], arg(metavar="PRESET")] = ()
@@ -216,12 +178,13 @@ class Model:
         from launch.start import model_shape
 
         for preset in self.presets or PRESETS:
-            check(preset in PRESETS, f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+            if preset not in PRESETS:
+                raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
             print(f"{preset}\n\n{describe(model_shape(PRESETS[preset], preset, None))}\n")
 
 
 def describe(config: ModelConfig) -> str:
-    """The architecture as a table, and what its cache takes against multi-head attention's."""
+    """Return the architecture as a table, and the cache's size next to multi-head attention's."""
     from launch.cost import cache_entries, parameter_counts
 
     counts = parameter_counts(config)
@@ -236,80 +199,79 @@ def describe(config: ModelConfig) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- four bits
-
-
-@dataclass
-class Nf4:
-    """The numbers of one weight, each over the largest of its block of 64, and the 16 levels that NF4 has for them."""
-
-    # A model directory or a run directory.
-    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")]
-    # A matrix of the blocks, or a stack of experts.
-    weight: str = "model.layers.1.mlp.experts.gate_up_proj"
-    # The picture to write.
-    out: str = "nf4.png"
-
-    def show(self) -> None:
-        import torch
-
-        from checkpoint import iterate_weights, load_config, resolve_checkpoint
-        from quantization import BLOCK, LEVELS, quantize
-        from view.plots import draw_levels
-
-        directory = resolve_checkpoint(self.checkpoint)
-        weights = iterate_weights(directory, load_config(directory))
-        weight = next((tensor for name, tensor in weights if name == self.weight), torch.empty(0))
-        right = weight.dim() > 1 and weight.shape[-1] % BLOCK == 0
-        check(right, f"{directory} has no matrix {self.weight} with rows of whole blocks of {BLOCK}")
-        codes, absmax = quantize(weight)
-        scaled = weight.float().view(-1, BLOCK) / absmax.clamp(min=1e-38)[:, None]
-        shares = (codes >> 4).bincount(minlength=16) + (codes & 15).bincount(minlength=16)
-        draw_levels(scaled.flatten().numpy(), LEVELS, (shares / shares.sum()).numpy(), self.weight, self.out)
-        print(f"wrote {self.out}")
-
-
 # ---------------------------------------------------------------- runs
 
 
 @dataclass
 class Runs:
-    """The metrics of one or several runs in a picture: losses, rates, norms, the experts' load, speed."""
+    """Runs compared: a table of the fields that differ and of last and best metrics, and a picture of all metrics."""
 
     # Run directories.
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
-    # The picture to write.
+    # The picture to write; "": none.
     out: str = "runs.png"
-    # Only these metrics, as in --metrics loss eval_bpb; none: all.
+    # The table as a .csv file.
+    csv: str = ""
+    # Draw only these metrics, as in --metrics loss eval_bpb; none: all.
     metrics: tuple[str, ...] = ()
+    # Draw metrics over this.
+    x: Literal["step", "num_tokens"] = "step"
 
     def show(self) -> None:
         from launch.run_directory import read_metrics
         from view.plots import PANELS, plot_runs
+        from view.terminal import align
 
-        check(self.runs != (), "name a run's directory, or several")
+        if not self.runs:
+            raise UserError("name a run's directory, or several")
         known = {panel.metric for panel in PANELS}
-        check(known >= {*self.metrics}, f"--metrics: choose from {', '.join(sorted(known))}")
-        plot_runs({run: read_metrics(run) for run in self.runs}, self.out, self.metrics)
-        print(f"wrote {self.out}")
+        if unknown := {*self.metrics} - known:
+            raise UserError(f"--metrics: unknown {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+        lines = {run: read_metrics(run) for run in self.runs}
+        rows = compare(lines)
+        print(align(rows))
+        if self.csv:
+            with open(self.csv, "w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(rows)
+        if self.out:
+            plot_runs(lines, self.out, self.metrics, self.x)
+        print(*(f"wrote {path}" for path in (self.csv, self.out) if path), sep="\n")
 
 
-@dataclass
-class Idea:
-    """A picture of: labels shifted under tokens, attention expanded and absorbed, the way to experts, rows of ranks."""
-
-    name: Positional[Literal["labels", "attention", "experts", "ranks"]]
-    # The picture to write.
-    out: str = "idea.png"
-
-    def show(self) -> None:
-        from docs.draw import IDEAS
-
-        IDEAS[self.name](self.out)
-        print(f"wrote {self.out}")
+# Metrics in the table, and whether lower is better; None: only the last value is shown.
+COMPARED = {"loss": True, "eval_loss": True, "eval_bpb": True, "grad_norm": None, "tokens_per_second": None}
 
 
-COMMANDS: Any = Data | Complete | Tokens | Rows | Model | Nf4 | Runs | Idea
+def compare(runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """Return a header and one row of cells per run: its name, the fields in which the configurations differ, its last
+    step, and the last and the lowest value of each metric."""
+    configs = [dict(flat_fields(read_json(Path(run, "config.json")))) for run in runs]
+    names = dict.fromkeys(name for config in configs for name in config if name != "output_dir")
+    fields = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
+    rows = [["run", *fields, "step"]]
+    rows += [
+        [run, *(str(config.get(name)) for name in fields), str(max((line["step"] for line in lines), default=0))]
+        for (run, lines), config in zip(runs.items(), configs, strict=True)
+    ]
+    for metric, lower in COMPARED.items():
+        rows[0] += [metric] + (["lowest", "at step"] if lower else [])
+        for row, lines in zip(rows[1:], runs.values(), strict=True):
+            found = [(line[metric], line["step"]) for line in lines if line.get(metric) is not None]
+            value, step = min(found, default=(math.nan, 0))
+            row += [f"{found[-1][0]:.4g}" if found else "-"]
+            row += [f"{value:.4g}" if found else "-", str(step) if found else "-"] if lower else []
+    return rows
+
+
+def flat_fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+COMMANDS: Any = Data | Tokens | Rows | Model | Runs
 
 
 def main() -> None:

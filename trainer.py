@@ -283,9 +283,10 @@ class Trainer:
         # fp32, whose grouped product torch cannot trace.
         with torch.compiler.set_stance("force_eager"):
             try:
+                asked = [[{"role": "user", "content": question}] for question in questions]
                 settings = {"temperature": 0.7, "top_p": 0.9, "generator": rng}
-                replies = answers(self.plain_model, self.tokenizer, questions, 40, **settings)
-                lines = [f"  {q!r} -> {reply.strip()!r}" for q, reply in zip(questions, replies, strict=True)]
+                replies = answers(self.plain_model, self.tokenizer, asked, 40, **settings)
+                lines = [f"  {q!r} -> {reply.text.strip()!r}" for q, reply in zip(questions, replies, strict=True)]
             except (UserError, RuntimeError) as error:  # e.g. logits are NaN, or memory is full
                 lines = [f"  no samples: {error}"]
         self.model.train()

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import load_model_and_tokenizer
 from data.sources import open_split
-from generation import answers
+from generation import Prompt, answers
 from launch.command_line import one_line_errors
 
 PARAPHRASES = Path(__file__).resolve().parents[1] / "tests/data/paraphrases.json"
@@ -65,9 +65,10 @@ def answer(checkpoint: str, questions: Sequence[str], batch_size: int = 64) -> l
     """Return the greedy answers, with an ellipsis after each one that does not end within MAX_NEW_TOKENS."""
     model, tokenizer = load_model_and_tokenizer(checkpoint)
     model.eval()
-    batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
+    prompts: list[Prompt] = [[{"role": "user", "content": question}] for question in questions]
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     replies = [reply for batch in batches for reply in answers(model, tokenizer, batch, MAX_NEW_TOKENS)]
-    return [reply if len(tokenizer.encode(reply)) < MAX_NEW_TOKENS else f"{reply}…" for reply in replies]
+    return [reply.text if reply.stopped else f"{reply.text}…" for reply in replies]
 
 
 def main() -> None:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import generation
 from config import RopeScaling, UserError
 from generation import LatentCache, generate, sample
 from model import DeepSeekV2
 from small_models import relative_difference, small_model
+from tokenizer import Tokenizer
 
 YARN = RopeScaling(factor=40.0, original_max_position_embeddings=128, mscale=0.707, mscale_all_dim=0.707)
 CASES = {
@@ -87,7 +89,7 @@ def test_prompts_longer_than_a_chunk_of_prefill(monkeypatch: pytest.MonkeyPatch)
     assert continuations(model, prompts, 20) == whole
 
 
-def test_a_prompt_stops_at_its_stop_token_and_the_others_go_on() -> None:
+def test_a_prompt_stops_at_its_stop_token_and_the_others_continue() -> None:
     model = small_model()
     prompts = random_prompts(6, 9)
     free = continuations(model, prompts, 30)
@@ -113,12 +115,17 @@ def test_bfloat16_weights_and_autocast_generate() -> None:
     assert len(continuations(model.to(torch.bfloat16), random_prompts(5), 10)[0]) == 10
 
 
-def test_what_does_not_fit_the_context_is_refused() -> None:
+def test_each_prompt_of_a_batch_ends_with_the_context() -> None:
+    """Oracle: each prompt alone. Shorter ones are not cut by the longest."""
     model = small_model(max_position_embeddings=64)
-    assert len(continuations(model, random_prompts(54), 10)[0]) == 10
-    with pytest.raises(UserError, match="55 tokens and 10 new ones exceed the model's context of 64"):
-        next(generate(model, random_prompts(55), 10))
-    with pytest.raises(UserError, match="empty"):
+    prompts = random_prompts(63, 58, 54, 3)
+    alone = [continuations(model, [prompt], 10)[0] for prompt in prompts]
+    assert [len(tokens) for tokens in alone] == [1, 6, 10, 10]
+    together = continuations(model, prompts, 10)
+    assert [tokens[: len(expected)] for tokens, expected in zip(together, alone, strict=True)] == alone
+    with pytest.raises(UserError, match=r"the conversation has 64 tokens, but the model's context is 64: shorten it"):
+        next(generate(model, random_prompts(64), 10))
+    with pytest.raises(UserError, match="a prompt is empty"):
         next(generate(model, [[1], []], 10))
 
 
@@ -126,7 +133,7 @@ def test_what_does_not_fit_the_context_is_refused() -> None:
 
 
 def draws(logits: torch.Tensor, number: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
-    """How often each token comes in `number` draws from one distribution (V,), as shares."""
+    """Return the share of each token among `number` draws from one distribution (V,)."""
     generator = torch.Generator().manual_seed(0)
     tokens = sample(logits.expand(number, -1), temperature, top_k, top_p, generator)
     return torch.bincount(tokens, minlength=len(logits)) / number
@@ -173,3 +180,77 @@ def test_the_same_seed_gives_the_same_text() -> None:
 
     assert text(1) == text(1)
     assert text(1) != text(2)
+
+
+def test_top_p_of_one_keeps_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding makes the cumulative sum reach 1 before the last of many tokens."""
+    logits = 2 * torch.randn(1, 70_000, generator=torch.Generator().manual_seed(70_000))
+    probabilities = logits.softmax(dim=-1).sort(descending=True).values
+    assert (probabilities.cumsum(dim=-1) - probabilities >= 1).sum() > 10
+    drawn_from: list[torch.Tensor] = []
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: drawn_from.append(p) or p.argmax(-1, keepdim=True))
+    sample(logits, 1.0, 0, 1.0, None)
+    assert (drawn_from[0] > 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_finite_are_reported(bad: float, temperature: float) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.output_weight[5] = bad
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        continuations(model, random_prompts(6), 4, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 1e-38}, "temperature is 1e-38; it must be 0"),
+        ({"temperature": 1e-320}, "it must be 0 .* or at least 1e-06"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+    ],
+)
+def test_values_that_nothing_can_be_drawn_with_are_errors(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        continuations(small_model(), random_prompts(6), 4, **options)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_an_answer_is_the_text_between_the_templates_header_and_a_stop_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leading spaces are part of it, but not the space that deepseek's template puts before every answer."""
+    for name, spoken, expected in (
+        ("chatml", "    return x + 1", "    return x + 1"),
+        ("deepseek", " Hello", "Hello"),
+        ("deepseek", "   indented", "  indented"),
+    ):
+        tokenizer = Tokenizer(vocab_size=512, chat_template=name)
+        for stop in tokenizer.stop_ids:
+            script = [*tokenizer.encode(spoken), stop, *tokenizer.encode("more")]
+            monkeypatch.setattr(generation, "generate", lambda *_, script=script, **__: ([token] for token in script))
+            model = small_model(vocab_size=512)
+            (answer,) = generation.answers(model, tokenizer, [[{"role": "user", "content": "?"}]], 100)
+            assert (answer.text, answer.stopped) == (expected, True)
+            (continued,) = generation.answers(model, tokenizer, ["def f(x):"], 100)
+            assert continued.text == spoken
+            (cut,) = generation.answers(model, tokenizer, ["def f(x):"], 2)
+            assert (cut.text, cut.stopped) == (tokenizer.decode(script[:2]), script[1] == stop)
+
+
+def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message() -> None:
+    tokenizer = Tokenizer(vocab_size=512)
+    messages = [{"role": "system", "content": "Be kind."}]
+    messages += [{"role": ("user", "assistant")[i % 2], "content": str(i)} for i in range(5)]
+    needed = len(tokenizer.render([messages[0], *messages[3:]], add_generation_prompt=True)[0]) + 8
+    for context, kept in ((needed + 50, messages), (needed, [messages[0], *messages[3:]])):
+        model = small_model(vocab_size=512, max_position_embeddings=context)
+        found, note = generation.fit_into_context(model, tokenizer, messages, 8)
+        assert found == kept
+        assert note == (
+            "" if kept == messages else f"the context of {context} tokens is full: the oldest 2 messages are forgotten"
+        )

@@ -1,9 +1,10 @@
-"""What a figure of runs holds, looked up in it before it is saved. Oracle: the lines of metrics that it was made of."""
+"""What a figure of runs shows. Oracle: the metrics that it was drawn from."""
 
 import math
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
@@ -11,11 +12,11 @@ from matplotlib.figure import Figure
 
 from view import plots
 
-STEPS, TOKENS = 60, 100  # of a run, and in a step
+STEPS, TOKENS = 60, 100  # per run, per step
 
 
 def metrics(low: float, high: float) -> list[dict[str, Any]]:
-    """Of a run whose losses fall from `high` to `low`, with an evaluation every 20 steps."""
+    """Return the lines of a run whose losses fall from `high` to `low`, with an evaluation every 20 steps."""
     lines: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
         loss = high + (low - high) * (step - 1) / (STEPS - 1)
@@ -25,48 +26,71 @@ def metrics(low: float, high: float) -> list[dict[str, Any]]:
     return lines
 
 
-def figure_of(lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Axes]:
-    """The panels of loss.png by their titles; only those of the metrics that are named, if any are."""
+def draw(runs: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch, *names: str, x: str = "step") -> Figure:
+    """Draw runs and return the figure."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(plots, "save", lambda figure, *_, **__: drawn.append(figure))
-    plots.plot_runs({"run": lines}, Path("loss.png"), names)
-    (figure,) = drawn
-    figure.canvas.draw()
-    return {axis.get_title(): axis for axis in figure.axes}
+    monkeypatch.setattr(plt, "close", drawn.append)
+    plots.plot_runs(runs, out / "loss.png", names, x)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    return drawn[0]
 
 
-def test_only_the_metrics_that_are_named_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    titles = [panel.title for panel in plots.PANELS if panel.metric in ("loss", "grad_norm")]
-    panels = figure_of(metrics(1.0, 2.0), monkeypatch, "loss", "grad_norm")
-    assert [title for title, axis in panels.items() if axis.get_visible()] == titles
+def panels_of(figure: Figure) -> dict[str, Axes]:
+    return {axis.get_title().split(";")[0].split(":")[0]: axis for axis in figure.axes if axis.get_visible()}
+
+
+def test_only_the_named_metrics_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = draw({"run": metrics(1.0, 2.0)}, tmp_path, monkeypatch, "loss", "grad_norm")
+    assert list(panels_of(figure)) == ["loss", "grad_norm"]
 
 
 @pytest.mark.parametrize("span", [(0.95, 1.35), (0.9, 1.9), (0.85, 1.1), (1.2, 1.3), (0.8, 9.5), (0.5, 60.0)])
-def test_a_log_panel_has_labels_to_read_values_by(span: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    panels = figure_of(metrics(*span), monkeypatch)
+def test_a_log_panel_has_labels_to_read_values_by(
+    span: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels = panels_of(draw({"run": metrics(*span)}, tmp_path, monkeypatch))
     logarithmic = [axis for axis in panels.values() if axis.get_yscale() == "log"]
-    assert len(logarithmic) == 3
+    assert len(logarithmic) == 2
     for axis in logarithmic:
         low, high = axis.get_ylim()
         ticks = [tick for tick in axis.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
         assert 3 <= len({tick.label1.get_text() for tick in ticks} - {""}) <= 12
 
 
-def test_evaluations_are_dashed_and_tokens_end_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("x", "unit"), [("step", 1), ("num_tokens", TOKENS)])
+def test_evaluations_are_dashed_and_all_lines_end_with_the_run(
+    x: str, unit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = metrics(1.0, 3.0)
-    panels = figure_of(lines, monkeypatch)
-    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    for title, unit in (("loss; dashed: eval_loss", 1), ("loss over tokens", TOKENS)):
-        (dashed,) = [line for line in panels[title].lines if line.get_linestyle() == "--"]
-        assert list(dashed.get_ydata()) == evaluations
-        assert list(dashed.get_xdata()) == [20 * unit, 40 * unit, 60 * unit]
-    for title in ("loss over tokens", "eval_bpb over tokens"):
-        assert {line.get_xdata()[-1] for line in panels[title].lines} == {STEPS * TOKENS}
-    assert any("1: balanced" in title for title in panels)
+    panels = panels_of(draw({"run": lines}, tmp_path, monkeypatch, x=x))
+    (dashed,) = [line for line in panels["loss"].lines if line.get_linestyle() == "--"]
+    assert list(dashed.get_ydata()) == [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert list(dashed.get_xdata()) == [20 * unit, 40 * unit, 60 * unit]
+    assert {line.get_xdata()[-1] for axis in panels.values() for line in axis.lines} == {STEPS * unit}
 
 
-def test_the_running_mean_is_a_loop_over_neighbours() -> None:
-    """As far as they are there and finite."""
+def test_a_single_spike_does_not_hide_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The range of a noisy panel is that of the running mean."""
+    lines = metrics(2.0, 3.0)
+    lines[7]["loss"] = 0.001
+    low, high = panels_of(draw({"run": lines}, tmp_path, monkeypatch))["loss"].get_ylim()
+    assert 1 < low < 2 < 3 <= high < 4
+
+
+def test_names_are_drawn_as_they_are_and_null_is_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """$ starts no formula, and a name may begin with an underscore."""
+    lines = metrics(1.0, 2.0)
+    lines[3]["loss"] = None
+    nothing = [{"step": 1, "num_tokens": 1, "loss": None, "grad_norm": None}]
+    names = ["runs/a$b^{c$", "_läuft nicht", "$", "plain"]
+    figure = draw({**dict.fromkeys(names, lines), "nothing": nothing}, tmp_path, monkeypatch)
+    (legend,) = figure.legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == [*names, "nothing"]
+    assert not any(text.get_parse_math() for text in legend.get_texts())
+    assert panels_of(draw({"nothing": nothing}, tmp_path, monkeypatch)) == {}
+
+
+def test_the_running_mean_is_a_loop_over_finite_neighbours() -> None:
     values = np.array([4.0, 1.0, math.nan, 3.0, math.inf, 8.0, 2.0])
     for half in (0, 1, 2):
         near = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]

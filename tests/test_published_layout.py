@@ -250,8 +250,8 @@ def test_it_answers_as_pefts_model_does(run: Path) -> None:
     options = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     reply = theirs.generate(**prompt, max_new_tokens=30, **options)[0, prompt.input_ids.shape[1] :]
     model, our_tokenizer = load_model_and_tokenizer(run, torch.float32)
-    (answer,) = answers(model.eval(), our_tokenizer, ["one three"], 30)
-    assert answer.strip() == tokenizer.decode(reply, skip_special_tokens=True).strip()
+    (answer,) = answers(model.eval(), our_tokenizer, [messages], 30)
+    assert answer.text.strip() == tokenizer.decode(reply, skip_special_tokens=True).strip()
 
 
 # ---------------------------------------------------------------- memory

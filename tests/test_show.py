@@ -1,5 +1,6 @@
 """What show.py prints and draws is what the code trains on."""
 
+import csv
 import json
 import os
 import re
@@ -7,31 +8,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
-import datacollator
 import show
-from checkpoint import save_pretrained
 from config import PRESETS
-from docs import draw as diagrams
-from generation import generate
+from docs import draw
 from launch.command_line import one_line_errors
 from model import DeepSeekV2
-from small_models import small_model
 from small_runs import conversations, run_main, train_here, write_jsonl
 from tokenizer import Tokenizer
-from view import plots
-from view import terminal as data_view
+from view import terminal
 
 ROOT = Path(__file__).resolve().parents[1]
-PNG = b"\x89PNG"
 
 
 @pytest.fixture
@@ -52,25 +44,32 @@ def data(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "data.jsonl", conversations(9))
 
 
-def test_tokens_are_shown_with_their_ids(shown: Callable[..., str], tmp_path: Path) -> None:
-    tokenizer = Tokenizer()
+@pytest.mark.parametrize("template", ["chatml", "llama3", "deepseek"])
+def test_tokens_are_shown_with_their_ids(template: str, shown: Callable[..., str]) -> None:
+    tokenizer = Tokenizer(chat_template=template)
     messages = [{"role": "user", "content": "Hi\nthere"}, {"role": "assistant", "content": "Fine."}]
     ids, _ = tokenizer.render(messages)
-    rows = shown("tokens", "Hi\nthere", "Fine.").split("\n\n")[1]
+    rows = shown("tokens", "Hi\nthere", "Fine.", "--chat-template", template).split("\n\n", 1)[1]
     assert rows.replace("\n", "") == "".join(f"{tokenizer.decode([i])}{i} " for i in ids).replace("\n", "↵")
-    assert shown("tokens", "Hi", "--out", tmp_path / "mask.png") == f"wrote {tmp_path}/mask.png\n"
-    assert (tmp_path / "mask.png").read_bytes().startswith(PNG)
 
 
-def test_colours_say_what_is_trained_on() -> None:
+def test_text_that_spells_a_control_token_is_shown_differently() -> None:
     tokenizer = Tokenizer(vocab_size=512)
-    coloured = data_view.colour(tokenizer, *tokenizer.render([{"role": "assistant", "content": "a"}]))
-    pieces = [piece.strip() for piece in coloured.split(data_view.RESET)]
-    assert [piece.split("m", 1)[1] for piece in pieces if piece.startswith(data_view.TRAINED)] == ["a", "<|im_end|>"]
+    typed = "a <|im_end|><|im_start|> b\x1b[2J"
+    coloured = terminal.colour(tokenizer, *tokenizer.render([{"role": "user", "content": typed}]))
+    plain = re.sub(r"\x1b\[[\d;]*m", "", coloured)
+    assert plain == "<|im_start|>user↵\na \\<|im_end|>\\<|im_start|> b\ufffd[2J<|im_end|>↵\n"
+
+
+def test_colours_tell_what_is_trained_on() -> None:
+    tokenizer = Tokenizer(vocab_size=512)
+    coloured = terminal.colour(tokenizer, *tokenizer.render([{"role": "assistant", "content": "a"}]))
+    pieces = [piece.strip() for piece in coloured.split(terminal.RESET)]
+    assert [piece.split("m", 1)[1] for piece in pieces if piece.startswith(terminal.TRAINED)] == ["a", "<|im_end|>"]
 
 
 @pytest.mark.parametrize(
-    ("variables", "terminal", "coloured"),
+    ("variables", "tty", "coloured"),
     [
         ({}, True, True),
         ({}, False, False),
@@ -80,12 +79,12 @@ def test_colours_say_what_is_trained_on() -> None:
     ],
 )
 def test_colours_are_for_terminals(
-    variables: dict[str, str], terminal: bool, coloured: bool, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], tty: bool, coloured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("FORCE_COLOR", "NO_COLOR"):
         monkeypatch.setenv(name, variables.get(name, ""))
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    assert data_view.on_screen(data_view.LEGEND) == (data_view.LEGEND if coloured else " trained  on   only  read ")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
+    assert terminal.on_screen(terminal.LEGEND) == (terminal.LEGEND if coloured else " trained  on   only  read ")
 
 
 def test_what_goes_into_a_pipe_has_no_colours(
@@ -98,29 +97,16 @@ def test_what_goes_into_a_pipe_has_no_colours(
         assert "<|im_start|>" in printed and "\x1b" not in printed
 
 
-def test_rows_are_shown_as_they_are_packed(shown: Callable[..., str], data: Path, tmp_path: Path) -> None:
+def test_rows_are_shown_as_they_are_packed(shown: Callable[..., str], data: Path) -> None:
     printed = shown("rows", data)
     assert "9 conversations" in printed and "<|im_start|>user" in printed and "1 rows of 2,048 tokens" in printed
-    shown("rows", data, "train", "--max-seq-len", 64, "--out", tmp_path / "packing.png")
-    assert (tmp_path / "packing.png").read_bytes().startswith(PNG)
+    assert "<|start_header_id|>user" in shown("rows", data, "--chat-template", "llama3")
     assert shown("rows", data, "nope") == f"error: {data} has no split 'nope', only train (or parts: train[:95%])\n"
 
 
 def test_a_drawn_row_is_as_wide_as_the_row() -> None:
-    blocks = data_view.draw_row([50, 25], 100, width=20).replace(data_view.RESET, "|").split("|")
+    blocks = terminal.draw_row([50, 25], 100, width=20).replace(terminal.RESET, "|").split("|")
     assert blocks == ["\x1b[30;42m    50    ", "\x1b[30;46m 25  ", "·" * 5]
-
-
-def test_a_text_is_continued_with_what_is_likeliest(shown: Callable[..., str], tmp_path: Path) -> None:
-    """The likeliest stands first, and what is written is it."""
-    model, tokenizer = small_model(vocab_size=512), Tokenizer(vocab_size=512)
-    save_pretrained(tmp_path / "base", model, tokenizer)
-    ids = tokenizer.encode("Once upon")
-    (expected,) = zip(*generate(model, [ids], 5), strict=True)
-    text, choices = shown("complete", tmp_path / "base", "Once upon", "--max-new-tokens", 5).rstrip("\n").split("\n\n")
-    first = [line.split("%")[0].rsplit(" ", 1)[0] for line in choices.split("\n")]
-    assert first == [repr(tokenizer.decode([token]).replace("\n", "↵")) for token in expected]
-    assert text.replace("\n", "") == tokenizer.decode([*ids, *expected]).replace("\n", "↵")
 
 
 def test_the_models_table_adds_up(shown: Callable[..., str]) -> None:
@@ -136,16 +122,57 @@ def test_the_models_table_adds_up(shown: Callable[..., str]) -> None:
     assert shown("model", "huge") == "error: unknown preset 'huge'; choose one of tiny, base, mini, v2_lite\n"
 
 
-def test_runs_are_drawn_and_what_is_no_run_is_named(shown: Callable[..., str], tmp_path: Path) -> None:
-    lines = [{"step": step, "loss": 1 / step, "grad_norm": 1.0} for step in (1, 2)]
-    for run in ("a", "b"):
-        (tmp_path / run).mkdir()
-        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    show.Runs((str(tmp_path / "a"), str(tmp_path / "b")), str(tmp_path / "runs.png")).show()
-    assert (tmp_path / "runs.png").read_bytes().startswith(PNG)
-    assert shown("runs", tmp_path) == f"error: {tmp_path} is no run: it has no metrics.jsonl\n"
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    """Three runs that differ in two fields; the last has null in its metrics and no evaluation."""
+    for name, rate, width, losses, evaluations in (
+        ("a", 1e-3, 64, [3.0, 1.5, 2.0], [2.5, 2.25, 2.75]),
+        ("b$", 2e-3, 32, [4.0, 3.0, 2.5], [3.5, 3.25, 3.0]),
+        ("c", 2e-3, 32, [None, 3.0, None], []),
+    ):
+        config = {"learning_rate": rate, "output_dir": name, "seed": 1, "model": {"hidden_size": width, "n_group": 1}}
+        lines: list[dict[str, Any]] = [
+            {"step": i, "loss": loss, "num_tokens": 10 * i} for i, loss in enumerate(losses, start=1)
+        ]
+        lines += [{"step": i, "eval_loss": loss, "eval_bpb": loss / 2} for i, loss in enumerate(evaluations, start=1)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [str(tmp_path / name) for name in ("a", "b$", "c")]
+
+
+def test_runs_are_compared_in_a_table_and_a_picture(runs: list[str], shown: Callable[..., str], tmp_path: Path) -> None:
+    printed = shown("runs", *runs, "--csv", tmp_path / "runs.csv", "--out", tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][:7] == ["run", "learning_rate", "model.hidden_size", "step", "loss", "lowest", "at step"]
+    assert rows[0][7:10] == ["eval_loss", "lowest", "at step"]
+    assert [row[:10] for row in rows[1:]] == [
+        [runs[0], "0.001", "64", "3", "2", "1.5", "2", "2.75", "2.25", "2"],
+        [runs[1], "0.002", "32", "3", "2.5", "2.5", "3", "3", "3", "3"],
+        [runs[2], "0.002", "32", "3", "3", "3", "2", "-", "-", "-"],
+    ]
+    assert [line.split() for line in printed.splitlines()[1:4]] == rows[1:]
+    assert printed.endswith(f"wrote {tmp_path}/runs.csv\nwrote {tmp_path}/runs.png\n")
+
+
+def test_what_is_not_a_run_or_a_metric_is_named(runs: list[str], shown: Callable[..., str], tmp_path: Path) -> None:
+    assert str(tmp_path) in shown("runs", tmp_path)
     assert shown("runs") == "error: name a run's directory, or several\n"
-    assert shown("runs", tmp_path / "a", "--metrics", "lust").startswith("error: --metrics: choose from eval_bpb")
+    assert shown("runs", runs[0], "--metrics", "lust").startswith(
+        "error: --metrics: unknown lust; choose from eval_bpb"
+    )
+
+
+def test_the_readmes_pictures_are_drawn(tmp_path: Path) -> None:
+    names = [name for name in draw.PICTURES if name != "packing"]  # that one tokenises chitchat
+    draw.main(names, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.png" for name in names}
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- a run's data
@@ -185,7 +212,7 @@ def test_a_dry_run_prints_the_same_table_and_then_what_the_run_takes(
 ) -> None:
     flags = [str(data), "--max-seq-len", "96", "--batch-size", "2", "--num-proc", "1"]
     assert run_main(show.main, ["data", str(data), "tiny", *flags[1:]], tmp_path) == 0
-    table = capsys.readouterr().out.partition("\n\ntokens of a piece")[0]
+    table = capsys.readouterr().out.partition("\n\ntokens per piece")[0]
     assert train_here(["tiny", "--dataset", *flags, "--dry-run", "--device", "cpu"], tmp_path) == 0
     printed, _, cost = capsys.readouterr().out.partition("\n1 rank; ")
     assert printed == table
@@ -194,12 +221,12 @@ def test_a_dry_run_prints_the_same_table_and_then_what_the_run_takes(
     assert "held out" in table
 
 
-def test_any_row_can_be_looked_at(shown: Callable[..., str], tmp_path: Path) -> None:
+def test_any_row_can_be_shown(shown: Callable[..., str], tmp_path: Path) -> None:
     talks = conversations(20)
     path = write_jsonl(tmp_path / "talks.jsonl", talks)
     flags = ("tiny", "--max-seq-len", 40, "--num-proc", 1)
     tokenizer = Tokenizer(vocab_size=8192)
-    for row in (1, 17, 20):
+    for row in (1, 20):
         printed = shown("data", path, *flags, "--row", row)
         assert f"row {row}, piece 1, " in printed
         for message in talks[row - 1]:
@@ -208,12 +235,9 @@ def test_any_row_can_be_looked_at(shown: Callable[..., str], tmp_path: Path) -> 
     assert shown("data", path, *flags, "--row", 21) == (
         "error: no piece of row 21 is used: there is no such row, or it was dropped\n"
     )
-    lengths = [int(n) for n in re.findall(r": (\d+) tokens", shown("data", path, *flags, "--longest", "--shortest"))]
-    assert lengths[0] == max(lengths) and lengths[1] == min(lengths)
-    assert shown("data", path, *flags, "--random", 3).count(" of them to learn") == 3
-    assert shown("data", path, *flags, "--out", tmp_path / "data.png") == f"wrote {tmp_path}/data.png\n"
-    assert (tmp_path / "data.png").read_bytes().startswith(PNG)
-    assert "Unrecognized options: --rwo" in shown("data", path, *flags, "--rwo", 3)
+    assert shown("data", path, *flags, "--random", 3).count(" of them trained on\n") == 3
+    assert shown("data", path, *flags).count(" of them trained on\n") == 1
+    assert "--rwo" in shown("data", path, *flags, "--rwo", 3)
 
 
 def test_rows_that_fill_no_step_are_refused_and_shown_in_the_same_words(
@@ -280,29 +304,12 @@ def test_a_row_of_each_source_is_shown_once_with_its_name(shown: Callable[..., s
     assert len(set(heads)) == len(heads) > 12
 
 
-def test_nf4s_levels_are_drawn_over_a_weight(shown: Callable[..., str], tmp_path: Path) -> None:
-    widths = {"hidden_size": 64, "num_attention_heads": 4}
-    save_pretrained(tmp_path / "model", small_model(vocab_size=512, **widths), Tokenizer(vocab_size=512))
-    shown("nf4", tmp_path / "model", "--out", tmp_path / "nf4.png")
-    assert (tmp_path / "nf4.png").read_bytes().startswith(PNG)
-    kept: list[Figure] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save", lambda figure, out, **_: kept.append(figure))
-        shown("nf4", tmp_path / "model")
-    (figure,) = kept
-    assert "±1" in figure.axes[0].get_title()  # where the block's largest number is
-    plt.close(figure)
-    for weight in ("model.norm.weight", "model.layers.1.mlp.experts.down_proj", "elsewhere"):
-        printed = shown("nf4", tmp_path / "model", "--weight", weight)
-        assert f"has no matrix {weight} with rows of whole blocks of 64" in printed
-
-
 def test_a_histogram_counts_every_value_once() -> None:
-    drawn = data_view.histogram(np.array([0, 1, 1, 2, 99, 100]), "title", width=4, bins=2).splitlines()
+    drawn = terminal.histogram(np.array([0, 1, 1, 2, 99, 100]), "title", width=4, bins=2).splitlines()
     assert [line.split()[-1] for line in drawn[1:]] == ["4", "2"]
-    few = data_view.histogram(np.array([0, 1, 1]), "title").splitlines()
+    few = terminal.histogram(np.array([0, 1, 1]), "title").splitlines()
     assert [line.split()[0] for line in few[1:]] == ["0", "1"]
-    assert data_view.bar(0, 8) == "" and data_view.bar(1e-9, 8) == "▏" and data_view.bar(1, 8) == "█" * 8
+    assert terminal.bar(0, 8) == "" and terminal.bar(1e-9, 8) == "▏" and terminal.bar(1, 8) == "█" * 8
 
 
 # ---------------------------------------------------------------- `| head`
@@ -324,67 +331,3 @@ def test_another_broken_pipe_is_an_error(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as leaving, one_line_errors():
         raise BrokenPipeError(32, "Broken pipe")
     assert (leaving.value.code, capsys.readouterr().err) == (2, "error: [Errno 32] Broken pipe\n")
-
-
-# ---------------------------------------------------------------- ideas
-
-
-@pytest.mark.parametrize("name", ["labels", "attention", "experts", "ranks"])
-def test_an_idea_is_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(show.main, ["idea", name, "--out", str(tmp_path / "a.png")], tmp_path) == 0
-    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
-
-
-@pytest.mark.parametrize("name", ["labels", "attention", "experts", "ranks"])
-def test_an_idea_can_be_read_in_the_readme(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shown 850 pixels wide: letters of 13 pixels, nothing cut, nothing out of its box, and no blank margin."""
-    kept: list[tuple[Figure, int]] = []
-    monkeypatch.setattr(diagrams, "save", lambda figure, out, dpi: kept.append((figure, dpi)))
-    diagrams.IDEAS[name]("")
-    ((figure, dpi),) = kept
-    figure.set_dpi(dpi)
-    figure.canvas.draw()
-    (axis,) = figure.axes
-    shown = min(1.0, 850 / figure.bbox.width)
-    texts = [text for text in axis.texts if text.get_text()]
-    assert min(text.get_fontsize() for text in texts) * dpi / 72 * shown >= 13
-    boxes = [patch.get_window_extent() for patch in axis.patches]
-    extents = [text.get_window_extent() for text in texts]
-    for extent in (*extents, *boxes):
-        assert extent.x0 >= 1 and extent.y0 >= 1
-        assert extent.x1 <= figure.bbox.x1 - 1 and extent.y1 <= figure.bbox.y1 - 1
-    assert max(box.x1 for box in boxes) > 0.98 * figure.bbox.x1
-    for extent in extents:
-        middle = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
-        for box in boxes:
-            assert not box.contains(*middle) or (box.x0 < extent.x0 and extent.x1 < box.x1)
-    plt.close(figure)
-
-
-def test_the_picture_of_experts_sums_what_comes_back_with_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `Experts` does it: a row is a token's choice, in order."""
-    drawn: list[Any] = []
-    monkeypatch.setattr(diagrams, "draw_experts", lambda *parts: drawn.append(parts))
-    diagrams.experts_of_three_tokens("")
-    ((tokens, experts, weights, places, _),) = drawn
-    assert len(tokens) == len(experts) == len(weights)
-    flat = [expert for row in experts for expert in row]
-    by_place = [expert for _, expert in sorted(zip(places, flat, strict=True))]
-    assert by_place == sorted(flat)
-    assert all(row == sorted(row, reverse=True) and 0 < sum(row) <= 1 for row in weights)
-
-
-def test_the_picture_of_ranks_has_the_rows_that_each_rank_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[dict[tuple[int, int], range]] = []
-    monkeypatch.setattr(diagrams, "draw_ranks", lambda rows, out: drawn.append(rows))
-    diagrams.rows_of_two_ranks("")
-    taken = {}
-    for rank in range(2):
-        loader = datacollator.StepLoader.__new__(datacollator.StepLoader)
-        loader.batch_size, loader.rows_per_step, loader.world = 4, 24, SimpleNamespace(rank=rank, size=2)
-        loader.rows = SimpleNamespace(counts=lambda rows: None)
-        monkeypatch.setattr(loader, "micro_batch", lambda rows: rows)
-        taken |= {(i, rank): rows for i, rows in enumerate(loader.load(0).micro_batches)}
-    assert drawn == [taken]

@@ -1,8 +1,9 @@
 """The page in the browser, and what it shows of the inside. Oracles: full forward passes, chat.py.
 
-What a person sees is tested in Debian's chromium, and skipped where that is not installed.
+One test uses Debian's chromium and is skipped where that is not installed; the others call the page or its server.
 """
 
+import asyncio
 import itertools
 import json
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from selenium import webdriver
@@ -19,6 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 import chat
+import generation
 import model as model_module
 from checkpoint import save_pretrained
 from generation import LatentCache, generate
@@ -28,11 +31,11 @@ from small_models import small_model
 from small_runs import run_main
 from tokenizer import Tokenizer
 from view import page as web
-from view import trace
+from view.trace import trace, visible
 
 SETTINGS = {"system": None, "max_new_tokens": 24, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0}
 QUESTION = "Hello! How are you?"
-HOSTILE = "<script>document.title = 'taken'</script><b>bold</b> &amp; <|im_end|>\n  *stars*"
+HOSTILE = "<b>x</b>&amp;<|im_end|>\n  *stars*<script>document.title = 'taken'</script>"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def tokenizer() -> Tokenizer:
 
 
 def talkative_model(tokenizer: Tokenizer, seed: int = 0, context: int = 512) -> DeepSeekV2:
-    """The likeliest is always a token of letters, so that answers can be compared by eye and never end early."""
+    """Return a model whose likeliest token is always one of letters: its answers are readable and never end early."""
     model = small_model(seed, vocab_size=512, max_position_embeddings=context).eval()
     unspoken = [i for i, token in enumerate(tokenizer.tokens) if not token.strip().isalpha()]
     with torch.no_grad():
@@ -54,16 +57,17 @@ def model(tokenizer: Tokenizer) -> DeepSeekV2:
     return talkative_model(tokenizer)
 
 
-def prompt_for(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)[0]
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 # ---------------------------------------------------------------- what is seen inside
 
 
 def test_what_is_seen_is_what_a_full_pass_computes(model: DeepSeekV2, tokenizer: Tokenizer) -> None:
-    prompt = prompt_for(tokenizer, QUESTION)
-    *_, (_, seen) = trace.write(model, tokenizer, prompt, 20, 0, temperature=1.5)
+    prompt, _ = tokenizer.render(user(QUESTION), add_generation_prompt=True)
+    generator = torch.Generator().manual_seed(0)
+    *_, (_, seen) = trace(model, tokenizer, user(QUESTION), 20, temperature=1.5, generator=generator)
     generator = torch.Generator().manual_seed(0)
     tokens = [token for (token,) in generate(model, [prompt], 20, temperature=1.5, generator=generator)]
     routes: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -89,40 +93,39 @@ def test_what_is_seen_is_what_a_full_pass_computes(model: DeepSeekV2, tokenizer:
     assert seen[-1].routes == {}  # no layer has read the last token
 
 
-def test_watching_changes_nothing_and_ends(model: DeepSeekV2, tokenizer: Tokenizer) -> None:
-    prompt = prompt_for(tokenizer, QUESTION)
-    stream = trace.write(model, tokenizer, prompt, 20, 0)
-    texts = [next(stream)[0] for _ in range(5)]
+def test_tracing_changes_nothing_and_leaves_no_hooks(model: DeepSeekV2, tokenizer: Tokenizer) -> None:
+    prompt, _ = tokenizer.render(user(QUESTION), add_generation_prompt=True)
+    stream = trace(model, tokenizer, user(QUESTION), 20)
+    texts = [next(stream)[0].text for _ in range(5)]
     stream.close()
     assert not any(module._forward_hooks for module in model.modules())
     assert texts[-1] == tokenizer.decode([token for (token,) in generate(model, [prompt], 5)])
     assert all(longer.startswith(text[:-1]) for text, longer in itertools.pairwise(texts))
 
 
-def test_an_answer_ends_with_its_turn_or_its_document(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The token that ends it is seen, but is no text."""
-    for stop in (tokenizer.eos_token_id, tokenizer.pad_token_id):
-        model = small_model(vocab_size=512)
-        spoken = [*tokenizer.encode("Yes é"), stop]
-
-        def speak(model: Any, prompts: Any, most: int, stops: tuple[int, ...], observe: Any, spoken=spoken, **_: Any):
-            assert stops == tokenizer.stop_ids
-            for token in spoken:
-                observe(torch.zeros(1, 512))
-                yield [token]
-
-        monkeypatch.setattr(trace, "generate", speak)
-        *_, (text, seen) = trace.write(model, tokenizer, [1], 20, 0)
-        assert text == "Yes é"
+def test_the_stop_token_is_seen_but_is_not_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stop in tokenizer.stop_ids:
+        monkeypatch.setattr(generation, "generate", scripted([*tokenizer.encode("Yes é"), stop]))
+        *_, (answer, seen) = trace(small_model(vocab_size=512), tokenizer, "Once", 20)
+        assert answer.text == "Yes é"
         assert seen[-1].text == tokenizer.decode([stop])
 
 
+def scripted(tokens: list[int]) -> Callable[..., Iterator[list[int]]]:
+    def speak(*_: Any, observe: Callable, **__: Any) -> Iterator[list[int]]:
+        for token in tokens:
+            observe(torch.zeros(1, 512))
+            yield [token]
+
+    return speak
+
+
 def test_every_token_can_be_told_apart(tokenizer: Tokenizer) -> None:
-    names = [trace.visible(tokenizer, token) for token in range(tokenizer.vocab_size)]
+    names = [visible(tokenizer, token) for token in range(tokenizer.vocab_size)]
     assert len(set(names)) == tokenizer.vocab_size
     assert not any(" · " not in name or "\n" in name or "\N{REPLACEMENT CHARACTER}" in name for name in names)
     (space_a,) = tokenizer.encode(" a")
-    assert trace.visible(tokenizer, space_a) == f"␣a · {space_a}"
+    assert visible(tokenizer, space_a) == f"␣a · {space_a}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,57 +151,88 @@ def test_the_caches_size_is_that_of_the_tensors(dtype: torch.dtype, monkeypatch:
 
 @pytest.fixture(scope="module")
 def run(model: DeepSeekV2, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    save_pretrained(tmp_path_factory.mktemp("web") / "model", model, tokenizer)
-    return tmp_path_factory.getbasetemp() / "web0" / "model"
+    directory = tmp_path_factory.mktemp("web") / "model"
+    save_pretrained(directory, model, tokenizer)
+    return directory
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["RUN", "RUN"], "2 checkpoints are named; two need --web"),
-        (["RUN", "RUN", "RUN", "--web"], "3 checkpoints are named; two are the most"),
-        (["--web"], "name a CHECKPOINT"),
-        (["RUN", "--web", "--prompt", "Hi"], "--prompt and --web exclude each other"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 opens the page to others: give --auth USER:PASSWORD, or --no-auth"),
+        (["--auth", "user"], "--auth is not USER:PASSWORD"),
+        ([], "--web needs Gradio: pip install -r requirements-web.txt"),
     ],
 )
-def test_mistakes_are_one_line(
-    flags: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main(chat.main, [str(run) if flag == "RUN" else flag for flag in flags], tmp_path) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
-
-
-def test_without_gradio_the_error_says_what_to_install(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_open_page_and_a_missing_package_are_refused(
+    flags: list[str],
+    message: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(chat, "find_spec", lambda name: None)
-    assert run_main(chat.main, [str(run), "--web"], tmp_path) == 2
-    assert capsys.readouterr().err == "error: --web needs Gradio: pip install -r requirements-web.txt\n"
+    assert run_main(chat.main, [str(run), "--web", *flags], tmp_path) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_the_command_serves_this_machine_only(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_passes_its_flags_to_the_page(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
     monkeypatch.setattr(web, "serve", lambda *arguments: served.append(arguments))
-    assert run_main(chat.main, [str(run), str(run), "--web", "--temperature", "0"], tmp_path) == 0
-    assert run_main(chat.main, [str(run), "--web", "--host", "0.0.0.0"], tmp_path) == 0
-    (models, names, host, settings), (_, _, asked_for, _) = served
-    assert (len(models), list(names), host, asked_for) == (2, [str(run)] * 2, "127.0.0.1", "0.0.0.0")
-    assert settings["temperature"] == 0
+    assert run_main(chat.main, [str(run), str(run), "--web", "--temperature", "0", "--port", "7999"], tmp_path) == 0
+    assert run_main(chat.main, [str(run), "--web", "--host", "0.0.0.0", "--auth", "a:b"], tmp_path) == 0
+    (models, names, settings), (_, _, open_to_others) = served
+    assert (len(models), list(names)) == (2, [str(run)] * 2)
+    assert (settings["host"], settings["port"], settings["temperature"]) == ("127.0.0.1", 7999, 0)
+    assert (open_to_others["host"], open_to_others["auth"]) == ("0.0.0.0", "a:b")
 
 
 # ---------------------------------------------------------------- the page, without a browser
 
 
 def respond(page: web.Page, question: str, *talks: web.Talk, **typed: Any) -> list[Any]:
-    """What the page shows in the end; typed: fields that no longer hold what they held at first."""
-    names = ("system", "continues", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
-    fields = {getattr(page, name): typed.get(name, getattr(page, name).value) for name in names}
-    states = {panel.talk: talk for panel, talk in zip(page.panels, talks or (web.Talk(),), strict=True)}
-    *_, outputs = page.respond({page.question: question} | fields | states)
+    """Return what the page shows in the end. typed: fields that no longer hold their first values."""
+    values = {field: typed.get(name, field.value) for name, field in page.fields.items()}
+    states = {
+        panel.talk: talk for panel, talk in zip(page.panels, talks or [web.Talk()] * len(page.panels), strict=True)
+    }
+    *_, outputs = page.respond(values | {page.question: question} | states)
     return outputs
+
+
+def printed(run: Path, text: str, directory: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """Return what chat.py answers at temperature 0."""
+    arguments = [str(run), "--prompt", text, "--temperature", "0", "--max-new-tokens", "24", *flags]
+    assert run_main(chat.main, arguments, directory) == 0
+    return capsys.readouterr().out[:-1]
+
+
+def test_two_checkpoints_answer_side_by_side_with_a_system_prompt(
+    model: DeepSeekV2, tokenizer: Tokenizer, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = talkative_model(tokenizer, seed=1)
+    save_pretrained(tmp_path / "other", other, tokenizer)
+    page = web.Page([(model, tokenizer), (other, tokenizer)], ["left", "right"], SETTINGS | {"system": "Be kind."})
+    _, left, *views, right = (output for i, output in enumerate(respond(page, QUESTION)) if i not in (7, 8, 9, 10))
+    texts = [messages[-1]["content"][0]["text"] for messages in (left, right)]
+    flags = ("--system", "Be kind.")
+    assert texts == [printed(place, QUESTION, tmp_path, capsys, *flags) for place in (run, tmp_path / "other")]
+    assert texts[0] != texts[1]
+    for name, panel in zip(("left", "right"), page.panels, strict=True):
+        assert all(view.label.startswith(f"{name} · ") for view in panel[1:4])
+    likeliest, experts = views[1], views[2]
+    assert len(likeliest) == 6 and list(likeliest.values())[1:] == sorted(list(likeliest.values())[1:], reverse=True)
+    assert [label for _, label in experts].count("chosen") == 2 * 3  # layers, experts per token
+
+
+def test_an_answer_keeps_its_leading_spaces(
+    model: DeepSeekV2, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "    return x + 1"
+    monkeypatch.setattr(generation, "generate", scripted([*tokenizer.encode(text), tokenizer.eos_token_id]))
+    _, messages, *_ = respond(web.Page([(model, tokenizer)], ["model"], SETTINGS), QUESTION)
+    assert messages[-1]["content"] == [{"type": "text", "text": text}]
 
 
 def test_a_full_context_forgets_the_oldest_turns_as_in_the_terminal(
@@ -207,9 +241,9 @@ def test_a_full_context_forgets_the_oldest_turns_as_in_the_terminal(
     narrow = talkative_model(tokenizer, context=128)
     page = web.Page([(narrow, tokenizer)], ["narrow"], SETTINGS | {"system": "Be kind."})
     writer = chat.Writer(narrow, tokenizer, chat.ChatConfig(("",), **SETTINGS), torch.Generator())
-    talk, messages, forgotten = web.Talk(), chat.first_messages("Be kind."), []
+    talk, messages, forgotten = web.Talk(), chat.system_message("Be kind."), []
     for question in ("One?", "Two?", "Three?", "Four?"):
-        messages = chat.take_turn(writer, [*messages, {"role": "user", "content": question}])
+        messages = chat.take_turn(writer, [*messages, *user(question)])
         _, shown, *_, talk = respond(page, question, talk)
         assert list(talk.messages) == messages[1:]
         notes = [line for line in capsys.readouterr().err.splitlines() if "forgotten" in line]
@@ -219,15 +253,6 @@ def test_a_full_context_forgets_the_oldest_turns_as_in_the_terminal(
     assert forgotten
 
 
-def test_each_view_of_two_checkpoints_says_whose_it_is(model: DeepSeekV2, tokenizer: Tokenizer) -> None:
-    names = ["runs/left", "runs/right"]
-    two = web.Page([(model, tokenizer)] * 2, names, SETTINGS)
-    one = web.Page([(model, tokenizer)], names[:1], SETTINGS)
-    for name, panel in zip(names, two.panels, strict=True):
-        assert [view.label.partition(" · ")[0] for view in panel[1:5]] == [name] * 4
-        assert [view.label.partition(" · ")[2] for view in panel[1:5]] == [view.label for view in one.panels[0][1:5]]
-
-
 @pytest.mark.parametrize("name", ["seed", "max_new_tokens", "top_k", "temperature", "top_p"])
 def test_an_emptied_number_is_what_it_was_at_first(name: str, model: DeepSeekV2, tokenizer: Tokenizer) -> None:
     settings = SETTINGS | {"seed": 5, "max_new_tokens": 7, "top_k": 3, "temperature": 1.5, "top_p": 0.8}
@@ -235,23 +260,124 @@ def test_an_emptied_number_is_what_it_was_at_first(name: str, model: DeepSeekV2,
     assert respond(page, QUESTION, **{name: None}) == respond(page, QUESTION)
 
 
+@pytest.mark.parametrize(
+    ("question", "typed", "message"),
+    [
+        (QUESTION, {"seed": 2**70}, "it must be below 2"),
+        (QUESTION, {"temperature": 1e-320}, "temperature is 1e-320"),
+        ("a " * 600, {}, "tokens, but the model's context is 512"),
+        ("a" * 10_000, {}, "the question has 10,000 characters: shorten it"),
+        (QUESTION, {"system": "a" * 10_000}, "the system has 10,000 characters: shorten it"),
+    ],
+)
+def test_what_cannot_be_answered_is_an_error_with_words(
+    question: str, typed: dict[str, Any], message: str, model: DeepSeekV2, tokenizer: Tokenizer
+) -> None:
+    page = web.Page([(model, tokenizer)], ["model"], SETTINGS)
+    with pytest.raises(web.gr.Error, match=message):
+        respond(page, question, **typed)
+
+
+# ---------------------------------------------------------------- its server
+
+
+@pytest.fixture
+def serve(model: DeepSeekV2, tokenizer: Tokenizer) -> Iterator[Callable[..., str]]:
+    pages = []
+
+    def start(*arguments: Any, **options: Any) -> str:
+        pages.append(web.Page([(model, tokenizer)], ["model"], SETTINGS))
+        return web.launch(pages[-1], "127.0.0.1", *arguments, **options)
+
+    yield start
+    for page in pages:
+        page.blocks.close(verbose=False)
+
+
+def test_other_websites_and_large_requests_are_refused(serve: Callable[..., str]) -> None:
+    url = serve()
+    port = httpx.URL(url).port
+    own = f"127.0.0.1:{port}"
+    cases = [
+        ({"host": own}, 200),
+        ({"host": f"localhost:{port}"}, 200),
+        ({"host": own, "origin": f"http://{own}"}, 200),
+        ({"host": own, "origin": "http://evil.example"}, 403),
+        ({"host": own, "origin": "null"}, 403),
+        ({"host": f"evil.example:{port}"}, 403),  # DNS rebinding
+        ({"host": f"evil.example:{port}", "origin": f"http://evil.example:{port}"}, 403),
+    ]
+    with httpx.Client() as client:
+        assert [client.get(f"{url}config", headers=headers).status_code for headers, _ in cases] == [
+            code for _, code in cases
+        ]
+        assert client.post(f"{url}gradio_api/upload", files={"files": b"x" * 2_000_000}).status_code == 413
+        unsized = client.post(
+            f"{url}gradio_api/upload", content=iter([b"x"]), headers={"origin": "http://evil.example"}
+        )
+        assert unsized.status_code == 403
+
+
+def test_a_password_is_asked_for(serve: Callable[..., str]) -> None:
+    url = serve(auth="user:secret")
+    with httpx.Client() as client:
+        assert client.get(f"{url}config").status_code == 401
+        assert client.post(f"{url}login", data={"username": "user", "password": "wrong"}).status_code == 400
+        assert client.post(f"{url}login", data={"username": "user", "password": "secret"}).status_code == 200
+        assert client.get(f"{url}config").status_code == 200
+
+
+def test_a_flood_is_refused_and_everyone_in_the_queue_is_answered(
+    serve: Callable[..., str], model: DeepSeekV2, tokenizer: Tokenizer
+) -> None:
+    """80 requests at once: those beyond the queue get 503, the others an answer, and the page works afterwards."""
+    url = serve()
+    expected = tokenizer.decode([token for (token,) in generate(model, [tokenizer.render(user("Hi"), True)[0]], 24)])
+
+    async def ask(client: httpx.AsyncClient, number: int) -> tuple[int, str]:
+        config = (await client.get(f"{url}config")).json()
+        asked = next(each for each in config["dependencies"] if len(each["targets"]) == 2 and each["inputs"])
+        first = {each["id"]: each["props"].get("value") for each in config["components"]}
+        question = next(each["id"] for each in config["components"] if each["props"].get("elem_id") == "question")
+        data = ["Hi" if i == question else first[i] for i in asked["inputs"]]
+        body = {"data": data, "fn_index": asked["id"], "session_hash": f"s{number}"}
+        joined = await client.post(f"{url}gradio_api/queue/join", json=body)
+        if joined.status_code != 200:
+            return joined.status_code, ""
+        async with client.stream("GET", f"{url}gradio_api/queue/data?session_hash=s{number}") as stream:
+            events = [json.loads(line[5:]) async for line in stream.aiter_lines() if line.startswith("data:")]
+        done = next(event for event in events if event["msg"] == "process_completed")
+        return 200, json.dumps(done["output"]["data"]) if done["success"] else "failed"
+
+    async def flood(number: int) -> list[tuple[int, str]]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(number)))
+
+    answers = asyncio.run(flood(80))
+    codes = [code for code, _ in answers]
+    assert set(codes) == {200, 503}
+    assert 20 <= codes.count(200) < 80
+    assert asyncio.run(flood(1))[0][0] == 200
+    assert all(text != "failed" for code, text in answers if code == 200)
+    assert expected
+
+
 # ---------------------------------------------------------------- what a person sees
 
-needs_chromium = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="no browser here: apt-get install chromium chromium-driver",
-)
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000"),
 )
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no browser here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'browser'}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
@@ -259,203 +385,97 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     driver.quit()
 
 
-@pytest.fixture
-def open_page(browser: webdriver.Chrome) -> Iterator[Callable[..., webdriver.Chrome]]:
-    """Serve a page and open it."""
-    pages = []
+class Visitor:
+    """A person in front of the page."""
 
-    def open_(*models: tuple[DeepSeekV2, Tokenizer], **settings: Any) -> webdriver.Chrome:
-        pages.append(web.Page(models, ["left", "right"][: len(models)], SETTINGS | settings))
-        browser.get(web.launch(pages[-1], "127.0.0.1"))
-        wait(browser, lambda: find(browser, "#question textarea"))
-        return browser
+    def __init__(self, browser: webdriver.Chrome, url: str) -> None:
+        self.browser = browser
+        browser.get(url)
+        self.wait(lambda: self.find("#question textarea"))
 
-    yield open_
-    for page in pages:
-        page.blocks.close(verbose=False)
+    def wait(self, condition: Callable[[], Any]) -> Any:
+        return WebDriverWait(self.browser, 60, 0.05).until(lambda _: condition())
 
+    def find(self, selector: str) -> list[Any]:
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
-def wait(browser: webdriver.Chrome, condition: Callable[[], Any]) -> Any:
-    return WebDriverWait(browser, 30, 0.05).until(lambda _: condition())
+    def texts(self, selector: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent)"
+        return self.browser.execute_script(script, selector)
 
+    def ask(self, text: str) -> None:
+        (box,) = self.find("#question textarea")
+        for i, line in enumerate(text.split("\n")):
+            box.send_keys(*(Keys.SHIFT, Keys.ENTER, Keys.NULL) if i else (), line)
+        box.send_keys(Keys.ENTER)
 
-def find(browser: webdriver.Chrome, selector: str) -> list[Any]:
-    return browser.find_elements(By.CSS_SELECTOR, selector)
+    def said(self, who: str) -> list[str]:
+        return self.texts(f".chat [data-testid={who}] .message-content")
 
-
-def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
-    """What stands there, as text, spaces and all."""
-    script = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent)"
-    return browser.execute_script(script, selector)
-
-
-def ask(browser: webdriver.Chrome, text: str) -> None:
-    (box,) = find(browser, "#question textarea")
-    for i, line in enumerate(text.split("\n")):
-        box.send_keys(*(Keys.SHIFT, Keys.ENTER, Keys.NULL) if i else (), line)
-    box.send_keys(Keys.ENTER)
+    def tokens(self) -> list[str]:
+        shown = self.texts(".answer .token .text")
+        return [text.replace("↵\n", "\n").replace("↵", "\n") for text in shown]
 
 
-def said(browser: webdriver.Chrome, who: str) -> list[str]:
-    return texts(browser, f".chat [data-testid={who}] .message-content")
+def test_a_person_asks_looks_stops_and_resets(
+    browser: webdriver.Chrome,
+    serve: Callable[..., str],
+    tokenizer: Tokenizer,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = Visitor(browser, serve())
+    # what is typed stays text
+    page.ask(HOSTILE)
+    page.wait(lambda: len(page.tokens()) == 24)
+    assert page.said("user") == [HOSTILE]
+    assert page.said("bot") == [printed(run, HOSTILE, tmp_path, capsys)]
+    # so does what a model says
+    spoken = tokenizer.encode(HOSTILE)
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "generate", scripted(spoken))
+        page.ask("Say it")
+        page.wait(lambda: len(page.said("bot")) == 2 and len(page.tokens()) == 24)
+    assert page.said("bot")[1] == "".join(page.tokens()) == tokenizer.decode(spoken[:24])
+    assert not page.find(".chat b, .chat script, .tokens b, .tokens script")
+    assert browser.title == "SFT from scratch"
+    # a click shows a token's alternatives and experts
+    page.find("#reset")[0].click()
+    page.wait(lambda: not page.said("user") and not page.tokens())
+    page.ask(QUESTION)
+    page.wait(lambda: len(page.tokens()) == 24)
+    page.find(".answer .token")[3].click()
+    page.wait(lambda: any(page.tokens()[3].strip() in text and "▸" in text for text in page.texts(".likeliest")))
+    assert "layer 1:" in "".join(page.texts(".experts"))
+    # Stop ends an answer, and the next question has the whole model again
+    opened = threading.Event()
 
-
-def shown_tokens(browser: webdriver.Chrome) -> list[str]:
-    return [text.replace("↵\n", "\n").replace("↵", "\n") for text in texts(browser, ".tokens .token .text")]
-
-
-def printed(run: Path, text: str, directory: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """What chat.py answers at temperature 0."""
-    arguments = [str(run), "--prompt", text, "--temperature", "0", "--max-new-tokens", "24", *flags]
-    assert run_main(chat.main, arguments, directory) == 0
-    return capsys.readouterr().out[:-1]
-
-
-class Gate:
-    """Lets a few tokens of an answer pass, and the others when it is opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-        self.opened = threading.Event()
-        monkeypatch.setattr(web.Page, "PAUSE", 0)
-        monkeypatch.setattr(trace, "generate", self.generate)
-        self.tokens = tokens
-
-    def generate(self, *arguments: Any, **options: Any) -> Iterator[list[int]]:
+    def gated(*arguments: Any, **options: Any) -> Iterator[list[int]]:
         for i, tokens in enumerate(generate(*arguments, **options)):
-            if i == self.tokens:
-                assert self.opened.wait(60)
+            if i == 6:
+                opened.wait(60)
             yield tokens
 
-
-@needs_chromium
-def test_an_answer_streams_in_and_is_that_of_the_terminal(
-    open_page: Callable[..., webdriver.Chrome],
-    model: DeepSeekV2,
-    tokenizer: Tokenizer,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    whole = printed(run, QUESTION, tmp_path, capsys)
-    gate = Gate(monkeypatch, tokens=6)
-    page = open_page((model, tokenizer))
-    ask(page, QUESTION)
-    wait(page, lambda: len(shown_tokens(page)) == 6)
-    (part,) = said(page, "bot")
-    assert 0 < len(part) < len(whole)
-    gate.opened.set()
-    wait(page, lambda: len(shown_tokens(page)) == 24)
-    assert said(page, "bot") == [whole]
-    # the view inside: its tokens, and on a click those that were likely and the experts
-    assert "".join(shown_tokens(page)).lstrip() == whole
-    *_, (_, seen) = trace.write(model, tokenizer, prompt_for(tokenizer, QUESTION), 24, 0)
-    find(page, ".tokens .token")[3].click()
-    (token, share), *others = seen[3].likeliest
-    likeliest = sorted([(f"▸ {token}", share), *others], key=lambda entry: -entry[1])
-    wait(page, lambda: sorted(texts(page, ".label dt")) == sorted(name for name, _ in likeliest))
-    chosen = [f"layer {layer}, expert {expert}:" for layer, route in seen[3].routes.items() for expert in route.chosen]
-    orange = wait(page, lambda: texts(page, f".experts rect[fill='{web.CHOSEN}'] title"))
-    assert {title.rpartition(" ")[0] for title in orange} == set(chosen)
-    read = len(prompt_for(tokenizer, QUESTION)) + 23
-    (latent, multi_head) = (f"{4 * entries * read / 1024:,.1f} KB" for entries in cache_entries(model.config))
-    assert {latent, multi_head} <= set(texts(page, ".cache text"))
-
-
-@needs_chromium
-def test_what_is_typed_stays_text(
-    open_page: Callable[..., webdriver.Chrome],
-    model: DeepSeekV2,
-    tokenizer: Tokenizer,
-    run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A question, and the same as an answer."""
-    page = open_page((model, tokenizer))
-    ask(page, HOSTILE)
-    wait(page, lambda: len(shown_tokens(page)) == 24)
-    assert said(page, "user") == [HOSTILE]
-    assert said(page, "bot") == [printed(run, HOSTILE, tmp_path, capsys)]
-    spoken = [*tokenizer.encode(HOSTILE), tokenizer.eos_token_id]
-
-    def speak(*_: Any, observe: Callable, **__: Any) -> Iterator[list[int]]:
-        for token in spoken:
-            observe(torch.zeros(1, tokenizer.vocab_size))
-            yield [token]
-
-    monkeypatch.setattr(trace, "generate", speak)
-    ask(page, "Say it")
-    wait(page, lambda: len(shown_tokens(page)) == len(spoken))
-    assert said(page, "bot")[1] == HOSTILE
-    assert "".join(shown_tokens(page)) == HOSTILE + "<|im_end|>"
-    assert page.title == "SFT from scratch"
-    assert not find(page, ".chat b, .chat script, .tokens b, .tokens script")
-
-
-@needs_chromium
-def test_stop_and_reset(
-    open_page: Callable[..., webdriver.Chrome],
-    model: DeepSeekV2,
-    tokenizer: Tokenizer,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    gate = Gate(monkeypatch, tokens=6)
-    page = open_page((model, tokenizer))
-    ask(page, "Why?")
-    wait(page, lambda: len(shown_tokens(page)) == 6)
-    find(page, "#stop")[0].click()
-    gate.opened.set()
-    ask(page, QUESTION)  # the next question has the whole model again, and the stopped answer in its history
-    wait(page, lambda: len(shown_tokens(page)) == 24)
-    stopped, _ = said(page, "bot")
-    assert len(stopped) < 24
-    find(page, "#reset")[0].click()
-    wait(page, lambda: not said(page, "user"))
-    assert not shown_tokens(page)
-    ask(page, QUESTION)
-    wait(page, lambda: len(shown_tokens(page)) == 24)
-    assert said(page, "bot") == [printed(run, QUESTION, tmp_path, capsys)]
-
-
-@needs_chromium
-def test_two_checkpoints_side_by_side_and_a_system_prompt(
-    open_page: Callable[..., webdriver.Chrome],
-    model: DeepSeekV2,
-    tokenizer: Tokenizer,
-    run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    other = talkative_model(tokenizer, seed=1)
-    save_pretrained(tmp_path / "other", other, tokenizer)
-    page = open_page((model, tokenizer), (other, tokenizer), system="Be kind.")
-    ask(page, QUESTION)
-    wait(page, lambda: len(shown_tokens(page)) == 48)
-    told = ("--system", "Be kind.")
-    expected = [printed(place, QUESTION, tmp_path, capsys, *told) for place in (run, tmp_path / "other")]
-    assert said(page, "bot") == expected
-    assert expected[0] != expected[1]
-
-
-@needs_chromium
-def test_a_base_model_continues_and_nothing_leaves_the_machine(
-    open_page: Callable[..., webdriver.Chrome], model: DeepSeekV2, tokenizer: Tokenizer
-) -> None:
-    page = open_page((model, tokenizer))
-    find(page, "button.label-wrap")[0].click()  # the settings
-    wait(page, lambda: find(page, "#continues input"))[0].click()
-    ask(page, "Once upon a time")
-    wait(page, lambda: len(shown_tokens(page)) == 24)
-    prompt = tokenizer.encode("Once upon a time")
-    continuation = tokenizer.decode([token for (token,) in generate(model, [prompt], 24)])
-    assert "".join(shown_tokens(page)) == continuation
-    assert said(page, "bot") == [continuation]
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    page.find("#reset")[0].click()
+    page.wait(lambda: not page.said("user") and not page.tokens())
+    with monkeypatch.context() as patch:
+        patch.setattr(web.Page, "PAUSE", 0)
+        patch.setattr(generation, "generate", gated)
+        page.ask("Why?")
+        page.wait(lambda: len(page.tokens()) == 6)
+        page.find("#stop")[0].click()
+        opened.set()
+    page.ask(QUESTION)
+    page.wait(lambda: len(page.tokens()) == 24 and len(page.said("bot")) == 2)
+    page.find("#reset")[0].click()
+    page.wait(lambda: not page.said("user") and not page.tokens())
+    page.ask(QUESTION)
+    page.wait(lambda: len(page.tokens()) == 24)
+    assert page.said("bot") == [printed(run, QUESTION, tmp_path, capsys)]
+    # nothing leaves the machine
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     assert any(url.startswith("http://127.0.0.1") for url in asked)
     assert not [url for url in asked if url.startswith("http") and not url.startswith("http://127.0.0.1:")]
