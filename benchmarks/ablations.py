@@ -35,7 +35,7 @@ import train_sft
 from checkpoint import load_model_and_tokenizer
 from data.sources import open_split
 from datacollator import Counts, DataCollator, MicroBatch, Piece, RowStream, Step, StepLoader, make_micro_batch
-from generation import continuations
+from generation import Prompt, answers
 from launch.run_directory import read_metrics
 from model import DeepSeekV2, LossOutput
 from tokenizer import ROLES, EncodedTurn, RenderedTurn, Tokenizer
@@ -252,10 +252,10 @@ def measure(model: DeepSeekV2, tokenizer: Tokenizer) -> dict[str, Any]:
     model.eval()
     bits, load = bits_per_byte(model, tokenizer, held_out("chitchat"))
     short, _ = bits_per_byte(model, tokenizer, held_out("chatterbot"))
-    questions = [[{"role": "user", "content": question}] for question in (QUESTION, *first_turns(100))]
-    prompts = [tokenizer.render(messages, add_generation_prompt=True)[0] for messages in questions]
-    tokens, ended = zip(*continuations(model, prompts, 64, tokenizer.stop_ids), strict=True)
-    replies = [tokenizer.decode(reply).strip() for reply in tokens]
+    questions: list[Prompt] = [[{"role": "user", "content": question}] for question in (QUESTION, *first_turns(100))]
+    found = answers(model, tokenizer, questions, 64)
+    ended = [answer.stopped for answer in found]
+    replies = [answer.text.strip() for answer in found]
     whole = [end and is_whole(reply) for reply, end in zip(replies, ended, strict=True)]
     return {
         "bits_per_byte": bits,
