@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import tyro
 
@@ -89,9 +89,13 @@ class LastingStream:
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
     """Wrap standard output and standard error as LastingStreams."""
-    streams: Any = LastingStream(sys.stdout), LastingStream(sys.stderr)
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-        yield
+    out, err = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    with contextlib.redirect_stdout(cast(Any, out)), contextlib.redirect_stderr(cast(Any, err)):
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
 
 
 def is_first_report(message: str) -> bool:

@@ -124,7 +124,7 @@ def test_a_run_is_published_with_a_card(trained: Path, tmp_path: Path, capsys: p
     assert f"| {losses[0]:.4f}, {losses[-1]:.4f} |" in text
     assert f"| {[line['eval_loss'] for line in metrics if 'eval_loss' in line][-1]:.4f} |" in text
     (line,) = [line for line in text.splitlines() if "train_sft.py" in line]
-    again = parse_arguments(shlex.split(line)[2:]).flat()
+    again = parse_arguments(shlex.split(line)[2:]).config.flat()
     ours = json.loads((trained / "config.json").read_text())
     local = {"dataset", "output_dir", "num_proc", "device", "save_steps", "sample_prompts"}
     assert {key for key in ours if json.loads(json.dumps(again[key])) != ours[key]} <= local
