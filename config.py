@@ -314,6 +314,14 @@ class TrainConfig:
         return replace(self, **groups | values, changed_fields=names)
 
 
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn {"model": {"hidden_size": 64}} into {"model.hidden_size": 64}."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
 # Numbers must be positive, except for these, and below these limits.
 MAY_BE_ZERO = {
     "first_k_dense_replace", "aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha", "mscale",

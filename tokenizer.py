@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import TrainConfig, UserError
+from config import UserError
 from files import read_json
 from vocabulary import Vocabulary, load_cl100k, load_directory
 from vocabulary import add_control_tokens as add_tokens
@@ -263,12 +263,3 @@ def named_template(directory: Path) -> str | None:
     if name not in [None, *CHAT_TEMPLATES]:
         raise UserError(f"{path}: chat_template_name is {name!r}; pass --chat-template {'|'.join(CHAT_TEMPLATES)}")
     return name
-
-
-def load_tokenizer(config: TrainConfig, source: Path | None, goes_on: bool = False) -> Tokenizer:
-    """Return a run's tokenizer: that of `source`, the checkpoint it starts from; else the configured one. goes_on: the
-    checkpoint is the run's own and has the new control tokens already. Raises UserError."""
-    name = str(source or config.data.tokenizer)
-    vocab_size = config.model.vocab_size if name == "cl100k_base" else None
-    add_control_tokens = config.data.add_control_tokens and not goes_on
-    return Tokenizer(name, vocab_size, config.data.chat_template, add_control_tokens)

@@ -7,14 +7,16 @@ import json
 import platform
 import re
 import shlex
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from config import PRESETS, ModelConfig
-from hub.config_json import CHANGEABLE
+from config import PRESETS, flatten
+from files import read_json
+from hub.config_json import parse_config
 
 # Settings that stay out of the command: they name places here, or do not change the result.
 LOCAL = {
@@ -93,14 +95,15 @@ def rounded(value: float | None) -> str:
 
 def command(config: dict[str, Any], base_name: str) -> list[str]:
     """Return the command line with a run's settings, starting from the preset that needs the fewest flags."""
-    ours = {name: value for name, value in flags(config).items() if name not in LOCAL}
-    if config.get("init_from"):  # it determines the tokenizer and the shape
-        shape = {f"model.{name}" for name in vars(ModelConfig()).keys() - CHANGEABLE} | {"tokenizer", "chat_template"}
-        ours = {name: value for name, value in ours.items() if name not in shape}
+    start = config.get("init_from")
+    left_out = LOCAL | ({"tokenizer", "chat_template", "model.vocab_size"} if start else set())
+    ours = {name: value for name, value in flatten(config).items() if name not in left_out}
 
     def changes(preset: str) -> dict[str, Any]:
-        default = flags(json.loads(json.dumps(PRESETS[preset].flat())))
-        return {name: value for name, value in ours.items() if default.get(name, value) != value}
+        default = PRESETS[preset].flat()
+        default["model"] = shape_of(start or default["init_from"]) or default["model"]
+        known = flatten(json.loads(json.dumps(default)))
+        return {name: value for name, value in ours.items() if known.get(name, value) != value}
 
     preset = min(PRESETS, key=lambda name: len(changes(name)))
     words = ["python", "train_sft.py", preset]
@@ -116,9 +119,7 @@ def command(config: dict[str, Any], base_name: str) -> list[str]:
     return words
 
 
-def flags(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings by their flags' names: {"model": {"hidden_size": 64}} becomes {"model.hidden_size": 64}."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        found |= flags(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+def shape_of(model: str | None) -> dict[str, Any]:
+    """Return the configuration in a model directory; {} if there is none."""
+    path = Path(model or "", "config.json")
+    return asdict(parse_config(path, read_json(path))) if model and path.is_file() else {}

@@ -19,7 +19,7 @@ from typing import IO, Any, Literal, NamedTuple, Union, get_args, get_origin, ge
 
 from tqdm import tqdm
 
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, flatten
 from files import disk_errors, read_json, replace_file
 
 CONFIG, METRICS, TRACKER_ID = "config.json", "metrics.jsonl", "tracker_id"
@@ -141,14 +141,6 @@ def changes_between(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
 def fixed_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
     """Describe the changes that a resumed run cannot make."""
     return [text for name, text in changes_between(old, new).items() if name.split(".")[0] in FIXED_FIELDS]
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn {"model": {"hidden_size": 64}} into {"model.hidden_size": 64}."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 # ---------------------------------------------------------------- a tracker

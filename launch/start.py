@@ -22,7 +22,7 @@ from launch import run_directory
 from launch.command_line import Arguments
 from launch.run_directory import changes_between, fixed_changes, lock_path, saved_configuration, this_process
 from parallel import World, choose_dtype, first_process_first, from_all_ranks, from_first_rank
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 
 
 class Start(NamedTuple):
@@ -82,9 +82,15 @@ def resolve(config: TrainConfig, given: Collection[str], preset: str, checkpoint
         source = look_up(lambda: model_directory(adapter), world)
     # model and tokenizer
     config = config.changed(model=model_shape(config, preset, source))
-    tokenizer = load_tokenizer(config, source, goes_on=checkpoint is not None)
+    name = str(source or config.data.tokenizer)
+    vocab_size = config.model.vocab_size if name == "cl100k_base" else None
+    new_tokens = config.data.add_control_tokens and checkpoint is None  # a checkpoint has them already
+    tokenizer = Tokenizer(name, vocab_size, config.data.chat_template, new_tokens)
     if source is None or tokenizer.new_ids:
         config = config.changed(vocab_size=max(config.model.vocab_size * bool(source), tokenizer.vocab_size))
+    elif tokenizer.vocab_size > config.model.vocab_size:
+        rows = config.model.vocab_size
+        raise UserError(f"{name}: the tokenizer has {tokenizer.vocab_size} ids, but the embedding only {rows} rows")
     # device
     dtype = choose_dtype(config.compute.dtype, world.device)
     config = config.changed(dtype=dtype, chat_template=tokenizer.chat_template)

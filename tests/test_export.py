@@ -23,6 +23,7 @@ from hub import peft as peft_files
 from hub.card import command, model_card
 from launch.command_line import parse_arguments
 from launch.run_directory import read_metrics
+from launch.start import model_shape
 from model import DeepSeekV2
 from small_models import relative_difference, small_model
 from small_runs import arguments, conversations, run_main, train_here, write_jsonl
@@ -77,11 +78,16 @@ def test_merging_something_else_than_an_adapter_is_refused(
 # ---------------------------------------------------------------- publishing
 
 
-def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_pretrained(tmp_path / "model", small_model(vocab_size=512), Tokenizer(vocab_size=512))
     (tmp_path / "model/tokenizer.json").write_text(Tokenizer(vocab_size=600).to_json())
     with pytest.raises(UserError, match=r"vocab_size is 512, but .*model/tokenizer\.json has 600 entries"):
         load_model_and_tokenizer(tmp_path / "model")
+    data = write_jsonl(tmp_path / "data.jsonl", conversations(2))
+    assert train_here(arguments(data, tmp_path / "run", init_from=tmp_path / "model"), tmp_path) == 2
+    assert "the tokenizer has 600 ids, but the embedding only 512 rows" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +130,8 @@ def test_a_run_is_published_with_a_card(trained: Path, tmp_path: Path, capsys: p
     assert f"| {losses[0]:.4f}, {losses[-1]:.4f} |" in text
     assert f"| {[line['eval_loss'] for line in metrics if 'eval_loss' in line][-1]:.4f} |" in text
     (line,) = [line for line in text.splitlines() if "train_sft.py" in line]
-    again = parse_arguments(shlex.split(line)[2:]).config.flat()
+    parsed = parse_arguments(shlex.split(line)[2:])
+    again = parsed.config.changed(model=model_shape(parsed.config, parsed.preset, None)).flat()
     ours = json.loads((trained / "config.json").read_text())
     local = {"dataset", "output_dir", "num_proc", "device", "save_steps", "sample_prompts"}
     assert {key for key in ours if json.loads(json.dumps(again[key])) != ours[key]} <= local
