@@ -21,6 +21,7 @@ import functools
 import itertools
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -63,6 +64,8 @@ from tokenizer import Tokenizer
 
 WEIGHTS, WEIGHTS_INDEX, OPTIMIZER = "model.safetensors", "model.safetensors.index.json", "optimizer"
 SHARD_BYTES = 2**28  # of optimizer state per file, of all ranks together: a rank holds its part once more to write it
+# dcp's note on every save and load of a single process
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 Optimizers = Sequence[torch.optim.Optimizer]
 
 
@@ -115,7 +118,7 @@ def write_model(
     """Write a model directory of weights that come one by one. layout: the Hub's names in that order, with tensors that
     have the shapes and dtypes."""
     for difference in transformers_differences(config):
-        print(f"warning: transformers computes another model from {directory}: {difference}", file=sys.stderr)
+        print(f"warning: {directory}: transformers does not follow {difference}", file=sys.stderr)
     bos = tokenizer.template.start
     special_ids = {
         "bos_token_id": tokenizer.control_ids[bos] if bos else None,

@@ -17,7 +17,7 @@ config.UserError: warmup_steps is -1; it must not be negative
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +92,11 @@ class ModelConfig:
         check_ranges(self, "model.")
         if self.rope_scaling is not None:
             check_ranges(self.rope_scaling, "model.rope_scaling.")
+            if self.rope_scaling.beta_fast < self.rope_scaling.beta_slow:
+                raise UserError("model.rope_scaling.beta_fast is below beta_slow")
+        for name in ("qk_nope_head_dim", "kv_lora_rank"):
+            if getattr(self, name) % 2:
+                raise UserError(f"model.{name} must be even: transformers refuses such a checkpoint")
         chosen, routed, groups = self.num_experts_per_tok, self.n_routed_experts, self.n_group
         width, heads = self.hidden_size, self.num_attention_heads
         if self.qk_rope_head_dim % 2:
@@ -277,6 +282,8 @@ class TrainConfig:
             raise UserError("min_learning_rate_ratio must be at most 1: the rate falls from its peak")
         if compute.compile and compute.dtype == "float32":
             raise UserError("compile needs dtype bfloat16: torch cannot trace the grouped product in float32")
+        if compute.compile and compute.parallel != "ddp":
+            raise UserError("compile works only with parallel ddp: FSDP gathers norms in the middle of each block")
         aligned = 4 if compute.dtype == "float32" else 8  # the grouped product takes rows of whole 16 bytes
         if model.hidden_size % aligned or model.moe_intermediate_size % aligned:
             words = f"model.hidden_size and model.moe_intermediate_size must be multiples of {aligned}"
@@ -330,6 +337,9 @@ MAY_BE_ZERO = {
     "lora_dropout", "eval_steps", "eval_max_rows",
 }  # fmt: skip
 LIMITS = {"eval_fraction": 1, "adam_beta1": 1, "adam_beta2": 1, "lora_dropout": 1, "seed": 2**63}
+# A config.json can come from anyone: no size may overflow or exhaust memory before the weight files are looked at.
+LIMITS |= {field.name: 10**6 for field in fields(ModelConfig) if field.type in (int, int | None)}
+LIMITS |= {"num_hidden_layers": 1000, "max_position_embeddings": 2**63}
 
 
 def check_ranges(group: Any, prefix: str = "") -> None:

@@ -44,17 +44,14 @@ def hub_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def transformers_differences(config: ModelConfig) -> list[str]:
-    """Return what transformers computes differently for a saved model of this configuration, a sentence each."""
+    """Return the settings that transformers does not follow when it opens a model of this configuration."""
     differences = []
     if config.norm_topk_prob:
-        differences.append("norm_topk_prob=true, which it ignores")
+        differences.append("norm_topk_prob=true")
     yarn = config.rope_scaling
-    if yarn and not (yarn.mscale and yarn.mscale_all_dim):  # transformers then takes the first as 1, the second as 0
-        _, factor = rope_frequencies(config)
-        if factor != yarn_mscale(yarn.factor, 1.0):
-            differences.append(
-                f"mscale={yarn.mscale} with mscale_all_dim={yarn.mscale_all_dim}, which it reads as 1 and 0"
-            )
+    # It scales cos and sin as with mscale 1 and mscale_all_dim 0 unless both are set.
+    if yarn and not yarn.mscale * yarn.mscale_all_dim and rope_frequencies(config)[1] != yarn_mscale(yarn.factor, 1.0):
+        differences.append(f"mscale={yarn.mscale}, mscale_all_dim={yarn.mscale_all_dim}")
     return differences
 
 

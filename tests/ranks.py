@@ -13,15 +13,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import checkpoint
 import parallel
 import train_sft
 import trainer
 from datacollator import MicroBatch, Step
+from hub import peft
 from launch.cost import Traffic
 from model import LossOutput
 from small_runs import cheap_process
@@ -47,7 +50,7 @@ class WatchedTrainer(trainer.Trainer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.seen: dict[str, Any] = {"targets": [], "evaluated": 0, "held": 0}
+        self.seen: dict[str, Any] = {"targets": [], "evaluated": 0, "held": 0, "saving": 0, "gathered": 0}
         self.traffic = Traffic()
         self.sent: list[dict[str, float]] = []
 
@@ -78,6 +81,23 @@ class WatchedTrainer(trainer.Trainer):
         self.seen["optimizer"] = local_bytes(
             x for optimizer in self.optimizers for state in optimizer.state.values() for x in state.values()
         )
+
+    def save(self) -> None:
+        """Record the most memory in tensors beyond those that are there before, and the largest gathered tensor."""
+        gc.collect()
+        gc.freeze()
+        full_tensor = parallel.full_tensor
+
+        def watched(tensor: Tensor) -> Tensor:
+            whole = full_tensor(tensor)
+            self.seen["gathered"] = max(self.seen["gathered"], whole.nbytes)
+            self.seen["saving"] = max(self.seen["saving"], new_bytes())
+            return whole
+
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (checkpoint, peft):
+                patch.setattr(module, "full_tensor", watched)
+            super().save()
 
     def train(self, *arguments: Any) -> None:
         super().train(*arguments)

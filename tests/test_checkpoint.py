@@ -9,32 +9,39 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
+import checkpoint
 import lora
 from checkpoint import (
     iterate_weights,
     load_config,
     load_model_and_tokenizer,
+    load_optimizer,
     load_pretrained,
     newest_checkpoint,
+    optimizer_state,
     resolve_checkpoint,
     save_checkpoint,
+    save_optimizer,
     save_pretrained,
 )
-from config import RopeScaling, UserError
-from files import read_json, write_json, write_tensors
+from config import OptimizerConfig, RopeScaling, TrainConfig, UserError
+from files import checksum, read_json, write_json, write_tensors
 from generation import generate
 from hub import peft as peft_files
 from model import DeepSeekV2
-from small_models import relative_difference, small_config, small_model, transformers_model
+from optimizer import make_optimizers
+from parallel import ALONE
+from small_models import make_batch, relative_difference, small_config, small_model, transformers_model
 from small_runs import conversations, peak_memory, run_python, train_here, write_jsonl
 from tokenizer import Tokenizer
 
@@ -137,6 +144,35 @@ def test_a_config_that_transformers_would_read_otherwise_says_so(
     assert captured.err.count("\n") == 1
     assert "norm_topk_prob" in captured.err
     assert load_config(tmp_path).norm_topk_prob
+
+
+@pytest.mark.parametrize("mscale", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("mscale_all_dim", [0.0, 0.5])
+@torch.no_grad()
+def test_a_yarn_that_transformers_computes_otherwise_is_a_warning(
+    mscale: float, mscale_all_dim: float, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Warned of if, and only if, its logits differ."""
+    yarn = RopeScaling(factor=4.0, original_max_position_embeddings=64, mscale=mscale, mscale_all_dim=mscale_all_dim)
+    model = small_model(vocab_size=512, rope_scaling=replace(yarn))
+    save_pretrained(tmp_path, model, tokenizer)
+    ids = torch.arange(40)[None]
+    differs = relative_difference(model(ids), AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits) > 1e-4
+    assert (f"mscale={mscale}, mscale_all_dim={mscale_all_dim}" in capsys.readouterr().err) == differs
+
+
+def test_a_token_that_is_trained_on_is_not_the_padding_of_the_embedding(tmp_path: Path) -> None:
+    """transformers gives the embedding of pad_token_id no gradient. A tokenizer without <|endoftext|> pads with the end
+    of a turn."""
+    tokenizer = Tokenizer(vocab_size=512)
+    for pads_with_end in (False, True):
+        if pads_with_end:
+            tokenizer.pad_token, tokenizer.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+        save_pretrained(tmp_path, small_model(vocab_size=512), tokenizer)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert theirs.generation_config.pad_token_id == tokenizer.pad_token_id
+        theirs(torch.tensor([[tokenizer.eos_token_id, 5]])).logits.square().sum().backward()
+        assert theirs.model.embed_tokens.weight.grad[tokenizer.eos_token_id].norm() > 0
 
 
 # ---------------------------------------------------------------- we open ours, and transformers'
@@ -375,6 +411,61 @@ def test_directories_without_a_model_are_refused(saved: tuple[Path, DeepSeekV2],
         load_pretrained(directory)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 10**18}, "hidden_size is 1000000000000000000; it must be below 1000000"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000; it must be below 1000"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be of type int"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1; it must be of type bool"),
+        ({"kv_lora_rank": 21}, "kv_lora_rank must be even"),
+        ({"qk_nope_head_dim": 13}, "qk_nope_head_dim must be even"),
+        ({"rope_scaling": asdict(YARN) | {"beta_fast": 0.5}}, "beta_fast is below beta_slow"),
+    ],
+)
+def test_an_impossible_shape_is_refused(changes: dict, message: str, saved: tuple[Path, DeepSeekV2]) -> None:
+    edit_json(saved[0] / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(saved[0])
+
+
+@pytest.mark.parametrize("width", ["qk_nope_head_dim", "kv_lora_rank"])
+def test_transformers_refuses_odd_widths_too(width: str) -> None:
+    """The reason why they are refused here."""
+    model = small_model()
+    wrong = DeepseekV2Config(**transformers_model(model).config.to_dict() | {width: getattr(model.config, width) + 1})
+    with pytest.raises(RuntimeError):
+        DeepseekV2ForCausalLM(wrong)(torch.arange(5)[None])
+
+
+@pytest.mark.parametrize("changes", [{"n_routed_experts": 10**6}, {"num_hidden_layers": 999}])
+def test_a_model_larger_than_its_files_is_refused_before_it_is_built(
+    changes: dict, saved: tuple[Path, DeepSeekV2], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_json(saved[0] / "config.json", **changes)
+    monkeypatch.setattr(checkpoint, "DeepSeekV2", None)
+    with pytest.raises(UserError, match="but the weight files hold only 83 tensors"):
+        load_pretrained(saved[0])
+    with pytest.raises(UserError, match="but the weight files hold only 83 tensors"):
+        iterate_weights(saved[0], load_config(saved[0]))
+
+
+def test_weights_of_several_dtypes_are_loaded_in_the_widest(saved: tuple[Path, DeepSeekV2]) -> None:
+    directory, model = saved
+    edit_weights(directory, lambda weights: weights.update({n: t.bfloat16() for n, t in weights.items() if "mlp" in n}))
+    loaded = load_pretrained(directory)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+    experts = model.model.layers[1].mlp.experts.down_proj
+    assert torch.equal(loaded.model.layers[1].mlp.experts.down_proj, experts.bfloat16().float())
+
+
+def test_integer_weights_are_refused(saved: tuple[Path, DeepSeekV2]) -> None:
+    edit_weights(saved[0], lambda weights: weights.update({"model.norm.weight": torch.ones(48, dtype=torch.int64)}))
+    with pytest.raises(UserError, match=r"model\.norm\.weight is stored as I64"):
+        load_pretrained(saved[0])
+
+
 def test_a_truncated_weight_file_is_refused(saved: tuple[Path, DeepSeekV2]) -> None:
     file = saved[0] / "model.safetensors"
     os.truncate(file, file.stat().st_size - 1)
@@ -518,9 +609,15 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(saved: tuple[Path, Dee
     with pytest.raises(UserError, match="is not a checkpoint"):
         resolve_checkpoint(run)
     assert resolve_checkpoint(directory) == directory
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "config.json").write_text("{}")  # the run's own
+    run.mkdir()
+    write_json(run / "config.json", TrainConfig().flat())
+    with pytest.raises(UserError, match="run is a run with no checkpoint yet"):
+        resolve_checkpoint(run)
+    (run / "checkpoints/step-²").mkdir(parents=True)
     with pytest.raises(UserError, match="no checkpoint yet"):
+        resolve_checkpoint(run)
+    (run / "checkpoints/step-000001").mkdir()
+    with pytest.raises(UserError, match="no checkpoint that is whole"):
         resolve_checkpoint(run)
 
     def copy(temporary: Path) -> None:
@@ -566,6 +663,20 @@ def test_a_damaged_later_checkpoint_does_not_push_out_good_ones(tmp_path: Path) 
     (newest / "model.safetensors").unlink()
     save_checkpoint(tmp_path, 3, writer(3), limit=2)
     assert steps(tmp_path) == ["step-000001", "step-000003"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, writer(step), limit=2)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert stored_value(save_checkpoint(tmp_path, 3, writer(3), limit=1)) == 3
+    assert capsys.readouterr().err.count("cannot be deleted") == 2
 
 
 def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -637,6 +748,68 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stand(size: int, t
         save_checkpoint(tmp_path, 2, writer(2), limit=1)
     assert steps(tmp_path) == ["step-000001"]
     assert stored_value(newest_checkpoint(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_state_is_given_back_to_the_bit(optimizer: Literal["adamw", "muon"], tmp_path: Path) -> None:
+    """Moments and step counts. Weights stay as they are, and the configured decay and betas count."""
+    model, trained = trained_a_little(optimizer)
+    checksums = save_optimizer(tmp_path, model, trained, ALONE)
+    assert {name: checksum(tmp_path / name) for name in checksums} == checksums
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    fresh = make_optimizers(model, OptimizerConfig(optimizer, weight_decay=0.7), torch.float32)
+    load_optimizer(tmp_path, model, fresh, ALONE)
+    expected, found = optimizer_state(model, trained), optimizer_state(model, fresh)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert fresh[0].param_groups[0]["weight_decay"] == 0.7
+
+
+def trained_a_little(optimizer: Literal["adamw", "muon"]) -> tuple[DeepSeekV2, list[torch.optim.Optimizer]]:
+    model = small_model()
+    optimizers = make_optimizers(model, OptimizerConfig(optimizer), torch.float32)
+    for _ in range(2):
+        model(**make_batch([[9, 5]])).loss_sum.backward()
+        for one in optimizers:
+            one.step()
+    return model, optimizers
+
+
+@pytest.mark.parametrize("damage", ["another model", "a tensor less", "no files", "a broken file", "a broken header"])
+def test_optimizer_state_of_something_else_is_one_line(damage: str, tmp_path: Path) -> None:
+    model, optimizers = trained_a_little("adamw")
+    save_optimizer(tmp_path, model, optimizers, ALONE)
+    (file,) = (tmp_path / "optimizer").iterdir()
+    if damage == "another model":
+        model = small_model(hidden_size=96)
+        optimizers = make_optimizers(model, OptimizerConfig(), torch.float32)
+    elif damage == "a tensor less":
+        tensors = load_file(file)
+        tensors.pop("model.norm.weight.exp_avg")
+        save_file(tensors, file)
+    elif damage == "no files":
+        file.unlink()
+    elif damage == "a broken file":
+        os.truncate(file, 1000)
+    else:
+        save_file(
+            load_file(file), file, {"DCP_SHARDING_INFO": '{"model.norm.weight.exp_avg": {"saved_offsets": "\x1b"}}'}
+        )
+    with pytest.raises(UserError, match="optimizer is not this run's optimizer state") as caught:
+        load_optimizer(tmp_path, model, optimizers, ALONE)
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_disk_that_fills_up_within_the_optimizer_state_is_a_clear_error(tmp_path: Path) -> None:
+    model, optimizers = trained_a_little("adamw")
+    with (
+        files_limited_to(100_000),
+        pytest.raises(UserError, match=r"step-000001 cannot be written .*[Ff]ile too large"),
+    ):
+        save_checkpoint(tmp_path, 1, lambda directory: save_optimizer(directory, model, optimizers, ALONE), limit=1)
+    assert steps(tmp_path) == []
 
 
 def test_a_disk_that_fills_up_within_the_weights_is_a_clear_error(tmp_path: Path, tokenizer: Tokenizer) -> None:

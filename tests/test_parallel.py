@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+import parallel
 from checkpoint import load_pretrained, newest_checkpoint
+from config import MINI, UserError
 from files import read_json
 from launch.run_directory import read_metrics
 from ranks import take_over
@@ -287,7 +289,55 @@ def test_the_whole_model_is_never_built(folder: Path) -> None:
         assert rank["peak"] <= 1.1 * size / 4 + 2 * rank["largest"] < size
 
 
+def test_saving_gathers_one_tensor_at_a_time(folder: Path) -> None:
+    """On every rank: what a save needs beyond the rank's share is the tensor at hand, and the one before."""
+    for rank in ranks_of(folder / "packed-fsdp-4"):
+        assert 0 < rank["saving"] <= 2 * rank["gathered"] < whole_bytes(folder / "packed-1")
+
+
 # ---------------------------------------------------------------- failures, signals, nodes
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:3311",
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL 2.29",
+        "[Rank 1] NCCL communicator was aborted on rank 1.",
+    ],
+)
+def test_the_death_of_another_rank_is_one_line(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Gloo as under NCCL, whose own errors are many lines. Any other error keeps its traceback."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def fail(text: str) -> None:
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit):
+        parallel.recorded(fail)(words)
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "another rank has failed"
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        parallel.recorded(fail)("index out of bounds")
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_PORT", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"])
+def test_incomplete_variables_of_torchrun_are_one_line(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
+    variables |= {"LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+    for name, value in (variables | {"TORCHELASTIC_RUN_ID": "run"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(UserError, match=f"{missing}.*: start with torchrun, or unset it"):
+        parallel.join_world("cpu")
+
+
+def test_compile_is_refused_with_sharded_blocks() -> None:
+    """In bf16 their norms and routers are gathered apart: seven graph breaks per step."""
+    for engine in ("fsdp", "hsdp"):
+        with pytest.raises(UserError, match="compile works with parallel ddp only"):
+            MINI.changed(compile=True, dtype="bfloat16", parallel=engine).validate()
+    MINI.changed(compile=True, dtype="bfloat16", parallel="ddp").validate()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,184 @@
+"""Files that a crash, a link or a hostile name cannot harm; headers that are checked before memory is used."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import files
+from config import UserError
+from files import (
+    damaged_files,
+    flush_to_disk,
+    printable,
+    read_json,
+    replace_file,
+    replacing,
+    stored_tensors,
+    write_directory,
+    write_json,
+    write_tensors,
+)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    writers = {"text": lambda p: replace_file(p, "x"), "json": lambda p: write_json(p, {}), "tensors": one_tensor}
+    for name, write in writers.items():
+        link = tmp_path / name
+        link.symlink_to(outside)
+        write(link)
+        assert not link.is_symlink()
+    assert outside.read_text() == "mine"
+
+
+def one_tensor(path: Path) -> None:
+    write_tensors(path, {"a": torch.ones(2)})
+
+
+def test_a_temporary_file_has_a_random_name_and_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x.tmp", ".x.tmp", ".x.jsonl.tmp"):
+        (tmp_path / name).write_text("mine")
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    replace_file(tmp_path / "x.jsonl", "new")
+    assert {path: path.read_text() for path in before} == before
+    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "0")
+    (tmp_path / ".0.x.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="File exists"):
+        replace_file(tmp_path / "x.jsonl", "newer")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_failed_replacement_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_windows_does_not_flush_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+
+    def refuse_directories(path: Path, flags: int) -> int:
+        opened.append(path)
+        if path.is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        assert flags & os.O_RDWR  # Windows flushes files that are open for writing only
+        return real_open(path, flags)
+
+    real_open = os.open
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse_directories)
+        patch.setattr(os, "name", "nt")
+        flush_to_disk(tmp_path)
+        flush_to_disk(tmp_path / "file")
+    assert opened == [tmp_path / "file"]
+
+
+def test_a_directory_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was asked for is in place by then."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    place = tmp_path / "place"
+    write_directory(place, lambda directory: write_json(directory / "a.json", {"a": 1}))
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    write_directory(place, lambda directory: write_json(directory / "a.json", {"a": 2}))
+    assert read_json(place / "a.json") == {"a": 2}
+    assert damaged_files(place) == []
+    assert re.fullmatch(r"warning: .*\.place\.old cannot be deleted .*\n", capsys.readouterr().err)
+
+
+def test_a_save_deletes_no_files_of_others(tmp_path: Path) -> None:
+    for name in (".place.swp", ".place.0123.tmp", ".placeholder.old"):
+        (tmp_path / name).mkdir()
+    write_directory(tmp_path / "place", lambda directory: None)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_checksums_cover_directories_and_name_no_other_files(tmp_path: Path) -> None:
+    def write(directory: Path) -> dict[str, str]:
+        (directory / "sub").mkdir()
+        (directory / "sub/file").write_text("a")
+        (directory / "known").write_text("b")
+        return {"known": "a checksum that another rank has computed"}
+
+    write_directory(tmp_path / "place", write)
+    assert damaged_files(tmp_path / "place") == ["known"]
+    (tmp_path / "place/sub/file").write_text("changed")
+    assert damaged_files(tmp_path / "place") == ["known", "sub/file"]
+    write_json(tmp_path / "place/checksums.json", {"../../../../../../dev/zero": "0"})  # never read
+    assert damaged_files(tmp_path / "place") == ["../../../../../../dev/zero"]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "", "{", "9" * 5000, "[1]"])
+def test_what_is_not_a_json_object_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(UserError, match=r"file\.json (is not JSON|does not contain a JSON object)") as caught:
+        read_json(tmp_path / "file.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_control_characters_never_reach_a_terminal() -> None:
+    assert printable("a\tb\nc") == "a\tb\nc"
+    assert printable("\x1b]0;title\x07\x9b2J\x7f\r\0ä今") == "\ufffd]0;title\ufffd\ufffd2J\ufffd\ufffd\ufffdä今"
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def test_tensors_are_read_as_safetensors_reads_them(tmp_path: Path) -> None:
+    tensors = {
+        "matrix": torch.randn(3, 5).T,
+        "rounded": torch.randn(4, 2).bfloat16(),
+        "half": torch.randn(2, 2, 2).half(),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 4),
+        "double": torch.randn(2).double(),
+    }
+    layout = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "file", layout, tensors.values())
+    theirs, ours = load_file(tmp_path / "file"), stored_tensors(tmp_path / "file")
+    assert theirs.keys() == ours.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        for read in (theirs[name], ours[name].read()):
+            assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(read, tensor)
+        assert ours[name].shape == tuple(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_other_than_floating_point_numbers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"a\x1b[2J": torch.zeros(4).to(dtype)}, tmp_path / "file")
+    with pytest.raises(UserError, match=r"file: a\ufffd\[2J is stored as \w+, not as floating-point numbers"):
+        stored_tensors(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [b"", b"x", (10**9).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"[]"])
+def test_a_damaged_header_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(UserError, match="file cannot be read") as caught:
+        stored_tensors(tmp_path / "file")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_header_says_what_its_reader_needs(tmp_path: Path) -> None:
+    one_tensor(tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    assert size % 8 == 0
+    assert json.loads(content[8 : 8 + size])["__metadata__"] == {"format": "pt"}  # transformers asks for it
