@@ -116,7 +116,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """What is trained on, and how it becomes tokens."""
+    """Datasets, and how they become tokens."""
 
     # Hub names, directories, .jsonl/.json/.csv/.tsv/.txt (or .gz of them) and .parquet files, `chitchat`,
     # `chitchat_text` or `chatterbot`. With :N at its end, a dataset is used N times per epoch.
@@ -175,7 +175,7 @@ class OptimizerConfig:
 
 @dataclass
 class ComputeConfig:
-    """Where and how it is computed."""
+    """Device, precision and parallelism."""
 
     dtype: Dtype = "auto"  # bfloat16: products in it (autocast), weights and optimizer fp32; auto: if hardware has it
     device: str = "auto"  # cuda, cpu, ...; "auto": CUDA if available
@@ -193,7 +193,7 @@ class ComputeConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Where a run starts, and what it leaves."""
+    """Start and output of a run."""
 
     # Start from a directory in Hugging Face layout or a run's newest checkpoint; none: from random weights.
     init_from: str | None = None
@@ -223,7 +223,7 @@ class LoraConfig:
 
 @dataclass
 class WatchConfig:
-    """What a run reports."""
+    """Reports of a run: evaluations, metrics, dry run."""
 
     eval_steps: int = 250  # steps between evaluations; 0: none
     # Held-out rows per evaluation; 0: all. The last evaluation always uses all; save_best and early_stopping_patience
@@ -242,7 +242,7 @@ class WatchConfig:
 
 @dataclass
 class TrainConfig:
-    """One run of supervised fine-tuning. On the command line, only the model's fields need their group's name."""
+    """A run of supervised fine-tuning. On the command line, only the model's fields need their group's name."""
 
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     batch: OmitArgPrefixes[BatchConfig] = field(default_factory=BatchConfig)

@@ -41,7 +41,9 @@ Value = TypeVar("Value")
 # torchrun notices a rank that has died and stops the others. This is for one that lives and does not answer. What the
 # first rank does alone (tokenise the data, write a model) may take longer: see `wait_for_all`.
 TIMEOUT = timedelta(minutes=30)
-TORCHRUN = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+TORCHRUN = (
+    "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE",
+)  # fmt: skip
 # What Gloo and NCCL report on the surviving ranks when another one has died.
 PEER_DIED = (
     "Connection closed by peer",
@@ -102,8 +104,8 @@ def join_world(device: str, dry_run: bool = False) -> World:
         return World(0, 1, torch.device(choose_device(device, planned=dry_run)))
     device = choose_device(device)
     try:
+        local_rank, node_size, nodes, restarts, _ = (os.environ[name] for name in TORCHRUN)
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        local_rank, node_size, nodes, restarts = (os.environ[name] for name in TORCHRUN)
     except (KeyError, ValueError) as error:
         raise UserError(f"TORCHELASTIC_RUN_ID is set, but {error}: start with torchrun, or unset it") from error
     if nodes == "1":

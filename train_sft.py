@@ -61,6 +61,7 @@ def run(start: "Start", world: "World") -> None:
     config = fit_to_device(fit_steps(start, train_rows.rows_per_epoch, world), world)
 
     torch.manual_seed(config.compute.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.use_deterministic_algorithms(config.compute.deterministic)
     model = build_model(config, source or checkpoint, world, checkpoint, tokenizer.new_ids)
     wrapped = replicate(model, config.compute.parallel, world)

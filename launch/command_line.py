@@ -1,4 +1,4 @@
-"""The command line: config.py's dataclasses as flags, errors as one line, signals, and output that nobody reads."""
+"""The command line: config.py's dataclasses as flags, errors as one line, signals, lost terminals."""
 
 import contextlib
 import difflib

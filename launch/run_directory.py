@@ -75,7 +75,7 @@ def lock_file(file: IO[str]) -> None:
     if sys.platform == "win32":
         import msvcrt
 
-        file.seek(2**20)  # nobody could read a locked byte
+        file.seek(2**20)  # a locked byte cannot be read
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         file.seek(0)
     else:
@@ -98,12 +98,10 @@ def saved_configuration(run: str | Path) -> TrainConfig:
     kinds = {name: kind for group in default.groups.values() for name, kind in get_type_hints(type(group)).items()}
     model = values.pop("model", {})
     values |= model if isinstance(model, dict) else {"model": model}
-    missing, unknown = default.flat().keys() - values.keys() - {"model"}, values.keys() - kinds.keys()
-    if missing or unknown:
-        problem = (
-            f"{', '.join(sorted(unknown)[:5])} is unknown" if unknown else f"{', '.join(sorted(missing))} is missing"
-        )
-        raise UserError(f"{path} is not the configuration of a run of this version: {problem}")
+    different = sorted(values.keys() ^ kinds.keys())
+    if different:
+        fields = ", ".join(different[:5])
+        raise UserError(f"{path} is not the configuration of a run of this version: {fields} unknown or missing")
     try:
         return default.changed(**{name: read_value(kinds[name], value, name) for name, value in values.items()})
     except TypeError as error:
@@ -149,7 +147,7 @@ TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.
 
 
 class Tracker(NamedTuple):
-    """Where metrics go in addition to metrics.jsonl."""
+    """A destination of metrics in addition to metrics.jsonl."""
 
     track: Callable[[dict[str, float]], Any]
     close: Callable[[], Any]
@@ -191,7 +189,7 @@ def start_tracker(config: TrainConfig, step: int) -> Tracker:
     names = {"id": run_id, "name": run.name} if name == "wandb" else {"name": f"{run.name}-{run_id}"}
     try:
         tracker.init(project="sft-from-scratch", config=config.flat(), resume="allow", **names)
-    except Exception as error:  # no key, no network, a full disk: each tracker has errors of its own
+    except Exception as error:  # no key, no network, a full disk: trackers differ
         raise UserError(f"report_to {name} cannot start: {' '.join(str(error).split())}") from error
     return Tracker(lambda metrics: tracker.log(metrics, step=metrics["step"]), tracker.finish, run_id)
 

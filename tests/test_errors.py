@@ -1,6 +1,9 @@
 """Whatever people get wrong is answered with one line that names the place, and with exit code 2."""
 
+import io
 import json
+import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +17,8 @@ import pytest
 import train_sft
 from checkpoint import save_pretrained
 from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError
-from launch.command_line import one_line_errors
+from launch.command_line import lasting_output, one_line_errors
+from parallel import TORCHRUN, join_world
 from small_models import small_model
 from small_runs import arguments, cheap_process, conversations, train_here, write_jsonl
 from tokenizer import Tokenizer
@@ -301,3 +305,41 @@ def test_yarn_is_turned_on_by_any_of_its_flags() -> None:
     changed = parse(["v2_lite", "--model.rope_scaling.factor", "8"]).model.rope_scaling
     assert changed == RopeScaling(factor=8.0, mscale=0.707, mscale_all_dim=0.707)
     assert parse(["mini"]).model.rope_scaling is None
+
+
+def test_a_character_that_the_terminal_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    with one_line_errors():
+        print("é ☂")
+    assert written.getvalue() == "é ?\n".encode("cp1252")
+
+
+def test_control_characters_in_an_error_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), one_line_errors():
+        raise UserError("column \x1b]0;title\x07")
+    assert capsys.readouterr().err == "error: column \ufffd]0;title\ufffd\n"
+
+
+def test_output_that_cannot_be_written_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with lasting_output():
+            print("progress", flush=True)
+            print("more", flush=True)
+
+
+def test_windows_has_no_hangup_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGHUP")
+    module = runpy.run_path(str(ROOT / "launch/command_line.py"))
+    assert module["STOP_SIGNALS"] == (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"])
+def test_incomplete_variables_of_torchrun_are_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv(missing)
+    with pytest.raises(UserError, match=f"TORCHELASTIC_RUN_ID is set, but '{missing}'"):
+        join_world("cpu")

@@ -3,17 +3,24 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint
-from config import OptimizerConfig, RopeScaling
+import train_sft
+from checkpoint import load_config, load_model_and_tokenizer, load_pretrained, newest_checkpoint
+from config import MINI, PRESETS, TINY, ModelConfig, OptimizerConfig, RopeScaling, TrainConfig, UserError
 from files import write_json
 from launch.command_line import given_fields, parse_arguments
 from launch.run_directory import read_metrics
+from launch.start import find_start
 from optimizer import learning_rate
+from parallel import World
+from small_models import small_model
 from small_runs import arguments, conversations, train_here, write_jsonl
 
 
@@ -107,7 +114,80 @@ def test_a_value_that_the_checkpoint_has_may_be_repeated(data: Path, base: Path,
     assert train_here(arguments(data, tmp_path / "run", **changes), tmp_path) == 0
 
 
+# ---------------------------------------------------------------- config.py
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def model_of(monkeypatch: pytest.MonkeyPatch, preset: TrainConfig, *flags: str) -> ModelConfig:
+    """Return the model of a run whose preset somebody has written into config.py."""
+    monkeypatch.setitem(PRESETS, "mine", preset)
+    arguments = parse_arguments(["mine", "--dry-run", "--device", "cpu", *flags])
+    return find_start(arguments, ALONE).config.model
+
+
+def test_a_model_field_in_config_py_counts_like_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_config(TINY.checkpoint.init_from or "")
+    assert (base.hidden_size, base.aux_loss_alpha, base.num_experts_per_tok) == (256, 0.003, 2)
+    assert model_of(monkeypatch, TINY) == base
+    changed = replace(base, aux_loss_alpha=0.5)
+    assert model_of(monkeypatch, TINY.changed(aux_loss_alpha=0.5)) == changed
+    assert model_of(monkeypatch, replace(TINY, model=ModelConfig(aux_loss_alpha=0.5))) == changed
+    assert model_of(monkeypatch, TINY, "--model.aux-loss-alpha", "0.5") == changed
+    # a default counts too, if it is set
+    assert model_of(monkeypatch, TINY.changed(num_experts_per_tok=6)).num_experts_per_tok == 6
+    # a flag comes last
+    preset = TINY.changed(aux_loss_alpha=0.5)
+    assert model_of(monkeypatch, preset, "--model.aux-loss-alpha", "0.003") == base
+
+
+@pytest.mark.parametrize("width", [384, ModelConfig().hidden_size])
+def test_a_shape_in_config_py_that_contradicts_the_weights_is_refused(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=f"model.hidden_size is 256, not {width}"):
+        model_of(monkeypatch, TINY.changed(hidden_size=width))
+
+
+def test_a_preset_need_not_state_its_checkpoints_shape(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = str(newest_checkpoint(base))
+    for preset in (MINI.changed(init_from=place), TINY.changed(init_from=place)):
+        assert model_of(monkeypatch, preset, "--max-seq-len", "64").hidden_size == 32
+    assert model_of(monkeypatch, TINY, "--init-from", place).hidden_size == 32
+
+
+def test_from_scratch_a_preset_has_its_checkpoints_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_config(TINY.checkpoint.init_from or "")
+    assert model_of(monkeypatch, TINY, "--init-from", "none") == base
+    deeper = model_of(monkeypatch, TINY, "--init-from", "none", "--model.num-hidden-layers", "3")
+    assert deeper == replace(base, num_hidden_layers=3)
+
+
 # ---------------------------------------------------------------- others
+
+
+def test_own_data_is_trained_on_for_epochs() -> None:
+    """A preset's number of steps is for its own data."""
+
+    def batch(*flags: str) -> tuple[int, float]:
+        config = parse_arguments(["tiny", *flags]).config
+        return config.batch.max_steps, config.batch.num_train_epochs
+
+    assert batch() == (1000, 3.0)
+    assert batch("--dataset", "mine.jsonl") == (0, 3.0)
+    assert batch("--dataset", "mine.jsonl", "--num-train-epochs", "5") == (0, 5.0)
+    assert batch("--dataset", "mine.jsonl", "--max-steps", "7")[0] == 7
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(20, False), (21, True)])
+def test_more_than_ten_epochs_are_warned_about(steps: int, warns: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = SimpleNamespace(rows_per_epoch=8)
+    trainer: Any = SimpleNamespace(
+        config=TrainConfig(), world=ALONE, rows_per_step=4, total_steps=steps, step=0, rows_seen=0, train_rows=rows,
+        plain_model=small_model(),
+    )  # fmt: skip
+    train_sft.announce(trainer)
+    assert ("--save-best" in capsys.readouterr().out) == warns
 
 
 @pytest.mark.parametrize(
@@ -253,7 +333,7 @@ def test_a_directory_without_a_run_is_not_resumed(run: Path, base: Path, capsys:
     assert f"error: {run.parent}/rum holds no run to resume: there is no" in capsys.readouterr().err
     assert not (run.parent / "rum").exists()
     assert train_here(["--resume", "--output-dir", str(newest_checkpoint(base))], run.parent) == 2
-    assert "is not the configuration of a run of this version: architectures" in capsys.readouterr().err
+    assert "is not the configuration of a run of this version: " in capsys.readouterr().err
 
 
 def test_an_end_that_lies_behind_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

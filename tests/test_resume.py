@@ -5,8 +5,12 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,9 @@ import torch
 import small_runs
 import trainer
 from checkpoint import load_pretrained
-from config import ModelConfig, RopeScaling, TrainConfig
+from config import ModelConfig, RopeScaling, TrainConfig, UserError
 from files import checksum, read_json, write_json
-from launch.run_directory import fixed_changes, read_metrics
+from launch.run_directory import fixed_changes, read_metrics, run_lock, saved_configuration
 from small_runs import (
     arguments,
     conversations,
@@ -343,3 +347,141 @@ def test_a_run_that_cannot_start_leaves_an_earlier_one_in_place(run: Path, data:
     assert train_here(arguments(data, run, batch_size=1000), tmp_path) == 2
     assert files(run) == before
     assert not Path(f"{run}.1").exists()
+
+
+# ---------------------------------------------------------------- one run per directory
+
+HOLD = """
+import sys, time
+from launch.run_directory import run_lock
+try:
+    with run_lock(sys.argv[1]):
+        print("held", flush=True)
+        time.sleep(float(sys.argv[2]))
+except Exception as error:
+    print(error, flush=True)
+"""
+
+
+def hold(run: Path, seconds: float = 60) -> subprocess.Popen[str]:
+    """Start another process that holds the run's lock, or prints why it cannot."""
+    root = Path(small_runs.__file__).resolve().parents[1]
+    command = [sys.executable, "-c", HOLD, str(run), str(seconds)]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("flags", [[], [RESUME], [RESUME, "auto"]])
+def test_a_directory_in_use_is_refused_until_its_process_dies(
+    flags: list[str], run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = hold(run)
+    assert first_line(other) == "held"
+    before = files(run)
+    assert train_here(arguments(data, run, *flags), run.parent) == 2
+    holder = f"process {other.pid} on {socket.gethostname()}"
+    assert capsys.readouterr().err == f"error: {run} is in use by {holder}; stop it, or choose another --output-dir\n"
+    assert files(run) == before
+    other.kill()
+    other.wait()
+    with run_lock(run):
+        pass
+
+
+def test_of_processes_that_start_together_one_gets_the_directory(tmp_path: Path) -> None:
+    lines = [first_line(other) for other in [hold(tmp_path / "run", 3) for _ in range(4)]]
+    assert lines.count("held") == 1
+    assert sum("is in use by process" in line for line in lines) == 3
+
+
+def test_resume_auto_starts_resumes_or_starts_anew(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a job needs that may be requeued: the command is always the same."""
+
+    def train(**changes: Any) -> list[int]:
+        settings = {"eval_steps": 0, "save_steps": 1} | changes
+        assert train_here(arguments(data, tmp_path / "run", RESUME, "auto", **settings), tmp_path) == 0
+        return [line["step"] for line in read_metrics(tmp_path / "run")]
+
+    assert train(max_steps=1) == [1]
+    assert train(max_steps=2) == [1, 2]
+    assert f"resuming {tmp_path}/run with changes: max_steps 1 -> 2" in capsys.readouterr().out
+    assert train(max_steps=1, seed=7) == [1]
+    assert (
+        f"{tmp_path}/run is a run with another configuration (seed 42 -> 7); starting anew" in capsys.readouterr().out
+    )
+    assert (tmp_path / "run.1/metrics.jsonl").exists()
+
+
+def test_data_that_moved_is_known_by_its_content(
+    run: Path,
+    data: Path,
+    alone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_jsonl(tmp_path / "other.jsonl", conversations(40, seed=1))
+    resume = [RESUME, "--output-dir", str(run)]
+    assert train_here([*resume, "--dataset", str(tmp_path / "other.jsonl")], tmp_path) == 2
+    assert "these are not the rows that the run was trained on" in capsys.readouterr().err
+    shutil.copy(data, tmp_path / "moved.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert train_here([*resume, "--dataset", "moved.jsonl"], tmp_path) == 0
+    assert_same_run(run, alone)
+    assert json.loads((run / "config.json").read_text())["dataset"] == [str(tmp_path / "moved.jsonl")]
+
+
+def test_an_output_directory_that_is_a_link_stays_one(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        assert train_here(arguments(data, tmp_path / "run", max_steps=1, eval_steps=0), tmp_path) == 0
+        assert (tmp_path / "run").readlink() == tmp_path / "disk"
+    assert (tmp_path / "disk.1/config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "loss.png", "checkpoints/step-000099"])
+def test_links_in_a_run_directory_are_refused(
+    name: str, run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").write_text("private")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    assert train_here(arguments(data, run, RESUME), tmp_path) == 2
+    assert f"error: {run}/{name} is a link" in capsys.readouterr().err
+    assert (tmp_path / "elsewhere").read_text() == "private"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("report_to", "run.evil", "report_to is 'run.evil', which is not of type"),
+        ("max_steps", "12", "max_steps is '12', which is not of type int"),
+        ("packing", 1, "packing is 1, which is not of type bool"),
+        ("dataset", ["a", 3], "dataset is 3, which is not of type str"),
+        ("model", {"hidden_size": 3.5}, "hidden_size is 3.5, which is not of type int"),
+        ("model", [], "is not the configuration of a run of this version"),
+        ("rope_scaling", {"type": "linear"}, "rope_scaling.type is 'linear', which is not of type"),
+        ("tie_embeddings", True, "tie_embeddings unknown or missing"),
+        ("seed", None, "seed is None, which is not of type int"),
+    ],
+)
+def test_saved_fields_have_their_declared_types(name: str, value: Any, message: str, tmp_path: Path) -> None:
+    """Among others, a tracker's name is not imported."""
+    saved = TrainConfig().flat()
+    saved[name] = saved[name] | value if name == "model" and value else value
+    write_json(tmp_path / "config.json", saved)
+    with pytest.raises(UserError, match=re.escape(message)):
+        saved_configuration(tmp_path)
+
+
+def test_a_saved_configuration_is_read_back(tmp_path: Path) -> None:
+    config = TrainConfig().changed(rope_scaling=RopeScaling(factor=4.0), q_lora_rank=8, resume="auto", quantize="nf4")
+    write_json(tmp_path / "config.json", config.flat())
+    assert saved_configuration(tmp_path).flat() == config.flat()

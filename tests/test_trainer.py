@@ -391,6 +391,20 @@ def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
         assert context > len(prompt) or printed == ["  'a' -> ''"]
 
 
+@pytest.mark.parametrize("error", [UserError("logits are NaN"), RuntimeError("logits are NaN")])
+def test_a_model_that_cannot_be_sampled_from_is_trained_on(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer_module, "answers", fail)
+    trainer, printed = make_trainer(tmp_path, sample_prompts=("a",)), list[str]()
+    trainer.print_samples(printed.append)
+    assert printed == ["  no samples: logits are NaN"]
+    assert trainer.model.training
+
+
 def test_where_no_rank_has_the_whole_model_it_is_said_that_there_are_no_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +433,69 @@ def test_a_run_writes_what_the_design_says(tmp_path: Path) -> None:
     assert training[2]["num_tokens"] == sum(lengths)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
     assert_same_weights(load_pretrained(tmp_path / "checkpoints/step-000005"), trainer.model, 0)
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here steps take two seconds."""
+    log = run_directory.RunLog(tmp_path, 0, 300, shown=True)
+    monkeypatch.setattr(run_directory, "time", SimpleNamespace(monotonic=lambda: 2.0 * log.step))
+    metrics = {"loss": 1.0, "tokens_per_second": 5.0, "peak_share": 0.5, "expert_load": 1.0}
+    with log:
+        for step in range(1, 301):
+            log.advance(metrics)
+            log.write(metrics | {"step": step})
+            if step == 150:
+                log.print("step 150: eval_loss 1.0")
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) == 60 + 1
+    assert lines[0] == "step 1 of 300: loss 1.000, 5 tokens/s, 50% of peak, expert load 1.0"
+    assert "step 150: eval_loss 1.0" in lines
+    assert "\r" not in printed.out + printed.err
+    assert len(read_metrics(tmp_path)) == 300
+
+
+def test_damaged_metrics_are_an_error_that_names_them(tmp_path: Path) -> None:
+    for line in ("{", "[]", "{}"):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match=r"metrics.jsonl is damaged"):
+            read_metrics(tmp_path)
+
+
+def test_a_step_without_targets_is_an_error_that_names_its_rows(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    step = trainer.batches.load(0)
+    with pytest.raises(UserError, match=r"step 1 has no target tokens: conversations \[0, 1, 2, 3\] of talk.jsonl"):
+        trainer.train_step(step._replace(counts=step.counts._replace(targets=0)))
+
+
+def test_evaluating_only_prints_a_runs_last_evaluation_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = write_jsonl(tmp_path / "data.jsonl", TEXTS), tmp_path / "run"
+    assert train_here(arguments(data, run, max_steps=2), tmp_path) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    capsys.readouterr()
+    flags = ["--evaluate-only", "--init-from", str(run), "--dataset", str(data), "--max-seq-len", "96"]
+    options = ["--eval-split", "train[:5]", "--device", "cpu", "--dtype", "float32", "--num-proc", "1"]
+    assert train_here(["tiny", *flags, *options], tmp_path) == 0
+    last = read_metrics(run)[-1]
+    expected = "eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(**last)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{run}/checkpoints/step-000002: {expected}"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+
+
+def test_deterministic_algorithms_give_the_same_run(tmp_path: Path) -> None:
+    """On a CPU, where torch's default is deterministic already."""
+    data, losses = write_jsonl(tmp_path / "data.jsonl", TEXTS), []
+    for name in ("deterministic", "no-deterministic"):
+        run = tmp_path / name
+        assert train_here(arguments(data, run, f"--{name}", max_steps=2, eval_steps=0), tmp_path) == 0
+        assert torch.are_deterministic_algorithms_enabled() == (name == "deterministic")
+        losses.append([line["loss"] for line in read_metrics(run)])
+    assert losses[0] == losses[1]
 
 
 def test_balance_losses_are_trained_on_but_not_reported(tmp_path: Path) -> None:
