@@ -31,8 +31,9 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
     """Print errors that the user can fix (including a full disk) as one line, and exit with 2; with `debug`, keep
     Python's traceback. Ctrl-C exits with 130 and `| head` with 141, as in a shell."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks becomes a question mark
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="replace")
     try:
         yield
     except KeyboardInterrupt:
