@@ -189,12 +189,11 @@ class Tokenizer:
 
     def render_turn(self, message: Mapping[str, Any]) -> RenderedTurn:
         """Render one message of a conversation. Raises UserError for an unknown role."""
-        role, content = message["role"], message["content"]
+        role = message["role"]
         if role not in self._turns:
             raise UserError(f"role {role!r} is unknown; use one of {', '.join(self._turns)}")
         before, lead, trail, end, footer, header = self._turns[role]
-        if self.template.trim:
-            content = content.strip()
+        content = message["content"].strip() if self.template.trim else message["content"]
         body = self.encode(lead + content + trail) + end
         trained = int(role == "assistant" and message.get("weight", 1))
         mask = [0] * len(before) + [trained] * len(body) + [0] * len(footer)
