@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from launch.run_directory import read_metrics
-from small_runs import cheap_process
+from small_runs import cheap_process, conversations, write_jsonl
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,13 +16,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablations  # noqa: E402
 
 TALK = [{"role": "user", "content": "who are you"}, {"role": "assistant", "content": "a model"}]
-FLAGS = ("--dataset", str(ROOT / "tests/data/talk.jsonl"), "--max-seq-len", "128", "--max-steps", "1")
+FLAGS = ("--max-seq-len", "128", "--max-steps", "1", "--warmup-steps", "1")
 
 
 def first_step(name: str, folder: Path) -> dict[str, Any]:
     """Train a variant for one step on 4 rows of 128 tokens, from base/. Return the step's metrics."""
+    data = write_jsonl(folder / "talk.jsonl", conversations(40))
     with cheap_process(folder):
-        ablations.train(name, folder / name, folder / "variants", *FLAGS, "--warmup-steps", "1")
+        ablations.train(name, folder / name, folder / "variants", "--dataset", str(data), *FLAGS)
     (metrics,) = read_metrics(folder / name)
     return {key: metrics[key] for key in ("loss", "grad_norm")}
 
