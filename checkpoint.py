@@ -31,34 +31,14 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.types import Device
 
+import files
 from config import ModelConfig, Quantization, UserError
-from files import (
-    StoredTensor,
-    checksum,
-    damaged_files,
-    delete_directory,
-    disk_errors,
-    inside,
-    printable,
-    read_json,
-    recover,
-    stored_tensors,
-    write_directory,
-    write_json,
-    write_tensors,
-)
+from files import StoredTensor, checksum, disk_errors, inside, printable, read_json, stored_tensors, write_json
 from hub.config_json import hub_config, parse_config, transformers_differences
 from hub.peft import ADAPTER_CONFIG, find_base, load_adapter
 from hub.tokenizer_json import save_tokenizer
 from model import DeepSeekV2
-from parallel import (
-    ALONE,
-    World,
-    from_all_ranks,
-    from_first_rank,
-    full_tensor,
-    load_weights,
-)
+from parallel import ALONE, World, from_all_ranks, from_first_rank, full_tensor, load_weights
 from quantization import NF4, plan, quantized_weights
 from tokenizer import Tokenizer
 
@@ -145,11 +125,11 @@ def write_weights(directory: Path, layout: dict[str, Tensor], parts: Iterator[Te
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        return write_tensors(directory / WEIGHTS, layout, parts)
+        return files.write_tensors(directory / WEIGHTS, layout, parts)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(directory / file, shard, parts)
+        files.write_tensors(directory / file, shard, parts)
         weight_map |= dict.fromkeys(shard, file)
     total_size = sum(tensor.nbytes for tensor in layout.values())
     write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
@@ -386,20 +366,20 @@ def save_checkpoint(
             write_together(place)
             return place
         for left in place.parent.glob(".step-*.*"):  # by a save of another step that was killed
-            recover(place.with_name(left.name[1:].partition(".")[0]))
-        write_directory(place, write_together)
+            files.recover(place.with_name(left.name[1:].partition(".")[0]))
+        files.write_directory(place, write_together)
     present = checkpoints(output_dir)
     now = present.index(place)
     for old in present[:now] + present[now + limit :]:
         if old.name != f"step-{best:06d}":
-            delete_directory(old)
+            files.delete_directory(old)
     return place
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """Return a run's newest checkpoint whose files are as they were written. Report damaged ones and pass over them."""
     for directory in checkpoints(output_dir):
-        damaged = damaged_files(directory)
+        damaged = files.damaged_files(directory)
         if not damaged:
             return directory
         names = printable(", ".join(damaged))

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import secrets
-import select
 import shutil
 import sys
 import unicodedata
@@ -96,23 +95,6 @@ def disk_errors(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{place} cannot be written ({error}); what was saved before is untouched") from error
-
-
-def reader_has_left(descriptor: int) -> bool:
-    """Whether a file descriptor is a pipe whose other end was closed, as by `| head`."""
-    poll = select.poll()
-    poll.register(descriptor, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-@contextlib.contextmanager
-def printing_to_nobody() -> Iterator[None]:
-    """Discard output that nobody reads any more (`| head`), and continue."""
-    try:
-        yield
-    except BrokenPipeError:
-        for descriptor in filter(reader_has_left, (1, 2)):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -216,7 +198,7 @@ def write_directory(place: Path, write: Callable[[Path], dict[str, str] | None],
 
 
 def old_place(place: Path) -> Path:
-    """Where `write_directory` moves what was at `place` before."""
+    """Return where `write_directory` moves what was at `place` before."""
     return place.with_name(f".{place.name}.old")
 
 

@@ -18,7 +18,9 @@ import export
 import train_sft
 from checkpoint import load_model_and_tokenizer, newest_checkpoint
 from config import UserError
-from files import write_tensors
+from files import read_json, write_json, write_tensors
+from hub import peft
+from hub.peft import changed_weights
 from small_models import relative_difference
 from small_runs import arguments, conversations, differing, final_tensors, run_main, train_here, write_jsonl
 
@@ -213,3 +215,40 @@ def test_a_base_of_another_time_with_the_same_weights_is_the_same(folder: Path) 
     shutil.copyfile(weights, folder / "copy")
     shutil.move(folder / "copy", weights)
     load_model_and_tokenizer(folder / "runs/adapter")
+
+
+# ---------------------------------------------------------------- a record from someone else
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../outside", "link"])
+def test_a_record_names_files_of_the_base_alone(name: str, tmp_path: Path) -> None:
+    """Not files elsewhere, which may have no end."""
+    (tmp_path / "outside").write_bytes(bytes(8))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/link").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="lies outside of the directory"):
+        changed_weights(tmp_path / "base", {name: {"size": 8, "sha256": "0"}})
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(8))
+    monkeypatch.setattr(peft, "checksum", None)
+    recorded = {"model.safetensors": {"size": 9, "sha256": "0"}}
+    assert changed_weights(tmp_path, recorded) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_routed_experts": 10**5}, "describes a model of 2 layers with 100000 routed experts"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"),
+        ({"hidden_size": None}, "base.json lacks hidden_size"),
+    ],
+)
+def test_a_record_of_an_absurd_model_is_refused(changes: dict[str, Any], message: str, folder: Path) -> None:
+    adapter = newest_checkpoint(folder / "runs/adapter")
+    assert adapter is not None
+    record = read_json(adapter / "base.json")
+    write_json(adapter / "base.json", record | {"config": record["config"] | changes})
+    with pytest.raises(UserError, match=message):
+        load_model_and_tokenizer(adapter)

@@ -484,7 +484,7 @@ def test_a_merge_that_fails_leaves_nothing(large: Path, tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(checkpoint.files, "write_tensors", full)
     with pytest.raises(UserError, match=r"merged cannot be written .*No space left"):
         merge_adapter(large / "adapted", tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
