@@ -70,20 +70,6 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -
     return Content(content, main_columns(parts), sorted(unused))
 
 
-def read_question(row: Mapping[str, Any]) -> list[Message] | str:
-    """Return what a row asks: its conversation up to the last answer, or its text. Raises RowError."""
-    answered = {**row} if any(name.lower() in ANSWERS for name in row) else {**row, ANSWERS[0]: "?"}
-    parts = columns_of(answered, {})
-    content = read_parts(answered, parts, set())
-    if isinstance(content, str):
-        return content
-    while content and content[-1]["role"] == "assistant":
-        content.pop()
-    if not any(message["role"] == "user" for message in content):
-        raise RowError(main_columns(parts), "no user turn")
-    return content
-
-
 # ---------------------------------------------------------------- columns
 
 

@@ -638,10 +638,6 @@ def test_a_file_of_rows_is_read_as_in_training(tmp_path: Path) -> None:
     assert next(rows) == ("line 1", {"prompt": "\ud83d"})
     with pytest.raises(UserError, match=r"b\.jsonl, line 2: line: invalid JSON"):
         next(rows)
-    assert formats.read_question({"prompt": "Hello", "id": 7}) == HELLO[:1]
-    assert formats.read_question({"messages": [*HELLO, HELLO[0]]}) == [*HELLO, HELLO[0]]
-    assert formats.read_question({"instruction": "Hello", "output": "Hi", "system": "Rhyme."})[1:] == HELLO[:1]
-    assert formats.read_question({"text": "Once"}) == "Once"
 
 
 def test_files_of_one_name_are_told_apart_by_as_little_as_that_takes(tmp_path: Path) -> None:
