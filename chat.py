@@ -12,22 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import torch
 import tyro
 
+from checkpoint import load_model_and_tokenizer
 from config import Quantization, UserError
+from data import formats
+from data.text_files import read_rows
 from files import printable
+from generation import Answer, Prompt, check_sampling, encode, fit_into_context, room, write
 from launch.command_line import one_line_errors, parse_flags
-
-if TYPE_CHECKING:
-    import torch
-
-    from generation import Answer, Prompt
-    from model import DeepSeekV2
-    from tokenizer import Tokenizer
-
-# torch takes a while to import and --help should not wait for it: what needs torch is imported where it is used.
+from model import DeepSeekV2
+from parallel import choose_device
+from tokenizer import Tokenizer
 
 
 @dataclass
@@ -76,8 +75,6 @@ class ChatConfig:
     debug: bool = False
 
     def validate(self) -> None:
-        from generation import check_sampling
-
         number, most = len(self.checkpoints), 2 if self.web else 1
         if not 1 <= number <= most:
             raise UserError(f"{number} CHECKPOINTs are given instead of {most} (--web and --compare take another)")
@@ -119,7 +116,7 @@ def chat(config: ChatConfig) -> None:
     elif config.prompts is not None or config.compare is not None:
         answer_all(config)
     elif config.prompt is not None:
-        print_answer(load(config.checkpoints[0], config), question(config.prompt, config.system))
+        print_answer(load(config.checkpoints[0], config), opening(config.system, config.prompt))
     elif config.complete is not None:
         writer = load(config.checkpoints[0], config)
         print(config.complete, end="")
@@ -135,14 +132,12 @@ def chat(config: ChatConfig) -> None:
 class Writer:
     """A checkpoint that answers as the flags ask."""
 
-    model: "DeepSeekV2"
-    tokenizer: "Tokenizer"
+    model: DeepSeekV2
+    tokenizer: Tokenizer
     config: ChatConfig
-    generator: "torch.Generator"
+    generator: torch.Generator
 
-    def write(self, prompts: "list[Prompt]") -> "Iterator[list[Answer]]":
-        from generation import write
-
+    def write(self, prompts: list[Prompt]) -> Iterator[list[Answer]]:
         config = self.config
         sampling: dict[str, Any] = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
         return write(self.model, self.tokenizer, prompts, config.max_new_tokens, generator=self.generator, **sampling)
@@ -150,18 +145,13 @@ class Writer:
 
 def load(checkpoint: str, config: ChatConfig) -> Writer:
     """Raises UserError for what is not a checkpoint."""
-    import torch
-
-    from checkpoint import load_model_and_tokenizer
-    from parallel import choose_device
-
     device = choose_device(config.device)
     model, tokenizer = load_model_and_tokenizer(checkpoint, device=device, quantize=config.quantize)
     model.eval()
     return Writer(model, tokenizer, config, torch.Generator(device).manual_seed(config.seed))
 
 
-def print_answer(writer: Writer, prompt: "Prompt", interruptible: bool = False) -> str:
+def print_answer(writer: Writer, prompt: Prompt, interruptible: bool = False) -> str:
     """Print an answer while it is written, and return it. interruptible: Ctrl-C ends the answer, not the program.
     Raises UserError if the prompt does not fit the context."""
     printed, answer = "", None
@@ -190,12 +180,10 @@ def note(text: str) -> None:
     print(f"({text})", file=sys.stderr, flush=True)
 
 
-def system_message(text: str | None) -> list[dict[str, str]]:
-    return [{"role": "system", "content": text}] if text else []
-
-
-def question(text: str, system: str | None) -> list[dict[str, str]]:
-    return [*system_message(system), {"role": "user", "content": text}]
+def opening(system: str | None, *questions: str) -> list[dict[str, str]]:
+    """Return the start of a conversation."""
+    messages = [{"role": "user", "content": question} for question in questions]
+    return [{"role": "system", "content": system}, *messages] if system else messages
 
 
 # ---------------------------------------------------------------- a conversation
@@ -209,13 +197,13 @@ def converse(writer: Writer) -> None:
         import readline  # noqa: F401  (gives input() line editing and a history)
     if at_terminal():
         print(f"An empty line or Ctrl-D ends the conversation; Ctrl-C ends an answer. {COMMANDS}.")
-    messages = system_message(writer.config.system)
+    messages = opening(writer.config.system)
     while text := ask():
         command, _, argument = text.partition(" ")
         if command == "/quit":
             return
         if command in ("/reset", "/system"):
-            messages = system_message(argument if command == "/system" else writer.config.system)
+            messages = opening(argument if command == "/system" else writer.config.system)
         elif command.startswith("/"):
             note(f"unknown command {command}: {COMMANDS}")
         else:
@@ -225,8 +213,6 @@ def converse(writer: Writer) -> None:
 def take_turn(writer: Writer, messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """Answer the last message and return the conversation, without the turns that no longer fit the context. A question
     that does not fit by itself is reported and dropped."""
-    from generation import fit_into_context
-
     kept, forgotten = fit_into_context(writer.model, writer.tokenizer, messages, writer.config.max_new_tokens)
     try:
         answer = print_answer(writer, kept, interruptible=True)
@@ -265,18 +251,16 @@ class Asked(NamedTuple):
 
     place: str
     row: dict[str, Any]
-    prompt: "Prompt"
+    prompt: Prompt
 
 
 def answer_all(config: ChatConfig) -> None:
     """Let one checkpoint after another answer the prompts of a file, or the one on the command line. Raises UserError
     for a prompt that does not fit the context."""
-    from generation import encode, room
-
     if config.prompts is not None:
         everything = read_prompts(Path(config.prompts), config.system)
     else:
-        prompt = question(config.prompt, config.system) if config.prompt is not None else str(config.complete)
+        prompt = opening(config.system, config.prompt) if config.prompt is not None else str(config.complete)
         everything = [Asked("the prompt", {}, prompt)]
     lines: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
@@ -306,41 +290,37 @@ def answer_all(config: ChatConfig) -> None:
 
 def read_prompts(path: Path, system: str | None) -> list[Asked]:
     """Read the lines of a .txt file, or the rows of any other as training does. Raises UserError with the place."""
-    from data.formats import RowError
-    from data.text_files import read_rows
-
     found = []
     for place, row in read_rows(path):
-        if path.suffix == ".txt":
-            return [Asked(str(path), {}, question(line, system)) for line in row["text"].splitlines() if line.strip()]
+        if path.suffix == ".txt":  # a single row
+            lines = enumerate(row["text"].splitlines(), start=1)
+            return [Asked(f"{path}, line {i}", {}, opening(system, line)) for i, line in lines if line.strip()]
         try:
             found.append(Asked(f"{path}, {place}", row, as_prompt(row, system)))
-        except RowError as error:
+        except formats.RowError as error:
             raise UserError(f"{path}, {place}: {error}") from error
     if not found:
         raise UserError(f"{path} has no prompts")
     return found
 
 
-def as_prompt(row: dict[str, Any], system: str | None) -> "Prompt":
+def as_prompt(row: dict[str, Any], system: str | None) -> Prompt:
     """Return a row's conversation up to its last answer, or its text. Raises RowError.
 
     It is read as for training, which wants an answer at the end: one is added, and all trailing ones are removed.
     """
-    from data.formats import ANSWERS, QUESTIONS, TURNS, read_row
-
     names = {name.lower(): name for name in row}
-    turns = next((names[name] for name in TURNS if name in names), "")
+    turns = next((names[name] for name in formats.TURNS if name in names), "")
     if isinstance(row.get(turns), list):
         row = row | {turns: [*row[turns], {"role": "assistant", "content": "-"}]}
-    elif names.keys() & {*QUESTIONS} and not names.keys() & {*ANSWERS}:
+    elif names.keys() & {*formats.QUESTIONS} and not names.keys() & {*formats.ANSWERS}:
         row = row | {"completion": "-"}
-    content = read_row(row).content
+    content = formats.read_row(row).content
     if isinstance(content, str):
         return content
     while content and content[-1]["role"] == "assistant":
         content = content[:-1]
-    return content if content and content[0]["role"] == "system" else [*system_message(system), *content]
+    return content if content and content[0]["role"] == "system" else [*opening(system), *content]
 
 
 def main() -> None:

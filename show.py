@@ -9,9 +9,8 @@ python show.py runs runs/tiny runs/other                 # runs compared in a ta
 
 import csv
 import itertools
-import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -238,37 +237,28 @@ class Runs:
         print(*(f"wrote {path}" for path in (self.csv, self.out) if path), sep="\n")
 
 
-# Metrics in the table, and whether lower is better; None: only the last value is shown.
-COMPARED = {"loss": True, "eval_loss": True, "eval_bpb": True, "grad_norm": None, "tokens_per_second": None}
+# Metrics in the table, and what is best.
+BEST: dict[str, Callable] = {"loss": min, "eval_loss": min, "eval_bpb": min, "tokens_per_second": max}
 
 
 def compare(runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
     """Return a header and one row of cells per run: its name, the fields in which the configurations differ, its last
-    step, and the last and the lowest value of each metric."""
-    configs = [dict(flat_fields(read_json(Path(run, "config.json")))) for run in runs]
+    step, and the last and the best value of each metric."""
+    from launch.run_directory import flatten
+
+    configs = [flatten(read_json(Path(run, "config.json"))) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config if name != "output_dir")
     fields = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
-    rows = [["run", *fields, "step"]]
-    rows += [
-        [run, *(str(config.get(name)) for name in fields), str(max((line["step"] for line in lines), default=0))]
-        for (run, lines), config in zip(runs.items(), configs, strict=True)
-    ]
-    for metric, lower in COMPARED.items():
-        rows[0] += [metric] + (["lowest", "at step"] if lower else [])
-        for row, lines in zip(rows[1:], runs.values(), strict=True):
-            found = [(line[metric], line["step"]) for line in lines if line.get(metric) is not None]
-            value, step = min(found, default=(math.nan, 0))
-            row += [f"{found[-1][0]:.4g}" if found else "-"]
-            row += [f"{value:.4g}" if found else "-", str(step) if found else "-"] if lower else []
-    return rows
-
-
-def flat_fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat_fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    table = []
+    for (run, lines), config in zip(runs.items(), configs, strict=True):
+        row = {"run": run} | {name: str(config.get(name)) for name in fields}
+        row["step"] = str(max((line["step"] for line in lines), default=0))
+        for metric, best in BEST.items():
+            found = [line[metric] for line in lines if line.get(metric) is not None]
+            row |= {metric: f"{found[-1]:.4g}", f"best {metric}": f"{best(found):.4g}"} if found else {}
+        table.append(row)
+    head = list(dict.fromkeys(name for row in table for name in row))
+    return [head, *([row.get(name, "-") for name in head] for row in table)]
 
 
 COMMANDS: Any = Data | Tokens | Rows | Model | Runs

@@ -1,6 +1,11 @@
-"""Draw the README's pictures into docs/, from numbers that the code itself computes: python docs/draw.py [NAME ...]
+"""Draw the README's pictures into docs/, from numbers that the code itself computes:
 
-docs/training.png is drawn by show.py and docs/web.png is a photograph: CONTRIBUTING.md has the commands.
+    python docs/draw.py [mask labels packing attention experts nf4 ranks]
+
+Two more need trained runs:
+
+    python show.py runs runs/scratch runs/tiny --metrics loss eval_bpb --out docs/training.png
+    python chat.py runs/tiny --web --temperature 0      # docs/web.png: ask twice, click on a token, 900 pixels wide
 """
 
 import sys

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+import datacollator
 import show
 from config import PRESETS
 from docs import draw
@@ -124,6 +128,8 @@ def test_the_models_table_adds_up(shown: Callable[..., str]) -> None:
 
 # ---------------------------------------------------------------- runs
 
+METRICS = ("loss", "eval_loss", "eval_bpb")
+
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[str]:
@@ -149,12 +155,11 @@ def test_runs_are_compared_in_a_table_and_a_picture(runs: list[str], shown: Call
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "runs.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0][:7] == ["run", "learning_rate", "model.hidden_size", "step", "loss", "lowest", "at step"]
-    assert rows[0][7:10] == ["eval_loss", "lowest", "at step"]
-    assert [row[:10] for row in rows[1:]] == [
-        [runs[0], "0.001", "64", "3", "2", "1.5", "2", "2.75", "2.25", "2"],
-        [runs[1], "0.002", "32", "3", "2.5", "2.5", "3", "3", "3", "3"],
-        [runs[2], "0.002", "32", "3", "3", "3", "2", "-", "-", "-"],
+    assert rows == [
+        ["run", "learning_rate", "model.hidden_size", "step", *(f"{b}{m}" for m in METRICS for b in ("", "best "))],
+        [runs[0], "0.001", "64", "3", "2", "1.5", "2.75", "2.25", "1.375", "1.125"],
+        [runs[1], "0.002", "32", "3", "2.5", "2.5", "3", "3", "1.5", "1.5"],
+        [runs[2], "0.002", "32", "3", "3", "3", "-", "-", "-", "-"],
     ]
     assert [line.split() for line in printed.splitlines()[1:4]] == rows[1:]
     assert printed.endswith(f"wrote {tmp_path}/runs.csv\nwrote {tmp_path}/runs.png\n")
@@ -168,11 +173,61 @@ def test_what_is_not_a_run_or_a_metric_is_named(runs: list[str], shown: Callable
     )
 
 
-def test_the_readmes_pictures_are_drawn(tmp_path: Path) -> None:
-    names = [name for name in draw.PICTURES if name != "packing"]  # that one tokenises chitchat
-    draw.main(names, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.png" for name in names}
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
+# ---------------------------------------------------------------- the README's pictures
+
+
+@pytest.mark.parametrize("name", ["labels", "attention", "experts", "ranks"])
+def test_a_picture_can_be_read_in_the_readme(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """850 pixels wide: letters of at least 13 pixels, nothing cut, no text out of its box, no blank margin."""
+    kept: list[tuple[Figure, int]] = []
+    monkeypatch.setattr(draw, "save", lambda figure, out, dpi: kept.append((figure, dpi)))
+    draw.PICTURES[name](Path())
+    ((figure, dpi),) = kept
+    figure.set_dpi(dpi)
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    texts = [text for text in axis.texts if text.get_text()]
+    assert min(text.get_fontsize() for text in texts) * dpi / 72 * min(1, 850 / figure.bbox.width) >= 13
+    boxes = [patch.get_window_extent() for patch in axis.patches]
+    extents = [text.get_window_extent() for text in texts]
+    for extent in (*extents, *boxes):
+        assert extent.x0 >= 1 and extent.y0 >= 1
+        assert extent.x1 <= figure.bbox.x1 - 1 and extent.y1 <= figure.bbox.y1 - 1
+    assert max(box.x1 for box in boxes) > 0.98 * figure.bbox.x1
+    for extent in extents:
+        middle = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
+        assert all(b.x0 < extent.x0 and extent.x1 < b.x1 for b in boxes if b.contains(*middle))
+    plt.close(figure)
+
+
+def test_pictures_of_numbers_are_written(tmp_path: Path) -> None:
+    draw.main(["mask", "nf4"], tmp_path)
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("mask", "nf4"))
+
+
+def test_the_picture_of_experts_returns_each_row_to_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(draw, "draw_experts", lambda *parts: drawn.append(parts))
+    draw.experts_of_three_tokens(Path())
+    ((tokens, experts, weights, places, _),) = drawn
+    assert len(tokens) == len(experts) == len(weights)
+    flat = [expert for row in experts for expert in row]
+    assert [expert for _, expert in sorted(zip(places, flat, strict=True))] == sorted(flat)
+    assert all(row == sorted(row, reverse=True) and 0 < sum(row) <= 1 for row in weights)
+
+
+def test_the_picture_of_ranks_has_the_rows_that_each_rank_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict[tuple[int, int], range]] = []
+    monkeypatch.setattr(draw, "draw_ranks", lambda rows, out: drawn.append(rows))
+    draw.rows_of_two_ranks(Path())
+    taken = {}
+    for rank in range(2):
+        loader = datacollator.StepLoader.__new__(datacollator.StepLoader)
+        loader.batch_size, loader.rows_per_step, loader.world = 4, 24, SimpleNamespace(rank=rank, size=2)
+        loader.rows = SimpleNamespace(counts=lambda rows: None)
+        monkeypatch.setattr(loader, "micro_batch", lambda rows: rows)
+        taken |= {(i, rank): rows for i, rows in enumerate(loader.load(0).micro_batches)}
+    assert drawn == [taken]
 
 
 # ---------------------------------------------------------------- a run's data
@@ -247,7 +302,7 @@ def test_rows_that_fill_no_step_are_refused_and_shown_in_the_same_words(
     command = ["tiny", "--dataset", str(data), *flags, "--output-dir", str(tmp_path / "run")]
     assert train_here(command, tmp_path) == 2
     error = capsys.readouterr().err.partition("error: ")[2].strip()
-    assert "rows don't fill one step of 64; lower batch_size or gradient_accumulation_steps" in error
+    assert "rows do not fill one step of 64; lower batch_size or gradient_accumulation_steps" in error
     assert f"; {error}\n" in shown("data", data, "tiny", *flags)
     assert train_here([*command, "--dry-run"], tmp_path) == 0
     assert f"; {error}\n" in capsys.readouterr().out
@@ -257,7 +312,6 @@ def test_rows_that_fill_no_step_are_refused_and_shown_in_the_same_words(
     "flags",
     [
         ("--max-seq-len", "2048"),
-        ("--dry-run-ranks", "2"),
         ("--lora-alpha", "8"),
         ("--eval-fraction", "2"),
         ("--model.hidden-size", "64"),

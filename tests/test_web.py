@@ -241,7 +241,7 @@ def test_a_full_context_forgets_the_oldest_turns_as_in_the_terminal(
     narrow = talkative_model(tokenizer, context=128)
     page = web.Page([(narrow, tokenizer)], ["narrow"], SETTINGS | {"system": "Be kind."})
     writer = chat.Writer(narrow, tokenizer, chat.ChatConfig(("",), **SETTINGS), torch.Generator())
-    talk, messages, forgotten = web.Talk(), chat.system_message("Be kind."), []
+    talk, messages, forgotten = web.Talk(), chat.opening("Be kind."), []
     for question in ("One?", "Two?", "Three?", "Four?"):
         messages = chat.take_turn(writer, [*messages, *user(question)])
         _, shown, *_, talk = respond(page, question, talk)
@@ -312,10 +312,7 @@ def test_other_websites_and_large_requests_are_refused(serve: Callable[..., str]
             code for _, code in cases
         ]
         assert client.post(f"{url}gradio_api/upload", files={"files": b"x" * 2_000_000}).status_code == 413
-        unsized = client.post(
-            f"{url}gradio_api/upload", content=iter([b"x"]), headers={"origin": "http://evil.example"}
-        )
-        assert unsized.status_code == 403
+        assert client.post(f"{url}gradio_api/queue/join", content=iter([b"x"])).status_code == 413  # of unknown length
 
 
 def test_a_password_is_asked_for(serve: Callable[..., str]) -> None:
@@ -328,39 +325,42 @@ def test_a_password_is_asked_for(serve: Callable[..., str]) -> None:
 
 
 def test_a_flood_is_refused_and_everyone_in_the_queue_is_answered(
-    serve: Callable[..., str], model: DeepSeekV2, tokenizer: Tokenizer
+    serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """80 requests at once: those beyond the queue get 503, the others an answer, and the page works afterwards."""
+    """80 requests arrive while an answer is written: the queue takes 20, the others get 503."""
+    opened = threading.Event()
+
+    def gated(*arguments: Any, **options: Any) -> Iterator[list[int]]:
+        opened.wait(300)
+        yield from generate(*arguments, **options)
+
+    monkeypatch.setattr(generation, "generate", gated)
     url = serve()
-    expected = tokenizer.decode([token for (token,) in generate(model, [tokenizer.render(user("Hi"), True)[0]], 24)])
 
-    async def ask(client: httpx.AsyncClient, number: int) -> tuple[int, str]:
-        config = (await client.get(f"{url}config")).json()
-        asked = next(each for each in config["dependencies"] if len(each["targets"]) == 2 and each["inputs"])
-        first = {each["id"]: each["props"].get("value") for each in config["components"]}
-        question = next(each["id"] for each in config["components"] if each["props"].get("elem_id") == "question")
-        data = ["Hi" if i == question else first[i] for i in asked["inputs"]]
-        body = {"data": data, "fn_index": asked["id"], "session_hash": f"s{number}"}
-        joined = await client.post(f"{url}gradio_api/queue/join", json=body)
-        if joined.status_code != 200:
-            return joined.status_code, ""
-        async with client.stream("GET", f"{url}gradio_api/queue/data?session_hash=s{number}") as stream:
-            events = [json.loads(line[5:]) async for line in stream.aiter_lines() if line.startswith("data:")]
-        done = next(event for event in events if event["msg"] == "process_completed")
-        return 200, json.dumps(done["output"]["data"]) if done["success"] else "failed"
+    async def flood() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(
+            base_url=url, timeout=300, limits=httpx.Limits(max_connections=None), headers={"connection": "close"}
+        ) as client:
+            config = (await client.get("config")).json()
+            asked = next(each for each in config["dependencies"] if len(each["targets"]) == 2 and each["inputs"])
+            values = {each["id"]: each["props"].get("value") for each in config["components"]}
+            (question,) = (c["id"] for c in config["components"] if c["props"].get("elem_id") == "question")
+            data = [(values | {question: "Hi"})[i] for i in asked["inputs"]]
+            bodies = [{"data": data, "fn_index": asked["id"], "session_hash": f"s{i}"} for i in range(80)]
+            joined = await asyncio.gather(*(client.post("gradio_api/queue/join", json=body) for body in bodies))
+            assert {response.status_code for response in joined} == {200, 503}
+            opened.set()
+            finished = []
+            for body, response in zip(bodies, joined, strict=True):
+                if response.status_code == 200:
+                    stream = await client.get("gradio_api/queue/data", params={"session_hash": body["session_hash"]})
+                    events = [json.loads(line[5:]) for line in stream.text.splitlines() if line.startswith("data:")]
+                    finished += [event for event in events if event["msg"] == "process_completed"]
+            return finished
 
-    async def flood(number: int) -> list[tuple[int, str]]:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
-            return await asyncio.gather(*(ask(client, i) for i in range(number)))
-
-    answers = asyncio.run(flood(80))
-    codes = [code for code, _ in answers]
-    assert set(codes) == {200, 503}
-    assert 20 <= codes.count(200) < 80
-    assert asyncio.run(flood(1))[0][0] == 200
-    assert all(text != "failed" for code, text in answers if code == 200)
-    assert expected
+    finished = asyncio.run(flood())
+    assert len(finished) in (20, 21)  # one more if the first answer had left the queue
+    assert all(event["success"] for event in finished)
 
 
 # ---------------------------------------------------------------- what a person sees
@@ -394,7 +394,7 @@ class Visitor:
         self.wait(lambda: self.find("#question textarea"))
 
     def wait(self, condition: Callable[[], Any]) -> Any:
-        return WebDriverWait(self.browser, 60, 0.05).until(lambda _: condition())
+        return WebDriverWait(self.browser, 180, 0.05).until(lambda _: condition())
 
     def find(self, selector: str) -> list[Any]:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
@@ -433,12 +433,12 @@ def test_a_person_asks_looks_stops_and_resets(
     assert page.said("user") == [HOSTILE]
     assert page.said("bot") == [printed(run, HOSTILE, tmp_path, capsys)]
     # so does what a model says
-    spoken = tokenizer.encode(HOSTILE)
+    spoken = tokenizer.encode(HOSTILE)[:24]
     with monkeypatch.context() as patch:
         patch.setattr(generation, "generate", scripted(spoken))
         page.ask("Say it")
         page.wait(lambda: len(page.said("bot")) == 2 and len(page.tokens()) == 24)
-    assert page.said("bot")[1] == "".join(page.tokens()) == tokenizer.decode(spoken[:24])
+    assert page.said("bot")[1] == "".join(page.tokens()) == tokenizer.decode(spoken)
     assert not page.find(".chat b, .chat script, .tokens b, .tokens script")
     assert browser.title == "SFT from scratch"
     # a click shows a token's alternatives and experts

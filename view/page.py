@@ -229,7 +229,7 @@ class Guard:
             known = not self.hosts or urlsplit(f"//{host}").hostname in self.hosts
             if not known or urlsplit(headers.get("origin", f"//{host}")).netloc != host:
                 return await PlainTextResponse("another website's request", 403)(scope, receive, send)
-            if int(headers.get("content-length", 0)) > LONGEST_REQUEST:
+            if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > LONGEST_REQUEST:
                 return await PlainTextResponse("the request is too large", 413)(scope, receive, send)
         await self.app(scope, receive, send)
 
