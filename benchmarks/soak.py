@@ -2,11 +2,15 @@
 
     python benchmarks/soak.py [--kills 50] [--seed 0]
     python benchmarks/soak.py --torchrun [--kills 30]
+    python benchmarks/soak.py --starts 20
 
 The runs are small, spend about half of their time saving, and are of four kinds in turn: packed, padded, accumulating
 gradients under Muon, and LoRA with dropout. Each passes over its data several times. SIGKILL comes at a random moment
 of training or saving. Losses (every line of metrics.jsonl), weights and optimizer state must equal those of the
 undisturbed run bit for bit; otherwise the exit code is 1.
+
+With --starts, nothing is killed: pairs of runs start in one directory, alternately together and staggered. Each
+directory must then hold one run's lines and weights.
 
 With --torchrun, the runs are jobs of two ranks, alternately under DDP and FSDP. A randomly chosen rank is killed, and
 torchrun restarts the ranks until the job is done.
@@ -29,6 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from files import read_json
 from small_runs import (
     arguments,
     conversations,
@@ -37,6 +42,7 @@ from small_runs import (
     finish_job,
     kill_after,
     numbers,
+    start,
     start_job,
     train_in_child,
     write_jsonl,
@@ -63,14 +69,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which runs are killed")
+    parser.add_argument("--starts", type=int, default=0, help="pairs of runs that start in one directory")
     parser.add_argument("--torchrun", action="store_true", help="jobs of two ranks, which torchrun starts again")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = write_jsonl(folder / "data.jsonl", conversations(40))
-        soak_some = soak_jobs if options.torchrun else soak_runs
-        totals = soak_some(folder, data, options.kills, rng)
+        if options.starts:
+            totals = soak_starts(folder, data, options.starts, rng)
+        else:
+            totals = (soak_jobs if options.torchrun else soak_runs)(folder, data, options.kills, rng)
     print(", ".join(f"{number} {what}" for what, number in totals.items()))
     return int(totals["losses differing"] + totals["weights differing"] > 0)
 
@@ -112,8 +121,8 @@ def soak_jobs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[
     def disturb(run: Path, flags: list[str], changes: dict[str, Any], totals: dict[str, int]) -> None:
         job, log = begin(run, flags, changes)
         enough = min(kills, totals["kills"] + KILLS_A_JOB)
-        for start in itertools.count(1):
-            while job.poll() is None and log.read_text().count("parameters, ") < start:
+        for attempt in itertools.count(1):
+            while job.poll() is None and log.read_text().count("parameters, ") < attempt:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, LONGEST_JOB))
             if totals["kills"] >= enough or job.poll() is not None:
@@ -126,6 +135,32 @@ def soak_jobs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[
             sys.exit(log.read_text())
 
     return soak(folder, JOBS, kills, leave_alone, disturb)
+
+
+def soak_starts(folder: Path, data: Path, pairs: int, rng: random.Random) -> dict[str, int]:
+    """Start pairs of runs in one directory, and count directories that do not hold exactly one run."""
+
+    def command(run: Path, seed: int) -> list[str]:
+        return arguments(data, run, eval_steps=0, save_steps=2, max_steps=30, seed=seed)
+
+    for seed in (1, 2):
+        finish(command(folder / f"reference-{seed}", seed), folder / "log")
+    totals = dict.fromkeys(("pairs", "refused starts", "losses differing", "weights differing"), 0)
+    for number in range(pairs):
+        run, children = folder / f"run-{number}", []
+        for seed in (1, 2):
+            children.append(start(command(run, seed), folder / f"log-{number}-{seed}"))
+            time.sleep(rng.uniform(0, 0.5) * (number % 2))
+        for child in children:
+            child.join()
+        totals["pairs"] += 1
+        totals["refused starts"] += sum(child.exitcode == 2 for child in children)
+        for directory in folder.glob(f"run-{number}*"):
+            reference = folder / f"reference-{read_json(directory / 'config.json')['seed']}"
+            ours, theirs = numbers(directory), numbers(reference)
+            totals["losses differing"] += sum(a != b for a, b in itertools.zip_longest(ours, theirs))
+            totals["weights differing"] += len(differing(final_tensors(directory), final_tensors(reference)))
+    return totals
 
 
 def count_kill(run: Path, totals: dict[str, int]) -> None:
