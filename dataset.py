@@ -93,6 +93,7 @@ def load_dataset_split(
     name: str, split: str, tokenizer: Tokenizer, max_seq_len: int, **settings: Any
 ) -> tuple[datasets.Dataset, DataReport]:
     """Return one split of one source, and its report. settings: fields of DataConfig. Raises UserError."""
+    sources.parts_of(name, sources.open_splits(name), split)  # load_data would take the only split, whatever its name
     fields: dict[str, Any] = {"long_conversations": "truncate", "num_proc": 1} | settings
     data = DataConfig(dataset=(name,), train_split=split, max_seq_len=max_seq_len, **fields)
     found = load_data(data, tokenizer, seed=0, want_eval=False)

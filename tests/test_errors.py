@@ -211,7 +211,7 @@ def test_a_context_longer_than_the_presets_may_come_with_the_checkpoint(data: Pa
 
 def test_data_that_is_not_there(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert refused(dataset=tmp_path / "no.jsonl") == f"there is no file {tmp_path}/no.jsonl"
+    assert refused(dataset=tmp_path / "no.jsonl") == f"there is no file or directory {tmp_path}/no.jsonl"
     assert f"{tmp_path}/empty cannot be read as a dataset" in refused(dataset=tmp_path / "empty")
     assert f"{tmp_path}/nowhere cannot be read as a dataset" in refused(dataset=tmp_path / "nowhere")
 
