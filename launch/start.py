@@ -44,10 +44,9 @@ def find_start(arguments: Arguments, world: World) -> Start:
     if new and not (resume == "auto" and from_first_rank(run_directory.holds_a_run(run), world)):
         return new
     saved = saved_configuration(run)
-    if new and fixed_changes(saved, new.config):
-        print(
-            f"{run} is a run with another configuration ({', '.join(fixed_changes(saved, new.config))}); starting anew"
-        )
+    if new and (obstacles := fixed_changes(saved, new.config)):
+        if world.is_main:
+            print(f"{run} is a run with another configuration ({', '.join(obstacles)}); starting anew")
         return new
     given = arguments.given if asked.checkpoint.resume else frozenset()  # torchrun's restart changes nothing
     config = arguments.over(saved) if given else saved
