@@ -39,7 +39,7 @@ from config import Dtype, UserError
 Value = TypeVar("Value")
 
 # torchrun notices a rank that has died and stops the others. This is for one that lives and does not answer. What the
-# first rank does alone (tokenise the data, write a model) may take longer: see `wait_for_all`.
+# first rank does alone (tokenise the data, write a model) may take longer: see `wait_for_first_rank`.
 TIMEOUT = timedelta(minutes=30)
 TORCHRUN = (
     "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE",
@@ -279,15 +279,16 @@ def from_all_ranks(value: Value, world: World) -> list[Value]:
     return values
 
 
-WAITS = itertools.count()  # all ranks wait for each other in the same order, so that these numbers agree
+WAITS = itertools.count()  # all ranks wait in the same order, so that these numbers agree
 
 
-def wait_for_all(world: World) -> None:
-    """Return once every rank has called this, however long that takes: a collective would run into TIMEOUT."""
+def wait_for_first_rank(world: World) -> None:
+    """Return once rank 0 has called this, however long that takes: a collective would run into TIMEOUT."""
     if world.store:
         name = f"wait {next(WAITS)}"
-        world.store.add(name, 1)
-        while world.store.add(name, 0) < world.size:
+        if world.is_main:
+            world.store.set(name, "")
+        while not world.store.check([name]):
             time.sleep(0.01)
 
 
@@ -295,7 +296,7 @@ def wait_for_all(world: World) -> None:
 def first_process_first(world: World) -> Iterator[None]:
     """Let rank 0 run the block first, e.g. to fill a cache that the others then read."""
     if not world.is_main:
-        wait_for_all(world)
+        wait_for_first_rank(world)
     yield
     if world.is_main:
-        wait_for_all(world)
+        wait_for_first_rank(world)

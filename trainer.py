@@ -311,7 +311,7 @@ class Trainer:
             if world.is_main:
                 state = {name: getattr(self, name) for name in COUNTERS}
                 write_json(directory / STATE, state | {"data": self.train_rows.fingerprint})
-            parallel.wait_for_all(world)  # while the first rank has written
+            parallel.wait_for_first_rank(world)
             return save_optimizer(directory, self.plain_model, self.optimizers, world)
 
         best = int(self.best["step"]) if config.checkpoint.save_best else 0
