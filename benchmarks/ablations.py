@@ -8,15 +8,18 @@ interrupted table can be continued; delete the file to start again. The Markdown
 
 All variants are measured alike, by the unchanged code, on conversations that no run has trained on:
 
-- bits per byte: of the assistant's words, without the token that ends its turn (chitchat; short: chatterbot);
+- bits per byte: of the assistant's words, without the token that ends its turn (chitchat; short: chatterbot); change:
+  the difference from the plain run with the same seed;
 - end: greedy answers to the first turns of 100 conversations that end within 64 tokens;
 - whole: those of them that are whole sentences as well (`is_whole` in answers.py);
+- distinct: different ones among the 100 answers;
 - busiest expert: tokens that its router sends to it, over the mean of all experts.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -244,7 +247,7 @@ def bits_per_byte(
         nats, experts = nats + output.loss_sum.item(), experts + output.expert_counts
     spoken = [m["content"] for messages in conversations for m in messages if m["role"] == "assistant"]
     load = (experts.amax(dim=1) / experts.mean(dim=1)).mean().item()
-    return nats / np.log(2) / sum(len(text.encode()) for text in spoken), load
+    return nats / math.log(2) / sum(len(text.encode()) for text in spoken), load
 
 
 def measure(model: DeepSeekV2, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -283,27 +286,33 @@ def run(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
 
 COLUMNS = {
     "bits_per_byte": ("bits per byte", 3),
+    "change": ("change", 3),
     "short_bits_per_byte": ("short", 3),
     "ended": ("end", 0),
     "whole": ("whole", 0),
+    "distinct": ("distinct", 0),
     "load": ("busiest expert", 2),
 }
 
 
 def cell(values: Sequence[float], digits: int) -> str:
     noise = f" ± {stdev(values):.{max(digits, 1)}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{noise}"
+    return f"{mean(values):z.{digits}f}{noise}"
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Return a row per variant: mean ± standard deviation over seeds, and the first seed's answer to QUESTION."""
+    plain = {result["seed"]: result["bits_per_byte"] for result in results if result["variant"] == AS_IT_IS}
+    for result in results:
+        result["change"] = result["bits_per_byte"] - plain.get(result["seed"], math.nan)
+        result["distinct"] = len(set(result["replies"]))
     titles = [title for title, _ in COLUMNS.values()]
     lines = [f"| variant | {' | '.join(titles)} | {QUESTION!r} |", "|---" * (len(titles) + 2) + "|"]
     for name in VARIANTS:
         found = [result for result in results if result["variant"] == name]
         if found:
             cells = [cell([result[key] for result in found], digits) for key, (_, digits) in COLUMNS.items()]
-            lines.append(f"| {name} | {' | '.join(cells)} | {found[0]['sample']:.120} |")
+            lines.append(f"| {name} | {' | '.join(cells)} | {found[0]['sample']:.60} |")
     return "\n".join(lines)
 
 
