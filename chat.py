@@ -320,7 +320,9 @@ def as_prompt(row: dict[str, Any], system: str | None) -> Prompt:
         return content
     while content and content[-1]["role"] == "assistant":
         content = content[:-1]
-    return content if content and content[0]["role"] == "system" else [*opening(system), *content]
+    if not any(message["role"] == "user" for message in content):
+        raise formats.RowError(turns, "no question")
+    return content if content[0]["role"] == "system" else [*opening(system), *content]
 
 
 def main() -> None:

@@ -510,6 +510,11 @@ def test_a_row_is_asked_as_it_is_trained_on(row: dict[str, Any]) -> None:
         assert as_prompt(row, "Be kind.") == [{"role": "system", "content": "Be kind."}, *trained[:-1]]
 
 
+def test_a_row_without_a_question_is_refused() -> None:
+    with pytest.raises(formats.RowError, match="messages: no question"):
+        as_prompt({"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]}, None)
+
+
 # ---------------------------------------------------------------- limits and errors
 
 
