@@ -164,7 +164,6 @@ class Variant(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-FROM_RANDOM = ("--init-from", "none", "--learning-rate", "4e-3")  # its own best rate: tiny's is chosen for the base
 VARIANTS = {
     AS_IT_IS: Variant(),
     "loss on all tokens": Variant(loss_on_all_tokens),
@@ -172,9 +171,9 @@ VARIANTS = {
     "header's last token trained on": Variant(header_trained),
     "packed conversations see each other": Variant(packed_see_each_other),
     "mean of micro-batch means": Variant(mean_of_means),
-    "random weights instead of the base": Variant(flags=FROM_RANDOM),
+    # at its own best learning rate: tiny's is chosen for the base
+    "random weights instead of the base": Variant(flags=("--init-from", "none", "--learning-rate", "4e-3")),
     "no balance loss": Variant(no_balance_loss),
-    "no balance loss, random weights": Variant(no_balance_loss, FROM_RANDOM),
     "no template, roles as words": Variant(roles_as_words),
 }
 
