@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import LoraConfig, UserError
-from kernels import Product
+from kernels import Product, compute_dtype
 from model import Experts
 from quantization import NF4
 
@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer(x)
-        adapted = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
+        adapted = F.linear(F.dropout(x, self.dropout, self.training).to(compute_dtype(self.lora_A)), self.lora_A)
         return base + (F.linear(adapted, self.lora_B) * self.scaling).to(base.dtype)
 
     def merge(self) -> nn.Linear:

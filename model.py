@@ -250,7 +250,7 @@ class Experts(nn.Module):
         """x (N, hidden_size), weights and experts (N, K) -> (N, hidden_size), the sum in equation 20."""
         x, chosen = x.to(compute_dtype(x)), experts.shape[1]
         routes = find_routes(experts.flatten(), self.num_experts)
-        rows = routes.to_experts(x.repeat_interleave(chosen, dim=0))  # (N K, hidden_size), sorted by expert
+        rows = routes.to_experts(x, copies=chosen)  # (N K, hidden_size), sorted by expert
         scales = routes.to_experts(weights.flatten().to(x.dtype))
         gate, up = self.project("gate_up_proj", rows, routes.product).chunk(2, dim=-1)
         output = self.project("down_proj", F.silu(gate) * up * scales[:, None], routes.product)

@@ -61,8 +61,20 @@ def on_path(
 
 
 @pytest.fixture
-def cudas_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.TUNING, "cpu", kernels.TUNING["cuda"])
+def cudas_path() -> Iterator[None]:
+    """With a CPU kernel for the product that adds to an fp32 sum, which torch has for CUDA only."""
+
+    def add_product(
+        total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, beta: int = 1, alpha: int = 1, *, out: Tensor
+    ) -> Tensor:
+        assert (a.dtype, out_dtype, out is total) == (torch.bfloat16, torch.float32, True)
+        return out.copy_(total + a.float() @ b.float())
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("addmm.dtype_out", add_product, "CPU")
+    with kernels.tuned_as("cuda"):
+        yield
+    library._destroy()
 
 
 def plain_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,6 +99,8 @@ def flash_attention() -> Iterator[None]:
         assert causal and offsets.diff().max() <= longest
         assert offsets[-1] == len(q)  # what no document covers is left as the memory was
         assert q.dtype == torch.bfloat16 and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+        for x in (q, k, v):  # in units of 16 bytes
+            assert all(8 * (place // 8) == place for place in (x.storage_offset(), *x.stride()[:-1]))
         output = plain_attention(q, k, v, cast(Documents, SimpleNamespace(offsets=offsets.unique())), scale)
         return output, torch.empty(q.shape[1], len(q)), torch.empty(2, dtype=torch.uint64)
 
@@ -137,6 +151,31 @@ def test_what_padding_holds_reaches_no_gradient() -> None:
     batch["input_ids"][batch["sequence_ids"] == 0] = 7
     assert torch.equal(on_path(model, batch, documents).loss_sum, first.loss_sum)
     assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.usefixtures("cudas_path", "flash_attention")
+def test_values_that_begin_between_16_bytes_are_copied() -> None:
+    """v is a view that begins after the 20 numbers of a key."""
+    model = small_model(qk_nope_head_dim=20, qk_rope_head_dim=4, v_head_dim=24)
+    assert on_path(model, packed_batch(0)).loss_sum.isfinite()
+
+
+@pytest.mark.usefixtures("cudas_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [7, 4096])
+def test_the_fused_loss_equals_the_plain_one(targets: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its gradients, the head's added up in fp32 over chunks."""
+    monkeypatch.setitem(kernels.TUNING, "cpu", kernels.TUNING["cpu"]._replace(targets=targets))
+    hidden, weight = (torch.randn(n, 24, requires_grad=True) for n in (50, 301))
+    labels = torch.randint(0, 301, (50,))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = kernels.sum_cross_entropy(hidden, weight, labels)
+    theirs = kernels.plain_cross_entropy(hidden.to(dtype), weight.to(dtype), labels)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5 if dtype == torch.float32 else 1e-3)
+    gradients = (torch.autograd.grad(x, (hidden, weight)) for x in (ours, theirs))
+    for a, b in zip(*gradients, strict=True):
+        assert a.dtype == torch.float32
+        assert relative_difference(a, b) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.usefixtures("cudas_path", "flash_attention")
