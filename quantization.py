@@ -1,21 +1,29 @@
-"""NF4 from scratch (QLoRA, https://arxiv.org/abs/2305.14314, section 3): a frozen weight in 4.13 bits a number.
+"""NF4 from scratch (QLoRA, https://arxiv.org/abs/2305.14314, section 3): a frozen weight in 4.13 bits per number.
 
-A trained weight's numbers are spread like a normal distribution. NF4's 16 levels are that distribution's quantiles:
-they lie close where there are many numbers, as `show.py nf4` draws it. 64 neighbours in a row, a block, share a scale,
-their largest magnitude (absmax); the magnitudes themselves are stored in 8 bits each, 256 of them sharing a scale again
-(double quantisation).
+Trained weights are distributed like normal numbers, and NF4's 16 levels are quantiles of that distribution. 64
+neighbours in a row, a block, share a scale, their largest magnitude (absmax); the magnitudes are stored in 8 bits each,
+and 256 of them share a scale again (double quantisation). A layer unpacks its weight for each product, forward and
+backward, and keeps nothing.
 
-A layer with such a weight turns it back for each product, and once more in the backward pass: nothing is kept.
+>>> [round(level, 2) for level in LEVELS[::5]]
+[-1.0, -0.18, 0.25, 1.0]
+>>> codes, absmax = quantize(torch.linspace(-2, 2, 64))  # one block: two codes per byte, one scale
+>>> codes[:4].tolist(), absmax.tolist()
+([0, 0, 1, 17], [2.0])
+>>> dequantize(codes, absmax, pairs_of_levels(), torch.float32)[:4].tolist()
+[-2.0, -2.0, -2.0, -2.0]
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from config import check
-from kernels import Product, compute_dtype, linear, tuning
+from config import UserError
+from files import printable
+from kernels import GroupedProduct, Product, compiled, compute_dtype, linear, tuning
 from model import Experts
 
 BLOCK = 64  # numbers in a row that share an absmax
@@ -31,7 +39,7 @@ LEVELS = (
 
 
 def dynamic_levels() -> Tensor:
-    """The 256 levels of an absmax (https://arxiv.org/abs/1511.04561): seven decades, each finer than the one below."""
+    """Return the 256 levels of an absmax (https://arxiv.org/abs/1511.04561): seven decades, finer and finer."""
     levels = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)
@@ -47,11 +55,12 @@ ABSMAX_LEVELS = dynamic_levels().tolist()
 
 
 def quantize(x: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
-    """x (..., a multiple of 64) -> codes (n / 2,) uint8, the first of two in the high half, and absmax (n / 64,) fp32.
-    Raises UserError, naming x, where it isn't finite.
+    """Map x (..., a multiple of 64) to codes (n / 2,) uint8, the first of two in the high half, and absmax (n / 64,)
+    fp32. Raises UserError with the name if x is not finite. A block whose absmax is below 1e-38 may differ from
+    bitsandbytes, which divides by it: here it is divided by 1e-38, and all its numbers become about zero.
 
-    A number's code is how many of the 15 midpoints between levels lie below it. Looked up, not searched: [-1, 1] is cut
-    into 32 cells, so narrow that none has more than one midpoint.
+    A code is the number of midpoints between levels, of 15, that lie below the scaled number. It is looked up, not
+    searched: [-1, 1] is divided into 32 cells, so narrow that none has more than one midpoint.
     """
     levels = torch.tensor(LEVELS, device=x.device)
     midpoints = (levels[1:] + levels[:-1]) / 2
@@ -65,7 +74,8 @@ def quantize(x: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
     for chunk, chunk_codes, largest in chunks:
         blocks = chunk.view(-1, BLOCK).float()
         torch.amax(blocks.abs(), dim=1, out=largest)
-        check(bool(largest.isfinite().all()), f"quantize: {name} holds infinity or NaN")
+        if not largest.isfinite().all():
+            raise UserError(f"quantize: {printable(name)} holds infinity or NaN")
         scaled = (blocks * (1 / largest.clamp(min=1e-38))[:, None]).flatten()
         cell = cell_of(scaled)
         code = below.index_select(0, cell).add_(scaled > inside.index_select(0, cell))
@@ -74,14 +84,15 @@ def quantize(x: Tensor, name: str = "a weight") -> tuple[Tensor, Tensor]:
 
 
 def cell_of(scaled: Tensor) -> Tensor:
-    """Which of 32 cells a number in [-1, 1] lies in; 1 itself has one more. Rounding keeps the order."""
+    """Return which of 32 cells a number in [-1, 1] is in; 1 itself has a cell of its own. Rounding keeps the order."""
     return ((scaled + 1) * 16).int()
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """absmax (blocks,) -> codes (blocks,) uint8, scale (groups,), offset (): level * scale + offset is about absmax.
+    """Map absmax (blocks,) to codes (blocks,) uint8, scale (groups,) and offset (): level * scale + offset is about
+    absmax.
 
-    Rounded to 65,536 steps first, as bitsandbytes does on CPU, for which a table gives the nearest level.
+    It is rounded to 65,536 steps first, as in bitsandbytes on CPU; a table has the nearest level of each.
     """
     offset = absmax.mean()
     padding = -len(absmax) % GROUP
@@ -90,20 +101,22 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     levels = torch.tensor(ABSMAX_LEVELS, device=absmax.device)
     steps = torch.arange(65536, device=absmax.device) / 65535 * 2 - 1
     table = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    scaled = (groups * (1 / scale)[:, None]).flatten()[: len(absmax)].nan_to_num(nan=-1.0)  # 0 / 0 has its lowest, too
+    scaled = (groups * (1 / scale)[:, None]).flatten()[: len(absmax)].nan_to_num(nan=-1.0)  # 0 / 0
     step = ((scaled + 1) * 0.5 * 65535 + 0.5).int().clamp(0, 65535)
     return table.index_select(0, step), scale, offset
 
 
 def pairs_of_levels() -> Tensor:
-    """(256,) the two levels that a byte of codes stands for, as one 64-bit number: it is only moved, and an integer is
-    what every device has."""
+    """Return the two levels that each byte of codes stands for, as one 64-bit integer (256,): they are only moved, and
+    every device has integers."""
     levels = torch.tensor(LEVELS)
     return torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
 
 
 def dequantize(codes: Tensor, absmax: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes (n / 2,), absmax (n / 64,) fp32 -> (n,) in `dtype`, rounded once. pairs: those of `pairs_of_levels`."""
+    """Map codes (n / 2,) and absmax (n / 64,) fp32 to n numbers in `dtype`, rounded once. pairs: `pairs_of_levels`."""
+    if tuning(codes).fused:
+        return fused_dequantize(codes, absmax, dtype)
     output = torch.empty(2 * len(codes), dtype=dtype, device=codes.device)
     size = min(tuning(codes).chunk, output.numel())
     index = torch.empty(size // 2, dtype=torch.int32, device=codes.device)
@@ -116,24 +129,50 @@ def dequantize(codes: Tensor, absmax: Tensor, pairs: Tensor, dtype: torch.dtype)
     return output
 
 
-class NF4(nn.Module):
-    """A quantised weight (..., out, in), for a matrix or a stack of them; it stands where the parameter stood.
+def unpack(codes: Tensor, absmax: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dequantize` for the compiler, which needs no buffers."""
+    pairs = torch.stack((codes >> 4, codes & 15), dim=1).int()
+    return (levels[pairs].view(-1, BLOCK) * absmax[:, None]).to(dtype).flatten()
 
-    Made without values, like a parameter on the meta device; `quantized` makes them from the parameter's.
+
+@functools.cache
+def compiled_unpack(device: torch.device) -> tuple[Callable[..., Tensor], Tensor]:
+    """Return the compiled function, and the levels on the device: their copy waits once."""
+    return compiled(unpack), torch.tensor(LEVELS, device=device)
+
+
+@torch.library.custom_op("quantization::fused_dequantize", mutates_args=())
+def fused_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dequantize`, which moves 2.6 bytes per number instead of 22.5. An operation of its own, so that dry runs count
+    it as one."""
+    function, levels = compiled_unpack(codes.device)
+    return function(codes, absmax, levels, dtype)
+
+
+@fused_dequantize.register_fake
+def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(2 * len(codes), dtype=dtype)
+
+
+class NF4(nn.Module):
+    """A quantised weight (..., out, in), for a matrix or a stack of them, in place of the parameter.
+
+    It is created without values; `quantized` computes them from the parameter's.
     """
 
     codes: Tensor  # (..., out, in / 2) uint8
     absmax: Tensor  # (..., out, in / 64) uint8
     scale: Tensor  # (blocks / 256, rounded up,) fp32
     offset: Tensor  # () fp32
-    # Tables, the same for all weights. They live where the codes do, so that no step has to take them there.
+    # Tables, the same for all weights, on the device of the codes: copying them would wait for it.
     levels: Tensor  # (256,) fp32, an absmax's
     pairs: Tensor  # (256,) int64, see pairs_of_levels
 
     def __init__(self, name: str, shape: torch.Size, device: torch.device) -> None:
         super().__init__()
         *rows, width = shape
-        check(width % BLOCK == 0, f"quantize: {name} has rows of {width} numbers; NF4 takes whole blocks of {BLOCK}")
+        if width % BLOCK:
+            raise UserError(f"quantize: {name} has rows of {width} numbers; NF4 takes whole blocks of {BLOCK}")
         self.name, self.shape, blocks = name, shape, shape.numel() // BLOCK
         self.register_buffer("codes", torch.empty(*rows, width // 2, dtype=torch.uint8, device=device))
         self.register_buffer("absmax", torch.empty(*rows, width // BLOCK, dtype=torch.uint8, device=device))
@@ -150,7 +189,7 @@ class NF4(nn.Module):
         return self.shape.numel()
 
     def quantized(self, parts: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Values for the buffers from the weight's, which come in parts, one after the other, in any dtype."""
+        """Return values for the buffers. parts: the weight's values, one part after the other, in any dtype."""
         codes = torch.empty(self.codes.shape, dtype=torch.uint8)
         absmax = torch.empty(self.absmax.shape)
         start = 0
@@ -164,35 +203,44 @@ class NF4(nn.Module):
         values = {"codes": codes, "absmax": small.view(absmax.shape), "scale": scale, "offset": offset}
         return values | {"levels": torch.tensor(ABSMAX_LEVELS), "pairs": pairs_of_levels()}
 
-    def dequantize(self, dtype: torch.dtype, part: slice = slice(None)) -> Tensor:
-        """The weight, or a part of it along its first dimension, in `dtype`."""
-        codes, absmax = self.codes[part], self.absmax[part].flatten()
-        first = (part.start or 0) * (self.absmax[0].numel())
-        last = first + len(absmax)
-        scale = self.scale[first // GROUP : -(-last // GROUP)].repeat_interleave(GROUP)[first % GROUP :][: len(absmax)]
+    def dequantize(self, dtype: torch.dtype, part: slice | Tensor = slice(None)) -> Tensor:
+        """Return the weight in `dtype`, or a part of it along its first dimension: a slice, or indices."""
+        codes, absmax, blocks = self.codes[part], self.absmax[part].flatten(), self.absmax[0].numel()
+        if isinstance(part, Tensor):
+            indices = part[:, None] * blocks + torch.arange(blocks, device=part.device)
+            scale = self.scale.index_select(0, indices.flatten() // GROUP)
+        else:
+            first = (part.start or 0) * blocks
+            groups = slice(first // GROUP, -(-(first + len(absmax)) // GROUP))
+            scale = self.scale[groups].repeat_interleave(GROUP)[first % GROUP :][: len(absmax)]
         largest = self.levels.index_select(0, absmax.int()).mul_(scale).add_(self.offset)
         return dequantize(codes.flatten(), largest, self.pairs, dtype).view(-1, *self.shape[1:])
 
 
 # ---------------------------------------------------------------- layers
 
-Part = tuple[slice, slice, Callable[[Tensor, Tensor], Tensor]]  # of the rows, of the weight, and their product
+# Some rows, part of a weight, and their product.
+PartialProduct = tuple[slice, slice | Tensor, Callable[[Tensor, Tensor], Tensor]]
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class FrozenProduct(torch.autograd.Function):
-    """Rows times a quantised weight, part by part. The gradient of a product by a weight that isn't trained needs the
-    weight alone, so nothing is kept: it is dequantised again."""
+    """Rows times a quantised weight, part by part. The gradient of a product with a frozen weight needs only the
+    weight, so nothing is kept: it is dequantised again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4, parts: list[Part]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: NF4, parts: list[PartialProduct]) -> Tensor:
         ctx.weight, ctx.parts = weight, parts
-        return torch.cat([product(x[rows], weight.dequantize(x.dtype, part)) for rows, part, product in parts])
+        return joined([product(x[rows], weight.dequantize(x.dtype, part)) for rows, part, product in parts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         weight, parts = ctx.weight, ctx.parts
         grads = [product(grad[rows], weight.dequantize(grad.dtype, part).mT) for rows, part, product in parts]
-        return torch.cat(grads), None, None
+        return joined(grads), None, None
 
 
 class QuantizedLinear(nn.Linear):
@@ -209,7 +257,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class QuantizedExperts(Experts):
-    """Stacked routed experts whose weights are quantised, dequantised a few experts at a time."""
+    """Stacked routed experts whose weights are quantised; on CPU they are dequantised one expert at a time."""
 
     def __init__(self, base: Experts, gate_up_proj: NF4, down_proj: NF4) -> None:
         nn.Module.__init__(self)
@@ -217,7 +265,17 @@ class QuantizedExperts(Experts):
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj  # type: ignore[assignment]
 
     def project(self, name: str, x: Tensor, product: Product) -> Tensor:
-        return FrozenProduct.apply(x, getattr(self, name), list(product.parts(tuning(x).unpacked)))
+        parts: list[PartialProduct] = list(product.parts(tuning(x).unpacked))
+        in_generation = torch.is_inference_mode_enabled() and len(x) < self.num_experts
+        if in_generation and isinstance(product, GroupedProduct) and tuning(x).fused:  # unpack the chosen experts only
+            chosen = torch.searchsorted(product.ends, torch.arange(len(x), device=x.device), right=True)
+            parts = [(slice(None), chosen, one_matrix_per_row)]
+        return FrozenProduct.apply(x, getattr(self, name), parts)
+
+
+def one_matrix_per_row(x: Tensor, matrices: Tensor) -> Tensor:
+    """x (R, in), matrices (R, out, in) -> (R, out)."""
+    return torch.bmm(matrices, x[:, :, None]).squeeze(2)
 
 
 # ---------------------------------------------------------------- a quantised model
@@ -225,7 +283,7 @@ class QuantizedExperts(Experts):
 
 def plan(model: nn.Module) -> None:
     """Replace every matrix of the blocks (linear layers and routed experts; not the router) by a quantised one without
-    values. The model may be on the meta device. Raises UserError for a width that is no multiple of 64."""
+    values. The model may be on the meta device. Raises UserError for a width that is not a multiple of 64."""
 
     def planned(name: str) -> NF4:
         parameter = model.get_parameter(name)
@@ -240,5 +298,5 @@ def plan(model: nn.Module) -> None:
 
 
 def quantized_weights(model: nn.Module) -> dict[str, NF4]:
-    """By the names that their parameters had."""
+    """Return the quantised weights by the names that their parameters had."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NF4)}

@@ -121,6 +121,9 @@ def test_codes_and_numbers_are_those_of_bitsandbytes(
         ours = packed(weight)
         numbers = {kind: ours.dequantize(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)}
         parts = [ours.dequantize(torch.float32, slice(i, i + 2)) for i in range(0, len(weight), 2)]
+    with kernels.tuned_as("cuda"):
+        fused = {kind: ours.dequantize(kind) for kind in numbers}
+        last_first = ours.dequantize(torch.float32, torch.arange(len(weight)).flip(0))
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     assert torch.equal(ours.codes.flatten(), codes.flatten())
     assert torch.equal(ours.absmax.flatten(), state.absmax.flatten())
@@ -129,7 +132,9 @@ def test_codes_and_numbers_are_those_of_bitsandbytes(
     for kind, ours_numbers in numbers.items():
         state.dtype = kind
         assert torch.equal(ours_numbers, bnb.dequantize_4bit(codes, state))
+        assert torch.equal(fused[kind], ours_numbers)
     assert torch.equal(torch.cat(parts), numbers[torch.float32])
+    assert torch.equal(last_first.flip(0), numbers[torch.float32])
 
 
 def test_a_number_goes_to_the_nearest_level_of_its_block() -> None:
@@ -209,6 +214,19 @@ def test_a_few_rows_ask_for_their_own_experts_only() -> None:
         output = FrozenProduct.apply(x, stack, list(product.parts(1)))
     assert relative_difference(output, product(x, stack.dequantize(torch.float32))) < 1e-6
     assert largest.numbers == 128 * 64
+
+
+@torch.inference_mode()
+def test_generation_on_a_gpu_unpacks_the_chosen_experts_only() -> None:
+    """Two rows of eight experts' stacks; without knowing on the host which experts those are."""
+    model, rounded = quantized_model(), rounded_model()
+    x = torch.randn(2, 64)
+    weights, chosen = torch.rand(2, 2), torch.tensor([[6, 1], [3, 6]])
+    with kernels.tuned_as("cuda"), LargestTensor() as largest:
+        ours = model.model.layers[1].mlp.experts(x, weights, chosen)
+    theirs = rounded.model.layers[1].mlp.experts(x, weights, chosen)
+    assert relative_difference(ours, theirs) < 1e-5
+    assert largest.numbers <= 4 * 128 * 64
 
 
 def test_nothing_is_kept_for_the_backward_pass() -> None:
