@@ -192,7 +192,7 @@ COMMANDS = "/reset starts over, /system TEXT too, with other instructions, /quit
 
 
 def converse(writer: Writer) -> None:
-    """Alternate between a question from the terminal or a pipe and its answer, until there is no question."""
+    """Alternate between a question from the terminal or a pipe and its answer, until none is left."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
     if at_terminal():

@@ -34,7 +34,7 @@ Prompt = list[dict[str, Any]] | str
 
 @dataclass
 class Answer:
-    """What a model has written after a prompt so far."""
+    """Text that a model has written after a prompt so far."""
 
     tokenizer: Tokenizer
     # Most tokens that it may have.
@@ -55,17 +55,17 @@ class Answer:
 
 
 def write(
-    model: DeepSeekV2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int, *options: Any, **named: Any
+    model: DeepSeekV2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any
 ) -> Iterator[list[Answer]]:
     """Answer or continue each prompt, yielding all answers after every token; each ends with a stop token, after
-    max_new_tokens or with the model's context. options: as in `generate`, after its stop tokens. Raises UserError."""
+    max_new_tokens or with the model's context. options: as in `generate`. Raises UserError."""
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     lead = tokenizer.template.turns["assistant"].lead
     answers = [
         Answer(tokenizer, room(model, tokens, max_new_tokens), "" if isinstance(prompt, str) else lead)
         for prompt, tokens in zip(prompts, ids, strict=True)
     ]
-    for drawn in generate(model, ids, max_new_tokens, tokenizer.stop_ids, *options, **named):
+    for drawn in generate(model, ids, max_new_tokens, tokenizer.stop_ids, **options):
         for answer, token in zip(answers, drawn, strict=True):
             if not answer.stopped and len(answer.tokens) < answer.room:
                 answer.tokens.append(token)

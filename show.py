@@ -58,7 +58,7 @@ class Tokens:
 
 @dataclass
 class Data:
-    """What a run sees of its data: python show.py data DATASET [DATASET ...] [PRESET] [the flags of the run].
+    """The data that a run sees: python show.py data DATASET [DATASET ...] [PRESET] [the flags of the run].
 
     A table, histograms, and pieces in colour: green is trained on, grey is only read.
     """
@@ -83,7 +83,7 @@ class Data:
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
         found = list(pieces(data, self.row))
         if not found:
-            raise UserError(f"no piece of row {self.row} is used: there is no such row, or it was dropped")
+            raise UserError(f"no piece of row {self.row} is used: no such row exists, or it was dropped")
         if not self.row:
             collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
             rows = RowStream(data.train, collator, seed, options.shuffle)

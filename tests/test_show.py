@@ -288,7 +288,7 @@ def test_any_row_can_be_shown(shown: Callable[..., str], tmp_path: Path) -> None
             if message["role"] == "assistant" and len(tokenizer.encode(message["content"])) < 15:
                 assert message["content"] in printed
     assert shown("data", path, *flags, "--row", 21) == (
-        "error: no piece of row 21 is used: there is no such row, or it was dropped\n"
+        "error: no piece of row 21 is used: no such row exists, or it was dropped\n"
     )
     assert shown("data", path, *flags, "--random", 3).count(" of them trained on\n") == 3
     assert shown("data", path, *flags).count(" of them trained on\n") == 1

@@ -44,7 +44,7 @@ CSS = """
 
 
 class Talk(NamedTuple):
-    """One model's conversation, as far as its context holds it, and what is known about its newest answer."""
+    """A model's conversation, as far as its context holds it, and what is known about its newest answer."""
 
     messages: tuple[dict[str, str], ...] = ()
     note: str = ""  # about messages that the context no longer holds
@@ -62,7 +62,7 @@ class Panel(NamedTuple):
 
 
 class Page:
-    """One or two models that get the same questions. settings: initial values of the fields, by chat.py's names."""
+    """A page that asks one or two models the same. settings: initial values of the fields, by chat.py's names."""
 
     PAUSE = 0.05  # seconds between two updates
 

@@ -19,14 +19,14 @@ ALTERNATIVES = 5
 
 
 class Route(NamedTuple):
-    """What one layer's router did with one token."""
+    """A decision of one layer's router about one token."""
 
     scores: list[float]  # of each routed expert; they sum to one
     chosen: list[int]  # the experts that the token was sent to
 
 
 class Seen(NamedTuple):
-    """What is known about one token of an answer."""
+    """A token of an answer, and what is known about it."""
 
     text: str
     probability: float  # the model's own, before temperature, top-k and top-p
