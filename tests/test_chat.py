@@ -559,7 +559,6 @@ def test_an_answer_ends_with_the_context(
         (["RUN", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["RUN", "--seed", str(2**70)], "it must be below 2**63"),
         (["RUN", "--device", "abacus"], "abacus"),
-        (["RUN", "--top-k", "few"], "--top-k"),
     ],
 )
 def test_mistakes_are_one_line(
