@@ -1,15 +1,20 @@
 """DeepSeek-V2 (https://arxiv.org/abs/2405.04434) from scratch, after the paper's section 2, in the order of the data.
 
-Shapes in comments: N tokens of all conversations in the batch, H heads, E routed experts, K of them chosen for a token,
-V entries of the vocabulary, B rows, T positions, S cached positions.
+Shapes in comments: N tokens of all documents in the batch, H heads, E routed experts, K of them chosen per token, V
+entries of the vocabulary, B rows, T positions, S cached positions.
 
 The batch comes as (B, T) tensors, but the layers work on a flat stream (N, hidden_size) of real tokens with a list of
-documents: padding is gone before the first layer, so nothing can attend to it, route it or count it, and packed and
-padded batches are the same computation.
+documents. Padding is removed before the first layer, so packed and padded batches are the same computation. Modules
+have the names of the checkpoints on Hugging Face. kernels.py has the hot operations, each in a plain and a fast form.
 
-Modules are named as in the checkpoints on Hugging Face, so that `state_dict()` needs almost no translation. The hot
-operations (attention within documents, the experts' product, the loss) are asked of kernels.py, which has each
-in a plain form and in a fast one.
+>>> config = ModelConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=8,
+...     intermediate_size=64, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2)
+>>> model, ids = DeepSeekV2(config), torch.tensor([[3, 1, 4, 1, 5]])
+>>> model(ids).shape  # (B, T, V)
+torch.Size([1, 5, 50])
+>>> output = model(ids, labels=ids.roll(-1))
+>>> output.num_targets, output.expert_counts.sum().item()  # one MoE layer: two experts per token
+(5, 10.0)
 """
 
 import math
@@ -23,18 +28,11 @@ from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
 from documents import Documents, find_documents
-from kernels import (
-    Product,
-    compute_dtype,
-    document_attention,
-    find_routes,
-    linear,
-    sum_cross_entropy,
-)
+from kernels import Product, compute_dtype, document_attention, find_routes, linear, sum_cross_entropy
 
 
 class Routing(NamedTuple):
-    """What one layer's router did; counts and losses are sums, so that micro-batches and ranks add up."""
+    """Statistics of one layer's router; sums, so that micro-batches and ranks add up."""
 
     expert_counts: Tensor  # (E,) tokens sent to each expert
     balance_loss: Tensor  # () balance losses, summed over documents
@@ -51,7 +49,7 @@ class LossOutput(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation, in fp32 whatever comes in."""
+    """Root mean square normalisation, computed in fp32: x / sqrt(mean(x^2) + eps) * weight."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -66,12 +64,12 @@ class RMSNorm(nn.Module):
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's correction of the attention temperature for a context `factor` times longer."""
+    """Return YaRN's correction of the attention temperature for a context `factor` times longer."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, float]:
-    """Angle per position of each rotated pair (qk_rope_head_dim / 2,), and the factor on cos and sin.
+    """Return the angle per position of each rotated pair (qk_rope_head_dim / 2,), and the factor on cos and sin.
 
     YaRN (https://arxiv.org/abs/2309.00071, section 3.2): pairs that turn often within the original context keep their
     frequency, slow ones are divided by the factor, those between are mixed linearly.
@@ -103,18 +101,18 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class LayerCache(NamedTuple):
-    """What one layer of a model in generation remembers, and where the tokens at hand go."""
+    """Cache of one layer in generation, and where the current tokens go."""
 
     latents: Tensor  # (B, S, kv_lora_rank + qk_rope_head_dim), preallocated
     w_uk: Tensor  # (H, qk_nope_head_dim, kv_lora_rank) up-projection of keys
     w_uv: Tensor  # (H, kv_lora_rank, v_head_dim) up-projection of values
     rows: Tensor  # (B, 1) 0, 1, 2 ...
-    positions: Tensor  # (B, T) of the tokens at hand
-    future: Tensor  # (B, T, S) true where a token at hand must not look; S is 1 + the largest position
+    positions: Tensor  # (B, T) of the current tokens
+    future: Tensor  # (B, T, S) true where a current token must not attend; S is 1 + the largest position
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention: keys and values are rebuilt from one small latent per token (figure 3)."""
+    """Multi-head latent attention: keys and values are computed from one small latent per token (figure 3)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,21 +144,21 @@ class Attention(nn.Module):
         return self.o_proj(output.flatten(1))
 
     def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries without and with position (N, H, qk_nope_head_dim), (N, H, qk_rope_head_dim); equations 12 to 15."""
+        """Return queries without and with position (N, H, qk_nope_head_dim), (N, H, qk_rope_head_dim); eq. 12-15."""
         q = self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.config.num_attention_heads, self.qk_head_dim))
         q_nope, q_pe = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
         return q_nope, rotate(q_pe, rope)
 
     def latents(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the cache holds: latent (N, kv_lora_rank), rotary key (N, qk_rope_head_dim); equations 9 and 16."""
+        """Return what is cached: latent (N, kv_lora_rank), rotary key (N, qk_rope_head_dim); equations 9 and 16."""
         latent, k_pe = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         return self.kv_a_layernorm(latent), rotate(k_pe[:, None], rope)[:, 0]
 
     def attend_expanded(
         self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, documents: Documents
     ) -> Tensor:
-        """Training: rebuild every head's keys and values (equations 10, 11, 17), then ordinary attention."""
+        """Compute every head's keys and values (equations 10, 11, 17), then ordinary attention: for training."""
         heads, nope, v_head_dim = q_nope.shape[1], self.config.qk_nope_head_dim, self.config.v_head_dim
         k_nope, v = self.kv_b_proj(latent).unflatten(-1, (heads, nope + v_head_dim)).split([nope, v_head_dim], dim=-1)
         q = torch.cat((q_nope, q_pe), dim=-1)  # (N, H, qk_head_dim)
@@ -168,7 +166,7 @@ class Attention(nn.Module):
         return document_attention(q, k, v, documents, self.scale)
 
     def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, cache: LayerCache) -> Tensor:
-        """Generation: no head's keys or values are ever rebuilt (section 2.1.2 and appendix C).
+        """Attend in the latent space, without any head's keys or values: for generation (section 2.1.2, appendix C).
 
         q . (W_uk c) = (W_uk^T q) . c, so queries move into the latent space, and all heads share one key per token.
         """
@@ -185,8 +183,8 @@ class Attention(nn.Module):
         return torch.bmm(context, cache.w_uv.to(keys.dtype)).transpose(0, 1)
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
-        """W_uk (H, qk_nope_head_dim, rank) and W_uv (H, rank, v_head_dim), read off the module's action on the unit
-        vectors, so that whatever wraps it (an adapter) is included."""
+        """Return W_uk (H, qk_nope_head_dim, rank) and W_uv (H, rank, v_head_dim): the module's outputs for the unit
+        vectors, which include an adapter."""
         like = self.kv_a_layernorm.weight
         unit = torch.eye(self.config.kv_lora_rank, dtype=like.dtype, device=like.device)
         columns = self.kv_b_proj(unit).unflatten(-1, (self.config.num_attention_heads, -1))  # (rank, H, nope + v)
@@ -211,7 +209,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token, in fp32, since a rounding error here sends a token to another expert."""
+    """Scores every expert for every token, in fp32, because a rounding error could send a token to another expert."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -224,7 +222,7 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.weight.float()).softmax(dim=-1)  # equation 22
         candidates = scores
-        if config.topk_method == "group_limited_greedy":  # section 2.2.2: at most topk_group devices a token
+        if config.topk_method == "group_limited_greedy":  # section 2.2.2: at most topk_group devices per token
             grouped = scores.unflatten(-1, (config.n_group, -1))
             best_groups = grouped.amax(dim=-1).topk(config.topk_group, dim=-1).indices
             allowed = torch.zeros_like(grouped[..., 0]).scatter(1, best_groups, 1.0)
@@ -261,7 +259,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE: every token passes the shared experts and the K routed experts it is sent to (equation 20)."""
+    """DeepSeekMoE: every token goes through the shared experts and its K routed experts (equation 20)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -271,7 +269,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config, config.n_shared_experts * config.moe_intermediate_size)
 
     def forward(self, x: Tensor, documents: Documents | None) -> tuple[Tensor, Routing | None]:
-        """x (N, hidden_size) -> the same shape, and what the router did, where documents are given."""
+        """x (N, hidden_size) -> the same shape, and the router's statistics if documents are given."""
         scores, weights, experts = self.gate(x)
         output = self.shared_experts(x) + self.experts(x, weights, experts)
         if documents is None:
@@ -282,9 +280,9 @@ class MoE(nn.Module):
 
 
 def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents: Documents) -> Tensor:
-    """The three balance losses of section 2.2.3, each document on its own; the sum over documents.
+    """Return the three balance losses of section 2.2.3, computed per document and summed over documents.
 
-    scores (N, E) are the router's, chosen (N, E) is 1 where a token goes to an expert; documents of padding, of which
+    scores (N, E) are the router's, chosen (N, E) is 1 where a token goes to an expert; documents of padding, for which
     none is chosen, add nothing.
     """
 
@@ -307,7 +305,7 @@ def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents:
     return loss
 
 
-# ---------------------------------------------------------------- the whole
+# ---------------------------------------------------------------- the model
 
 
 class Block(nn.Module):
@@ -386,7 +384,7 @@ class DeepSeekV2(nn.Module):
         return linear(hidden, self.output_weight)
 
     def initial_weights(self, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
-        """A value for each parameter, one at a time: matrices normal with one deviation, norms one (section 3.1.2)."""
+        """Yield a value for each parameter: matrices normal with one standard deviation, norms one (section 3.1.2)."""
         for name, parameter in self.named_parameters():
             value = torch.ones(parameter.shape)
             yield (
@@ -402,11 +400,11 @@ class DeepSeekV2(nn.Module):
         labels: Tensor | None = None,
         documents: Documents | None = None,
     ) -> Tensor | LossOutput:
-        """The first four arguments (B, T) int64, as datacollator.py makes them; left out: each row is one conversation.
-        documents: what `find_documents` finds in sequence_ids and labels, which then aren't needed.
+        """The first four arguments are (B, T) int64, as datacollator.py makes them; by default a row is one document.
+        documents: the result of `find_documents`, in place of sequence_ids and labels.
 
-        Without labels: logits (B, T, vocab_size), zeros at padding. With labels (already shifted, -100 where nothing is
-        learned): the summed loss with its counts.
+        Return logits (B, T, vocab_size), zeros at padding, or with labels (already shifted, -100 where nothing is
+        learned) the summed loss with its counts.
         """
         if sequence_ids is None:
             sequence_ids = torch.ones_like(input_ids)
@@ -419,7 +417,7 @@ class DeepSeekV2(nn.Module):
         contexts = [documents._replace(targets=None, labels=None)] * self.config.num_hidden_layers
         hidden, routings = self.model(input_ids.flatten()[tokens], position_ids.flatten()[tokens], contexts)
         if documents.targets is None or documents.labels is None:
-            logits = self.logits(hidden)
+            logits = self.logits(hidden * documents.real.to(hidden.dtype))
             every = logits.new_zeros(input_ids.numel(), self.config.vocab_size).index_copy(0, tokens, logits)
             return every.view(*input_ids.shape, -1)
         loss_sum = sum_cross_entropy(hidden[documents.targets], self.output_weight, documents.labels)

@@ -17,6 +17,8 @@ import gc
 import itertools
 import json
 import os
+import re
+import shutil
 import sys
 import time
 import warnings
@@ -74,11 +76,30 @@ def choose_device(name: str, planned: bool = False) -> str:
     """Resolve "auto" to CUDA if there is one, else the CPU. planned: for a dry run, any device that torch knows will
     do, and "auto" is CUDA. Raises UserError for a device that this machine does not have."""
     if name == "auto":
-        return "cuda" if planned or torch.cuda.is_available() else "cpu"
+        if planned or torch.cuda.is_available():
+            return "cuda"
+        if problem := driver_problem():
+            print(f"note: {problem}", file=sys.stderr)
+        return "cpu"
     with contextlib.suppress(RuntimeError, AttributeError):  # torch does not know it, or has no module for it
         if torch.get_device_module(name).is_available() or planned:
             return name
     raise UserError(f"there is no device {name!r} here that torch can use; try cpu")
+
+
+def driver_problem(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Return why torch, built for CUDA, does not see this machine's NVIDIA GPU; "" if it does, or there is none."""
+    if not torch.version.cuda or torch.cuda.is_available():
+        return ""
+    text = version_file.read_text() if version_file.is_file() else ""
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
+    if not (found or Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
+        return ""
+    needed = {"12": "525", "13": "580"}.get(torch.version.cuda.split(".")[0], "a newer one")
+    return (
+        f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use this machine's NVIDIA GPU: "
+        f"it needs driver {needed} or later (installed: {found[0] if found else 'unknown'}); running on the CPU"
+    )
 
 
 def choose_dtype(name: Dtype, device: torch.device) -> Dtype:
@@ -101,7 +122,10 @@ def join_world(device: str, dry_run: bool = False) -> World:
     """Join the job that torchrun started, or be a world of one. A dry run only needs the device's name. Raises
     UserError for a device that is missing."""
     if not dist.is_torchelastic_launched():
-        return World(0, 1, torch.device(choose_device(device, planned=dry_run)))
+        chosen = torch.device(choose_device(device, planned=dry_run))
+        if chosen.type == "cuda" and chosen.index is not None and not dry_run:
+            torch.cuda.set_device(chosen)  # what asks for the current device (bf16, memory) means this one
+        return World(0, 1, chosen)
     device = choose_device(device)
     try:
         local_rank, node_size, nodes, restarts, _ = (os.environ[name] for name in TORCHRUN)

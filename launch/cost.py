@@ -210,18 +210,16 @@ class Roofline(Traffic):
         moved = bytes_moved(func, args, kwargs or {}, result)
         if moved:
             kind, flops = products(func, args)
-            seconds = max(moved / self.gpu.bandwidth / BANDWIDTH_SHARE, self.compute(kind, flops, args), LAUNCH)
+            computing = self.compute(kind, flops, args[PRODUCTS.get(name, 0)]) if flops else 0.0
+            seconds = max(moved / self.gpu.bandwidth / BANDWIDTH_SHARE, computing, LAUNCH)
             region = next((region for region in self.within if region in ("loss", "optimizer")), kind)
             self.seconds[region] += seconds  # type: ignore[assignment]
         return result
 
-    def compute(self, kind: str, flops: float, args: Any) -> float:
-        """Return the seconds that products take."""
-        if not flops:
-            return 0.0
-        in_fp32 = next(x.dtype for x in args if isinstance(x, Tensor)) == torch.float32
+    def compute(self, kind: str, flops: float, factor: Any) -> float:
+        """Return the seconds that products of such a factor take."""
         share = self.gpu.attention if kind == "attention" else PRODUCT_SHARES[kind]
-        return flops / share / (self.gpu.fp32 if in_fp32 else self.gpu.bf16)
+        return flops / share / (self.gpu.fp32 if factor.dtype == torch.float32 else self.gpu.bf16)
 
 
 def products(func: Any, args: Any) -> tuple[str, float]:

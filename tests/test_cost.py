@@ -125,6 +125,16 @@ def test_a_product_takes_the_longer_of_its_bytes_and_its_flops() -> None:
     assert seconds == {"other products": pytest.approx(3 * 2 * size**2 / 1e9 / 0.1)}
 
 
+def test_a_product_of_bf16_that_adds_to_an_fp32_sum_takes_bf16s_time() -> None:
+    def work(total: Tensor, a: Tensor) -> None:
+        torch.addmm(total.float(), a, a, out_dtype=torch.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "BANDWIDTH_SHARE", 100.0)
+        seconds = predicted(work, (4096, 4096), (4096, 4096))
+    assert seconds["other products"] == pytest.approx(2 * 4096**3 / 1e12 / 0.67)
+
+
 @pytest.mark.parametrize(
     ("work", "numbers"),
     [

@@ -30,7 +30,7 @@ from launch import dry_run as dry_run_module
 from launch.cost import memory_errors, parameter_counts
 from launch.dry_run import DryRun, dry_run, fit_to_memory
 from model import DeepSeekV2, LossOutput
-from parallel import World
+from parallel import World, driver_problem, join_world
 from small_models import WIDE, make_batch, relative_difference, small_config, small_model
 from small_runs import arguments, conversations, train_here, write_jsonl
 
@@ -445,3 +445,27 @@ def test_a_run_on_a_gpu_is_planned_where_there_is_none(
 def test_a_device_that_torch_does_not_know_is_not_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_here(["tiny", "--device", "abacus", "--dry-run"], Path()) == 2
     assert "there is no device 'abacus' here" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- which GPU, and why none
+
+
+@pytest.mark.parametrize(("cuda", "available"), [("13.0", False), ("13.0", True), (None, False)])
+def test_a_gpu_whose_driver_is_too_old_is_reported(
+    cuda: str | None, available: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    problem = driver_problem(tmp_path / "version")
+    assert ("needs driver 580 or later (installed: 535.183.01)" in problem) == (cuda is not None and not available)
+    assert bool(problem) == (cuda is not None and not available)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_the_gpu_that_is_named_becomes_the_current_one(planned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert join_world("cuda:1", dry_run=planned).device == torch.device("cuda:1")
+    assert current == ([] if planned else [torch.device("cuda:1")])

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from config import RopeScaling, TrainConfig, UserError
+from documents import find_documents
 from model import DeepSeekV2, LossOutput, rope_frequencies
 from small_models import make_batch, relative_difference, small_config, small_model, transformers_model
 
@@ -115,6 +116,15 @@ def test_bfloat16_weights_stay_close_to_transformers() -> None:
     ours = model.to(torch.bfloat16)(tokens)
     assert ours.dtype == torch.bfloat16
     assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
+
+
+def test_logits_are_zero_at_padding_with_a_fixed_length_too() -> None:
+    model, batch = small_model(), make_batch([[5, 9], [20]])
+    documents = find_documents(batch["sequence_ids"], fixed_length=True)
+    logits = model(batch["input_ids"], batch["position_ids"], documents=documents)
+    expected = model(**batch | {"labels": None})
+    assert logits[batch["sequence_ids"] == 0].count_nonzero() == 0
+    assert relative_difference(logits, expected) < 1e-5
 
 
 def test_defaults_mean_one_conversation_a_row() -> None:
