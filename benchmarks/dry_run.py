@@ -1,10 +1,11 @@
-"""What would the presets take on GPUs, and does a run on this machine's CPU take what --dry-run predicts?
+"""What do the presets take on a GPU, and does a run take what --dry-run predicts?
 
-    python benchmarks/dry_run.py [--dtype bfloat16] [--presets mini v2_lite] [--lora 2048 4096] [--lengths 512 1024]
+    python benchmarks/dry_run.py [--regions] [--gpu h100] [--dtype bfloat16] [--presets mini v2_lite] [--lora 2048 4096]
 
-Each line of the last table is a separate process that takes the same steps on real tensors; its peak resident memory
-beyond its libraries is measured. The C library is set to return freed memory at once;
-by default it keeps a fifth of it.
+--regions prints the predicted milliseconds per micro-batch of each region, for mini and for LoRA on V2-Lite in bf16 and
+NF4: run it before and after a change of kernels.py. Otherwise it prints memory, traffic and FLOPs; the last table takes
+the same steps on real tensors of this machine's CPU, each in a process of its own, and compares their peak memory
+beyond the libraries'. Freed memory is returned at once: C's allocator would keep a fifth of it.
 """
 
 import os
@@ -16,14 +17,17 @@ os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}  
 import tyro
 from rivals import benchmark_config, in_child, peak_memory  # first: sets the environment
 
-from config import PRESETS, Dtype, TrainConfig
+from config import PRESETS, Dtype, GpuName, TrainConfig
 from launch.build import plan_model
-from launch.dry_run import dry_run, full_rows, step
+from launch.dry_run import dry_run, full_rows, report, step
 from optimizer import make_optimizers
 
 
 @dataclass
 class Options:
+    # Print predicted times by region, and nothing else.
+    regions: bool = False
+    gpu: GpuName = "h100"
     dtype: Dtype = "bfloat16"
     # Tokens per row.
     lengths: tuple[int, ...] = (512, 1024, 2048)
@@ -88,8 +92,17 @@ def measure(config: TrainConfig) -> int:
     return int(peak_memory() - libraries)
 
 
+def print_regions(gpu: GpuName) -> None:
+    """Print the dry run's report for one micro-batch and an optimizer step."""
+    for preset, kind in (("mini", "full"), ("v2_lite", "LoRA"), ("v2_lite", "LoRA on NF4")):
+        changes = {"dtype": "bfloat16", "gradient_accumulation_steps": 1, "dry_run_gpu": gpu} | KINDS[kind]
+        print(f"\n{preset}, {kind}\n{report(PRESETS[preset].changed(**changes))}", flush=True)
+
+
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    if options.regions:
+        return print_regions(options.gpu)
     for preset in options.presets:
         print_plans(preset)
     print(f"\n{'tokens':>8} {'v2_lite':12}{'state':>10}{'the rest':>10}{'peak':>10}")
