@@ -48,6 +48,8 @@ CL100K_CONTROL_IDS = {"<|endoftext|>": 100257, "<|im_start|>": 100264, "<|im_end
 CL100K_SIZE = 100_277
 # tiktoken's regular expression engine overflows on a run of a few hundred thousand blanks.
 LONG_BLANK = re.compile(r"(?<!\s)\s{100000}")
+# The tokenizers library's gives up on a run of a few million.
+TOO_LONG_BLANK = re.compile(r"(?<!\s)\s{1000001}")
 
 
 def load_cl100k(control_tokens: Sequence[str], vocab_size: int | None) -> Vocabulary:
@@ -215,6 +217,8 @@ def plain_encoder(spec: dict[str, Any]) -> Callable[[str], list[int]]:
         raise UserError(f"the tokenizers library cannot read it ({error})") from error
 
     def encode(text: str) -> list[int]:
+        if len(text) > 10**6 and TOO_LONG_BLANK.search(text):
+            raise UserError("a run of more than 1,000,000 blanks cannot be encoded")
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates, as in tiktoken
         return encoder.encode(text, add_special_tokens=False).ids
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.fingerprint import Hasher
 
+from config import UserError
 from data.formats import Message, RowError, read_row
 from data.sources import Rows
 from tokenizer import CHAT_TEMPLATES, RenderedTurn, Tokenizer
@@ -94,6 +95,8 @@ def tokenize_batch(
             pieces = tokenize_row(parse(dict(zip(batch, values, strict=True))), **settings)
         except RowError as problem:
             pieces = [malformed(problem)]
+        except UserError as problem:
+            pieces = [malformed(RowError("text", "not encodable", str(problem)))]
         for number, piece in enumerate(pieces):
             for column, value in (piece | {"row": index, "piece": number}).items():
                 out[column].append(value)

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -52,12 +53,18 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
 
 def stdout_is_closed() -> bool:
     """Return whether the reader of standard output has left, and if so, discard what is still to be written."""
+    closed = False
     try:
         sys.stdout.flush()
     except BrokenPipeError:
+        closed = True
+    if hasattr(select, "poll"):  # not on Windows
+        poll = select.poll()
+        poll.register(1, 0)
+        closed |= any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
         discard(sys.stdout)
-        return True
-    return False
+    return closed
 
 
 def discard(stream: Any) -> None:

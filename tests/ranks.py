@@ -9,6 +9,7 @@ import gc
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,14 @@ class WatchedTrainer(trainer.Trainer):
         super().__init__(*arguments)
         self.seen: dict[str, Any] = {"targets": [], "evaluated": 0, "held": 0, "saving": 0, "gathered": 0}
         self.traffic = Traffic()
-        self.sent: list[dict[str, float]] = []
+        self.sent: list[Counter[str]] = []
 
     def forward(self, micro_batch: MicroBatch) -> LossOutput:
         targets = micro_batch.documents.num_targets
         if self.model.training:
             self.seen["targets"].append(targets)
             self.seen["held"] = max(self.seen["held"], local_bytes(p.grad for p in self.model.parameters()))
-            self.sent.append({})
+            self.sent.append(Counter())
             self.traffic.sent = self.sent[-1]
         elif self.step == self.total_steps:
             self.seen["evaluated"] += targets
@@ -73,7 +74,7 @@ class WatchedTrainer(trainer.Trainer):
         return metrics
 
     def update_weights(self, finite: Tensor, rate: float) -> None:
-        self.traffic.sent = {}
+        self.traffic.sent = Counter()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.seen["parameters"] = local_bytes(self.model.parameters())
         self.seen["gradients"] = local_bytes(p.grad for p in trained)

@@ -438,7 +438,7 @@ def test_transformers_refuses_odd_widths_too(width: str) -> None:
         DeepseekV2ForCausalLM(wrong)(torch.arange(5)[None])
 
 
-@pytest.mark.parametrize("changes", [{"n_routed_experts": 10**6}, {"num_hidden_layers": 999}])
+@pytest.mark.parametrize("changes", [{"n_routed_experts": 10**6 - 1}, {"num_hidden_layers": 999}])
 def test_a_model_larger_than_its_files_is_refused_before_it_is_built(
     changes: dict, saved: tuple[Path, DeepSeekV2], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,7 +571,8 @@ def test_a_base_model_is_given_the_control_tokens_that_it_lacks(
     command = ["tiny", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
     assert train_here([*command, "--optimizer", "adamw", "--weight-decay", "0"], tmp_path) == 2
     assert capsys.readouterr().err == (
-        f"error: {base} lacks <|im_start|>, <|im_end|>, which chat template chatml needs; it fits no template; "
+        f"error: {base} lacks <|im_start|>, <|im_end|>, which chat template chatml needs; it fits no template "
+        "(--chat-template); "
         "--add-control-tokens adds them, with new rows of the embedding and the head\n"
     )
     command += ["--optimizer", "adamw", "--weight-decay", "0", "--add-control-tokens"]

@@ -386,7 +386,7 @@ def test_ddp_sends_each_gradient_once() -> None:
 
 
 def test_replicas_of_half_a_node_are_refused() -> None:
-    with pytest.raises(UserError, match="parallel hsdp: 12 ranks don't fill nodes of 8"):
+    with pytest.raises(UserError, match="parallel hsdp: 12 ranks do not fill nodes of 8"):
         planned(12, parallel="hsdp")
 
 

@@ -167,7 +167,7 @@ finally:
         ({"device": "mps:7"}, "there is no device 'mps:7' here"),
         ({"chat_template": "mine"}, "chat template 'mine' is unknown; use one of chatml"),
         ({"tokenizer": "nowhere"}, "there is no nowhere/tokenizer.json"),
-        ({"init_from": "nowhere"}, "nowhere is no checkpoint"),
+        ({"init_from": "nowhere"}, "nowhere is not a checkpoint"),
         ({"lora_rank": 2}, "lora_rank needs init_from"),
     ],
 )
@@ -213,11 +213,11 @@ def test_data_that_is_not_there(tmp_path: Path, refused: Callable[..., str]) -> 
     (tmp_path / "empty").mkdir()
     assert refused(dataset=tmp_path / "no.jsonl") == f"there is no file or directory {tmp_path}/no.jsonl"
     assert f"{tmp_path}/empty cannot be read as a dataset" in refused(dataset=tmp_path / "empty")
-    assert f"{tmp_path}/nowhere cannot be read as a dataset" in refused(dataset=tmp_path / "nowhere")
+    assert refused(dataset=tmp_path / "nowhere") == f"there is no file or directory {tmp_path}/nowhere"
 
 
 def test_a_hub_that_cannot_be_reached(refused: Callable[..., str]) -> None:
-    assert "someone/something is no local directory, and the Hub cannot be reached" in refused(
+    assert "someone/something is no local file or directory, and the Hub cannot be reached" in refused(
         dataset="someone/something"
     )
 
@@ -227,7 +227,7 @@ def test_a_dry_run_plans_without_the_hub_but_not_without_a_file(
 ) -> None:
     assert train_here([*arguments(Path("someone/something"), tmp_path / "run"), "--dry-run"], tmp_path) == 0
     note, _, plan = capsys.readouterr().out.partition("\n1 rank; ")
-    assert "note: someone/something is no local directory, and the Hub cannot be reached" in note
+    assert "note: someone/something is no local file or directory, and the Hub cannot be reached" in note
     assert "at the peak" in plan
     assert train_here([*arguments(tmp_path / "no.jsonl", tmp_path / "run"), "--dry-run"], tmp_path) == 2
     assert "there is no file" in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_training_and_evaluation_that_overlap(split: str, data: Path, refused: C
 def test_wrong_columns(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "columns.jsonl").write_text('{"question": "a", "reply": "b"}\n')
     error = refused(dataset=tmp_path / "columns.jsonl", train_split="train", eval_steps=0)
-    assert f"{tmp_path}/columns.jsonl, line 1" in error
+    assert "columns.jsonl, line 1" in error
     assert "question, reply" in error
 
 
@@ -261,7 +261,7 @@ def test_a_bad_row_in_the_held_out_split_is_named(tmp_path: Path, refused: Calla
 
 def test_too_few_rows_for_a_step(data: Path, refused: Callable[..., str]) -> None:
     error = refused("--no-packing", batch_size=8, gradient_accumulation_steps=3)
-    assert error.startswith(f"{data}: its 15 rows don't fill one step of 24; lower batch_size")
+    assert error.startswith(f"{data}: 15 rows do not fill one step of 24; lower batch_size")
 
 
 # ---------------------------------------------------------------- around the run
@@ -284,7 +284,7 @@ def test_an_output_directory_that_cannot_be_made(data: Path, tmp_path: Path, ref
 def test_a_run_whose_configuration_is_damaged(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text('{"model": ')
-    assert f"{tmp_path}/run/config.json is no JSON" in refused("--resume")
+    assert f"{tmp_path}/run/config.json is not JSON" in refused("--resume")
 
 
 def test_the_cache_of_a_full_disk(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -325,6 +325,7 @@ def test_the_death_of_another_rank_is_one_line(words: str, tmp_path: Path, monke
 def test_incomplete_variables_of_torchrun_are_one_line(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
     variables |= {"LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+    variables["TORCHELASTIC_ERROR_FILE"] = "error.json"
     for name, value in (variables | {"TORCHELASTIC_RUN_ID": "run"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(missing)
@@ -335,7 +336,7 @@ def test_incomplete_variables_of_torchrun_are_one_line(missing: str, monkeypatch
 def test_compile_is_refused_with_sharded_blocks() -> None:
     """In bf16 their norms and routers are gathered apart: seven graph breaks per step."""
     for engine in ("fsdp", "hsdp"):
-        with pytest.raises(UserError, match="compile works with parallel ddp only"):
+        with pytest.raises(UserError, match="compile works only with parallel ddp"):
             MINI.changed(compile=True, dtype="bfloat16", parallel=engine).validate()
     MINI.changed(compile=True, dtype="bfloat16", parallel="ddp").validate()
 

@@ -412,7 +412,7 @@ def test_chat_answers_from_a_quantised_model(folder: Path, capsys: pytest.Captur
 WRONG = {
     "int8": ({"quantize": "int8"}, (), "quantize"),
     "without adapters": ({"lora_rank": 0}, (), "quantize needs lora_rank"),
-    "shards": ({"parallel": "fsdp"}, (), "quantize works with parallel ddp"),
+    "shards": ({"parallel": "fsdp"}, (), "quantize works only with parallel ddp"),
     "compiled": ({"dtype": "bfloat16"}, ("--compile",), "without compile"),
 }
 

@@ -388,7 +388,7 @@ def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
         printed: list[str] = []
         trainer.print_samples(printed.append)
         assert len(printed) == 1
-        assert context > len(prompt) or printed == ["  'a' -> ''"]
+        assert context > len(prompt) or printed[0].startswith("  no samples: the conversation has ")
 
 
 @pytest.mark.parametrize("error", [UserError("logits are NaN"), RuntimeError("logits are NaN")])
