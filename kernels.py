@@ -408,7 +408,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Compute total += a @ b for a sum in fp32, which the product itself adds to where it can."""
     if tuning(a).fused:
         in_fp32 = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
-        torch.addmm(total, a, b, **in_fp32, out=total)
+        torch.addmm(total, a, b, **in_fp32, out=total)  # type: ignore[call-overload]
         return
     for start in range(0, len(total), ENTRIES):
         rows = slice(start, start + ENTRIES)

@@ -16,7 +16,7 @@ backward, and keeps nothing.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -265,7 +265,7 @@ class QuantizedExperts(Experts):
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj  # type: ignore[assignment]
 
     def project(self, name: str, x: Tensor, product: Product) -> Tensor:
-        parts: list[PartialProduct] = list(product.parts(tuning(x).unpacked))
+        parts = cast(list[PartialProduct], list(product.parts(tuning(x).unpacked)))
         in_generation = torch.is_inference_mode_enabled() and len(x) < self.num_experts
         if in_generation and isinstance(product, GroupedProduct) and tuning(x).fused:  # unpack the chosen experts only
             chosen = torch.searchsorted(product.ends, torch.arange(len(x), device=x.device), right=True)

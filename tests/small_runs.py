@@ -236,7 +236,7 @@ def start_job(
 def finish_job(job: subprocess.Popen) -> int:
     """Its exit code; nothing of it is left behind."""
     try:
-        return job.wait(120)
+        return job.wait(400)
     except subprocess.TimeoutExpired:
         job.terminate()  # torchrun passes it on
         raise
