@@ -32,11 +32,6 @@ class UserError(ValueError):
     """An error that the user can fix. The commands print it as one line, without a traceback."""
 
 
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 @dataclass
 class RopeScaling:
     """YaRN (https://arxiv.org/abs/2309.00071): stretches the context of a model that was trained on a shorter one."""

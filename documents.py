@@ -1,6 +1,11 @@
 """The documents of a batch: where each begins and ends, found once on the host, so that no layer has to look.
 
 Shapes: B rows, T positions, N tokens of the stream that the layers work on, D documents, M targets.
+
+>>> sequence_ids = torch.tensor([[1, 1, 2, 0], [1, 1, 1, 1]])  # three documents; 0 is padding
+>>> documents = find_documents(sequence_ids)
+>>> documents.ids.tolist(), documents.offsets.tolist()
+([0, 0, 1, 2, 2, 2, 2], [0, 2, 3, 7])
 """
 
 from collections.abc import Callable

@@ -1,11 +1,14 @@
-"""The hot operations, each twice: the plain form that a textbook prints, then the fast one that every run takes.
+"""The hot operations, each twice: the plain form as in a textbook, then the fast form that every run uses.
 
-The model asks for them by the names of the field and knows nothing of processors. The tests hold the fast against the
-plain, forward and backward. To understand the model, reading the plain forms is enough. What differs between processors
-stands in PATHS; on CUDA's nothing waits for the host.
+The tests compare the fast form with the plain one, forward and backward. To understand the model, reading the plain
+forms is enough. The model does not know which processor it runs on: what differs is in TUNING.
 
 Shapes: N tokens of all documents, H heads, E routed experts, K of them chosen for a token, R = N K rows for the
 experts, V entries of the vocabulary, M target tokens.
+
+>>> hidden, head, targets = torch.eye(2, 4), torch.ones(6, 4).triu(), torch.tensor([0, 5])  # M = 2, V = 6
+>>> plain_cross_entropy(hidden, head, targets), sum_cross_entropy(hidden, head, targets)
+(tensor(3.2882), tensor(3.2882))
 """
 
 import contextlib
