@@ -409,9 +409,11 @@ ENTRIES = 8192  # rows of a sum at a time
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Compute total += a @ b for a sum in fp32, which the product itself adds to where it can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
     if tuning(a).fused:
-        in_fp32 = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
-        torch.addmm(total, a, b, **in_fp32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         return
     for start in range(0, len(total), ENTRIES):
         rows = slice(start, start + ENTRIES)
