@@ -25,6 +25,7 @@ import quantization
 from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint, save_pretrained
 from config import MINI, OptimizerConfig, UserError
 from export import merge_adapter
+from files import StoredTensor
 from generation import generate
 from hub import peft as peft_files
 from kernels import GroupedProduct, RowProduct
@@ -456,15 +457,15 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Memory in tensors that are new since the test began, whenever five more have been read from a file."""
     seen: list[int] = []
-    read_tensor, calls = checkpoint.read_tensor, itertools.count()
+    read_tensor, calls = StoredTensor.read, itertools.count()
 
-    def watched(path: Path, name: str) -> Tensor:
-        tensor = read_tensor(path, name)
+    def watched(stored: StoredTensor) -> Tensor:
+        tensor = read_tensor(stored)
         if next(calls) % 5 == 0:
             seen.append(new_bytes() + tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(checkpoint, "read_tensor", watched)
+    monkeypatch.setattr(StoredTensor, "read", watched)
     gc.collect()
     gc.freeze()
     yield seen
