@@ -45,7 +45,10 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         if debug:
             raise
         if is_first_report(str(error)):
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        group = sys.modules.get("torch.distributed")
+        if group and group.is_initialized():  # a rank that exits with its group can hang in Gloo's destructors
+            os._exit(2)
         sys.exit(2)
     finally:
         stdout_is_closed()  # otherwise Python flushes once more, and reports the error
