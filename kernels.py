@@ -1,7 +1,5 @@
-"""The hot operations, each twice: the plain form as in a textbook, then the fast form that every run uses.
-
-The tests compare the fast form with the plain one, forward and backward. To understand the model, reading the plain
-forms is enough. The model does not know which processor it runs on: what differs is in TUNING.
+"""The hot operations, each in the plain form of a textbook and in the fast form that every run uses, which the tests
+compare forward and backward. To understand the model, the plain forms are enough. Processors differ in TUNING only.
 
 Shapes: N tokens of all documents, H heads, E routed experts, K of them chosen for a token, R = N K rows for the
 experts, V entries of the vocabulary, M target tokens.
