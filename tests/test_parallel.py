@@ -423,7 +423,8 @@ def test_nodes_without_common_files_are_told_so(folder: Path, tmp_path: Path) ->
     assert 0 not in [finish_job(job) for job in jobs]
     printed = "".join(log.read_text() for log in logs)
     assert "error: rank 1 does not see what the first rank writes in" in printed
-    assert not list(tmp_path.glob("*.place/runs/*"))
+    # A rank that torchrun ends leaves its lock file, which nobody holds any more.
+    assert not list(tmp_path.glob("*.place/runs/mine*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
