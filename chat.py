@@ -20,7 +20,7 @@ import tyro
 from checkpoint import load_model_and_tokenizer
 from config import Quantization, UserError
 from data import formats
-from data.text_files import read_rows
+from data.text_files import READERS, file_kind, parse_line, read_files
 from files import printable
 from generation import Answer, Prompt, check_sampling, encode, fit_into_context, room, write
 from launch.command_line import one_line_errors, parse_flags
@@ -290,15 +290,19 @@ def answer_all(config: ChatConfig) -> None:
 
 def read_prompts(path: Path, system: str | None) -> list[Asked]:
     """Read the lines of a .txt file, or the rows of any other as training does. Raises UserError with the place."""
-    found = []
-    for place, row in read_rows(path):
-        if path.suffix == ".txt":  # a single row
-            lines = enumerate(row["text"].splitlines(), start=1)
-            return [Asked(f"{path}, line {i}", {}, opening(system, line)) for i, line in lines if line.strip()]
-        try:
-            found.append(Asked(f"{path}, {place}", row, as_prompt(row, system)))
-        except formats.RowError as error:
-            raise UserError(f"{path}, {place}: {error}") from error
+    if file_kind(path) not in READERS:
+        raise UserError(f"{path}: prompts are read from {', '.join(READERS)} (or .gz of them)")
+    found, place = [], str(path)
+    try:
+        for line in read_files([str(path)], [""], []):
+            place = f"{path}, {line['place']}"
+            row = parse_line(line)
+            if path.suffix == ".txt":  # a single row
+                lines = enumerate(row["text"].splitlines(), start=1)
+                return [Asked(f"{path}, line {i}", {}, opening(system, text)) for i, text in lines if text.strip()]
+            found.append(Asked(place, row, as_prompt(row, system)))
+    except (ValueError, formats.RowError) as error:
+        raise UserError(f"{place}: {error}") from error
     if not found:
         raise UserError(f"{path} has no prompts")
     return found

@@ -48,26 +48,20 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
     """Return exactly what a run with this configuration sees.
 
     A source without the split `eval_split` has `eval_fraction` of what it would train on held out. Raises UserError if
-    a source cannot be read or has nothing to learn, if training and evaluation overlap, and for malformed rows unless
-    they are skipped.
+    a source cannot be read, has nothing to learn or nothing to evaluate on, and for malformed rows unless they are
+    skipped.
     """
     columns = formats.parse_columns(data.columns)
     named = [parse_source(source) for source in data.dataset]
     shown = short_names([name for name, _ in named])
     trained, held_out, to_divide, notes = [], [], [], []
     for name, weight in named:
-        splits = sources.open_splits(name)
-        train_split, eval_split = choose_splits(name, splits, data, want_eval)
-        if train_split != data.train_split:
-            notes.append(
-                f"{shown[name]} has no split {data.train_split!r}; its only one is trained on: {train_split!r}"
-            )
-        notes += notes_on_source(
-            name, shown[name], splits, f"{train_split}+{data.eval_split}", want_eval and not eval_split
-        )
-        trained.append(read_split(name, shown[name], train_split, tokenizer, data, weight))
+        source = sources.open_source(name)
+        train_split, eval_split = choose_splits(source, data, want_eval)
+        notes += notes_on(source, shown[name], train_split, data, want_eval and not eval_split)
+        trained.append(read_split(source, shown[name], train_split, tokenizer, data, weight))
         if eval_split:
-            held_out.append(replace(read_split(name, shown[name], eval_split, tokenizer, data), held_out=True))
+            held_out.append(read_split(source, shown[name], eval_split, tokenizer, data))
         elif want_eval:
             to_divide.append(trained[-1])
     skipped = bad_rows(trained + held_out, data.skip_bad_rows)
@@ -77,7 +71,7 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
         divided, decided = hold_out(to_divide, data, seed, needed=not held_out)
         held_out, notes = held_out + divided, notes + decided
     drop_copies(held_out, trained)
-    reports = make_reports(trained) + make_reports(held_out)
+    reports = make_reports(trained, False) + make_reports(held_out, True)
     if columns and not any(f"read as {formats.main_columns(columns)}" in report.counts for report in reports):
         raise UserError(f"columns: no row has {', '.join(columns.values())}")
     return RunData(
@@ -93,7 +87,7 @@ def load_dataset_split(
     name: str, split: str, tokenizer: Tokenizer, max_seq_len: int, **settings: Any
 ) -> tuple[datasets.Dataset, DataReport]:
     """Return one split of one source, and its report. settings: fields of DataConfig. Raises UserError."""
-    sources.parts_of(name, sources.open_splits(name), split)  # load_data would take the only split, whatever its name
+    sources.open_split(name, split)  # raises for an unknown one, where load_data would take the only one
     fields: dict[str, Any] = {"long_conversations": "truncate", "num_proc": 1} | settings
     data = DataConfig(dataset=(name,), train_split=split, max_seq_len=max_seq_len, **fields)
     found = load_data(data, tokenizer, seed=0, want_eval=False)
@@ -127,24 +121,17 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: next((end for end in ends[name] if taken[end] == 1 and name in local), name) for name in names}
 
 
-def choose_splits(name: str, splits: dict[str, sources.Rows], data: DataConfig, want_eval: bool) -> tuple[str, str]:
+def choose_splits(source: sources.Source, data: DataConfig, want_eval: bool) -> tuple[str, str]:
     """Return the split to train on, the only one if there is no other, and the split to evaluate on, "" if there is
-    none. Raises UserError if they overlap or do not exist."""
-    train, evaluation = data.train_split, data.eval_split
+    none. Raises UserError if some of the data should be evaluated on, and none can be."""
+    train, splits = data.train_split, source.splits
     if len(splits) == 1 and train not in splits and not re.search(r"[\[+]", train):
         (train,) = splits
-    known = splits.keys() & split_names(evaluation)
-    if not want_eval or (data.eval_fraction and not known):
-        return train, ""
-    if not known:
-        found = f"{name} has no split {evaluation!r}, only {', '.join(splits)}"
+    known = splits.keys() & split_names(data.eval_split)
+    if want_eval and not known and not data.eval_fraction:
+        found = f"{source.name} has no split {data.eval_split!r}, only {', '.join(splits)}"
         raise UserError(f"{found}, and eval_fraction is 0; --eval-steps 0 evaluates nothing")
-    for trained_split, trained in sources.parts_of(name, splits, train):
-        for split, rows in sources.parts_of(name, splits, evaluation):
-            if trained_split == split and max(rows.start, trained.start) < min(rows.stop, trained.stop):
-                both = f"train_split {train} and eval_split {evaluation} overlap"
-                raise UserError(f"{name}: {both}; name parts, like train[5:]")
-    return train, evaluation
+    return train, data.eval_split if want_eval and known else ""
 
 
 def split_names(split: str) -> set[str]:
@@ -156,16 +143,16 @@ def split_names(split: str) -> set[str]:
     return set(re.sub(r"\[.*?\]", "", split).split("+"))
 
 
-def notes_on_source(
-    name: str, shown: str, splits: dict[str, sources.Rows], used: str, lacks_eval: bool
-) -> Iterator[str]:
+def notes_on(source: sources.Source, shown: str, train_split: str, data: DataConfig, lacks_eval: bool) -> Iterator[str]:
     """Yield what a person should know about the splits and files of a source, one line each."""
-    rest = [split for split in splits if split not in split_names(used)]
+    if train_split != data.train_split:
+        yield f"{shown} has no split {data.train_split!r}; its only one is trained on: {train_split!r}"
+    rest = [split for split in source.splits if split not in split_names(f"{train_split}+{data.eval_split}")]
     if rest:
         hint = f" (--eval-split {rest[0]})" if lacks_eval else ""
         yield f"{shown}: neither trained on nor evaluated on: split {', '.join(rest)}{hint}"
-    yield from (f"{shown}: {note}" for note in sources.notes_on_files(Path(name)))
-    for rows in splits.values():
+    yield from (f"{shown}: {note}" for note in source.notes)
+    for rows in source.splits.values():
         places = pa.chunked_array([[]], pa.string()) if rows.spans else rows.table.data.column("place")
         several = places.filter(pc.match_substring_regex(places, r"lines \d+ to \d+$"))
         if len(several):
@@ -187,7 +174,6 @@ class SourceSplit:
     used: np.ndarray
     # Reason to number of rows.
     dropped: dict[str, int]
-    held_out: bool = False
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of numbers of the pieces that are used."""
@@ -214,13 +200,13 @@ class SourceSplit:
 
 
 def read_split(
-    name: str, shown: str, split: str, tokenizer: Tokenizer, data: DataConfig, weight: int = 1
+    source: sources.Source, shown: str, split: str, tokenizer: Tokenizer, data: DataConfig, weight: int = 1
 ) -> SourceSplit:
     """Return a split of a source with all its pieces. Raises UserError if there are no rows."""
     columns = formats.parse_columns(data.columns)
-    rows, unused = sources.open_split(name, split).known_columns(columns)
+    rows, unused = source.select(split).known_columns(columns)
     if len(rows) == 0:
-        raise UserError(f"{name}, split {split}, is empty")
+        raise UserError(f"{source.name}, split {split}, is empty")
     pieces = tokenize(rows, tokenizer, data.max_seq_len, data.long_conversations, columns, data.num_proc)
     reasons = pieces.data.column("reason")
     dropped = dict(Counter(pc.filter(reasons, pc.not_equal(reasons, "")).to_pylist()))
@@ -275,21 +261,16 @@ def hold_out(
         limit = np.nextafter(drawn.min(initial=1.0), 2.0)
     if len(drawn) and (drawn < limit).all():
         names = ", ".join(side.source for side in sides)
-        raise UserError(
-            f"{names}: too few different conversations to hold some out; --eval-steps 0 trains on all of them"
-        )
+        raise UserError(f"{names}: too few different conversations to hold some out; --eval-steps 0 holds out none")
     divided, notes = [], []
     for side, number in zip(sides, numbers, strict=True):
-        held, total = (
-            replace(side, weight=1, used=side.used[number < limit], dropped={}, held_out=True),
-            side.conversations,
-        )
-        side.used = side.used[number >= limit]
+        held = replace(side, weight=1, used=side.used[number < limit], dropped={})
         divided += [held] if held.conversations else []
         notes.append(
-            f"{side.source} has no split {data.eval_split!r}: {held.conversations:,} of the {total:,} conversations of "
-            f"{side.split} are held out (eval_fraction {data.eval_fraction})"
+            f"{side.source} has no split {data.eval_split!r}: {held.conversations:,} of the {side.conversations:,} "
+            f"conversations of {side.split} are held out (eval_fraction {data.eval_fraction})"
         )
+        side.used = side.used[number >= limit]
     return divided, notes
 
 
@@ -317,8 +298,8 @@ def drop_copies(held_out: list[SourceSplit], trained: list[SourceSplit]) -> None
 # ---------------------------------------------------------------- counting
 
 
-def make_reports(sides: list[SourceSplit]) -> list[DataReport]:
-    """Return one report per source on a side, vectorised."""
+def make_reports(sides: list[SourceSplit], held_out: bool) -> list[DataReport]:
+    """Return one report per split, vectorised."""
     seen, reports = np.array([], np.int64), []
     for side in sides:
         contents = side.column("content")[side.column("piece") == 0]
@@ -342,5 +323,5 @@ def make_reports(sides: list[SourceSplit]) -> list[DataReport]:
             **{f"not used: {name}": count for name, count in unused.items()},
         }
         counts = usual | {name: count for name, count in rare.items() if count}
-        reports.append(DataReport(side.source, side.split, side.held_out, side.weight, counts))
+        reports.append(DataReport(side.source, side.split, held_out, side.weight, counts))
     return reports

@@ -146,14 +146,14 @@ class Rows:
     chat_template: str = "chatml"
 
     def show(self) -> None:
-        from data.sources import open_splits
+        from data.sources import open_source
         from datacollator import DataCollator, RowStream
         from dataset import load_dataset_split
         from tokenizer import Tokenizer
         from view.terminal import LEGEND, colour, draw_row, on_screen
 
         tokenizer = Tokenizer(chat_template=self.chat_template)
-        split = self.split or next(iter(open_splits(self.dataset)))
+        split = self.split or next(iter(open_source(self.dataset).splits))
         data, report = load_dataset_split(self.dataset, split, tokenizer, self.max_seq_len)
         rows = RowStream(data, DataCollator(self.max_seq_len, tokenizer.pad_token_id))
         print(on_screen(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *rows.piece(0))}\n"))

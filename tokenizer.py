@@ -28,6 +28,8 @@ from vocabulary import add_control_tokens as add_tokens
 
 # In a template (never in content), this is a control token.
 CONTROL_TOKEN = re.compile(r"(<[^<>\s]+>)")
+# The engines of tiktoken and of the tokenizers library fail on a run of a million blanks.
+LONG_BLANK = re.compile(r"(?<!\s)\s{500001}")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -154,7 +156,10 @@ class Tokenizer:
         self._turns = {role: self._encode_turn(role, turn) for role, turn in self.template.turns.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Encode ordinary text; the ids contain no control token."""
+        """Encode ordinary text; the ids contain no control token. Raises UserError for more than 500,000 blanks in a
+        row."""
+        if len(text) > 500_000 and LONG_BLANK.search(text):
+            raise UserError("a run of more than 500,000 blanks cannot be encoded")
         return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -246,8 +251,6 @@ def choose(
             f"{', '.join(fitting) or 'no template'} (--chat-template); --add-control-tokens adds them, with new "
             "rows of the embedding and the head"
         )
-    if add_control_tokens and not missing:
-        raise UserError(f"add_control_tokens: {name} has all that chat template {chat_template} needs")
     if stripping := vocabulary.stripping.intersection(template.control_tokens):
         raise UserError(f"{name} drops white space next to {', '.join(sorted(stripping))}, which alters messages")
     if template.turns["assistant"].end not in template.control_tokens:

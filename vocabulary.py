@@ -14,7 +14,6 @@ b'H|el|lo|<|||im|_|end|||>'
 
 import functools
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,10 +45,6 @@ class Vocabulary(NamedTuple):
 # OpenAI's ids; other control tokens follow.
 CL100K_CONTROL_IDS = {"<|endoftext|>": 100257, "<|im_start|>": 100264, "<|im_end|>": 100265}
 CL100K_SIZE = 100_277
-# tiktoken's regular expression engine overflows on a run of a few hundred thousand blanks.
-LONG_BLANK = re.compile(r"(?<!\s)\s{100000}")
-# The tokenizers library's gives up on a run of a few million.
-TOO_LONG_BLANK = re.compile(r"(?<!\s)\s{1000001}")
 
 
 def load_cl100k(control_tokens: Sequence[str], vocab_size: int | None) -> Vocabulary:
@@ -68,14 +63,8 @@ def load_cl100k(control_tokens: Sequence[str], vocab_size: int | None) -> Vocabu
     encoding = tiktoken.Encoding("cl100k_base", pat_str=base._pat_str, mergeable_ranks=ranks, special_tokens={})
     by_id = {i: token for token, i in ranks.items()} | {i: name.encode() for name, i in control_ids.items()}
     tokens = [by_id.get(i, b"") for i in range(size)]
-    to_json = functools.partial(cl100k_to_json, len(ranks), tuple(control_ids.items()))
-    without_limit = functools.cache(lambda: plain_encoder(json.loads(to_json())))
-
-    def encode(text: str) -> list[int]:
-        is_long = len(text) > 100_000 and LONG_BLANK.search(text)
-        return without_limit()(text) if is_long else encoding.encode_ordinary(text)
-
-    return Vocabulary(encode, tokens, control_ids, to_json)
+    to_json = functools.cache(lambda: cl100k_to_json(ranks, control_ids))
+    return Vocabulary(encoding.encode_ordinary, tokens, control_ids, to_json)
 
 
 @functools.cache
@@ -95,14 +84,12 @@ CL100K_PATTERN = (
 )
 
 
-@functools.cache
-def cl100k_to_json(num_ranks: int, control_ids: tuple[tuple[str, int], ...]) -> str:
-    """Return the first `num_ranks` entries as the text of a tokenizer.json.
+def cl100k_to_json(ranks: dict[bytes, int], control_ids: dict[str, int]) -> str:
+    """Return tokens of cl100k_base with their ranks as the text of a tokenizer.json.
 
     tiktoken merges any two neighbours that form a token, the lowest rank first. So every way to split a token in two is
     a merge, in the order of ranks.
     """
-    ranks = {token: rank for token, rank in read_cl100k()._mergeable_ranks.items() if rank < num_ranks}
     text = {token: "".join(BYTE_TO_CHAR[byte] for byte in token) for token in ranks}
     merges = [
         (text[token[:i]], text[token[i:]])
@@ -111,13 +98,13 @@ def cl100k_to_json(num_ranks: int, control_ids: tuple[tuple[str, int], ...]) -> 
         if token[:i] in ranks and token[i:] in ranks
     ]
     # Including the control tokens; otherwise the library numbers them itself.
-    vocab = {text[token]: rank for token, rank in ranks.items()} | dict(control_ids)
+    vocab = {text[token]: rank for token, rank in ranks.items()} | control_ids
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(CL100K_PATTERN), behavior="isolated")
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens([name for name, _ in control_ids])
+    backend.add_special_tokens(list(control_ids))
     return backend.to_str()
 
 
@@ -217,8 +204,6 @@ def plain_encoder(spec: dict[str, Any]) -> Callable[[str], list[int]]:
         raise UserError(f"the tokenizers library cannot read it ({error})") from error
 
     def encode(text: str) -> list[int]:
-        if len(text) > 10**6 and TOO_LONG_BLANK.search(text):
-            raise UserError("a run of more than 1,000,000 blanks cannot be encoded")
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates, as in tiktoken
         return encoder.encode(text, add_special_tokens=False).ids
 

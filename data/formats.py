@@ -34,8 +34,8 @@ ROLE_NAMES = {
 }
 REASONING = ("reasoning", "thinking", "reasoning_content")
 WEIGHTS = ("weight", "loss_weight", "train")
-TURN_FIELDS = {"role", "from", "content", "value", *WEIGHTS}
-ANSWER_FIELDS = {*TURN_FIELDS, *REASONING, "tool_calls", "function_call"}
+# Fields of a turn that are read, on an assistant's turn at least.
+FIELDS = {"role", "from", "content", "value", *WEIGHTS, *REASONING, "tool_calls", "function_call"}
 
 
 class RowError(Exception):
@@ -77,17 +77,13 @@ def columns_of(row: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, st
     """Map each part that a row has to its column; a null is as good as an absent column. Raises RowError."""
     present = tuple(name for name, value in row.items() if value is not None)
     if any(column in row for column in named.values()):
-        missing = [column for column in named.values() if column not in row]
-        if missing:
+        if missing := [column for column in named.values() if column not in row]:
             raise RowError("columns", "not all that --columns names", f"{', '.join(missing)} missing")
-        extras = {part: name for part, name in extra_columns(present).items() if name not in named.values()}
-        return {**extras, **named}
+        return extra_columns([name for name in present if name not in named.values()]) | dict(named)
     try:
         return choose_columns(present)
     except RowError:
-        if len(present) == len(row):
-            raise
-        return choose_columns(tuple(row))  # so that the error is about the null
+        return choose_columns(tuple(row))  # with the nulls, which the error is then about
 
 
 @functools.lru_cache(maxsize=1024)
@@ -95,24 +91,24 @@ def choose_columns(names: tuple[str, ...]) -> dict[str, str]:
     """Map each part to a row's column for it, by the one rule that the README states. Raises RowError.
 
     >>> choose_columns(("Instruction", "input", "output", "id"))
-    {'prompt': 'Instruction', 'context': 'input', 'completion': 'output'}
+    {'prompt': 'Instruction', 'completion': 'output', 'context': 'input'}
     """
     lower = {name.lower(): name for name in names}
     extras = extra_columns(names)
     turns = [lower[name] for name in TURNS if name in lower]
     if turns:
         return {"messages": turns[0], **extras}
-    contexts = [lower[name] for name in CONTEXTS if name in lower and "instruction" in lower][:1]
-    questions = [name for name in names if name.lower() in QUESTIONS and name not in contexts]
+    context = [lower[name] for name in CONTEXTS if name in lower and "instruction" in lower][:1]
+    questions = [name for name in names if name.lower() in QUESTIONS and name not in context]
     answers = [name for name in names if name.lower() in ANSWERS]
     if len(questions) == len(answers) == 1:
-        context = dict(zip(["context"], contexts, strict=False))
-        return {"prompt": questions[0], **context, "completion": answers[0], **extras}
+        found = {"prompt": questions[0], "completion": answers[0], **extras}
+        return found | {"context": context[0]} if context else found
     if questions and answers:
         found = f"the question may be {', '.join(questions)}, the answer {', '.join(answers)}"
         raise RowError("columns", "ambiguous", f"{found}; {columns_hint([questions[0], answers[0]])}")
     if "text" in lower:
-        return {"text": lower["text"], **extras}
+        return {"text": lower["text"]}
     if {"chosen", "rejected"} <= lower.keys():
         raise RowError("columns", "preference data", "SFT learns one answer: keep the chosen ones, with their prompts")
     if "mapping" in lower:
@@ -179,21 +175,18 @@ def read_parts(row: Mapping[str, Any], parts: Mapping[str, str], unused: set[str
 
 def read_side(value: Any, field: str, role: str, unused: set[str]) -> list[Message]:
     """Return the messages of a prompt or a completion: text, or a list of messages."""
-    if not isinstance(value, str):
-        return read_messages(value, field, unused)
-    if role == "assistant" and not value.strip():
-        raise RowError(field, "an empty assistant turn")
-    return [{"role": role, "content": value}]
+    messages = [{"role": role, "content": value}] if isinstance(value, str) else value
+    return read_messages(messages, field, unused)
 
 
 def read_history(value: Any, field: str) -> list[Message]:
     """Return the earlier turns of Alpaca's [[question, answer], ...], which are trained on like all others."""
     messages: list[Message] = []
-    for i, pair in enumerate(from_json(value, field) or []):
+    for i, pair in enumerate(json_list(value, field)):
         if not (isinstance(pair, list) and len(pair) == 2):
             raise RowError(f"{field}[{i}]", "not a question and its answer", f"it is {kind(pair)}")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            messages += read_side(read_text(text, f"{field}[{i}]"), f"{field}[{i}]", role, set())
+            messages += read_side(text, f"{field}[{i}]", role, set())
     return messages
 
 
@@ -216,26 +209,20 @@ def read_message(value: Any, place: str, column: str, unused: set[str]) -> Messa
     if not isinstance(role, str) or role not in ROLE_NAMES:
         known = ", ".join(ROLE_NAMES)
         raise RowError(f"{place}.{role_key}", "unknown role", f"{role!r:.60}; known are {known}")
+    unused.update(f"{column}[].{name}" for name, found in value.items() if found is not None and name not in FIELDS)
     message: Message = {"role": ROLE_NAMES[role]}
+    place_of_content = f"{place}.{content_key}"
     if message["role"] != "assistant":
-        fields = TURN_FIELDS
-        message["content"] = read_text(content, f"{place}.{content_key}")
-    else:
-        fields = ANSWER_FIELDS
-        if any(read_weight(value.get(name), f"{place}.{name}") == 0 for name in WEIGHTS):
+        return message | {"content": read_text(content, place_of_content)}
+    for name in WEIGHTS:
+        if value.get(name) not in (None, 0, 1):
+            raise RowError(f"{place}.{name}", "neither 0 nor 1", f"it is {value[name]!r:.60}")
+        if value.get(name) == 0:
             message["weight"] = 0
-        message["content"] = read_answer(value, content, f"{place}.{content_key}", place)
-        if message.get("weight", 1) and not message["content"].strip():
-            raise RowError(f"{place}.{content_key}", "an empty assistant turn")
-    if not value.keys() <= fields:
-        unused.update(f"{column}[].{name}" for name in value if value[name] is not None and name not in fields)
+    message["content"] = read_answer(value, content, place_of_content, place)
+    if "weight" not in message and not message["content"].strip():
+        raise RowError(place_of_content, "an empty assistant turn")
     return message
-
-
-def read_weight(value: Any, field: str) -> int:
-    if value is not None and value not in (0, 1):
-        raise RowError(field, "neither 0 nor 1", f"it is {value!r:.60}")
-    return 1 if value is None else int(value)
 
 
 def read_answer(turn: dict[str, Any], content: Any, field: str, place: str) -> str:
@@ -284,21 +271,15 @@ def add_system(messages: list[Message], values: Mapping[str, Any], parts: Mappin
 
 def write_tools(tools: Any, field: str) -> str:
     """Return the tools' descriptions, one line of JSON per tool. Raises RowError."""
-    described = from_json(tools, field)
-    if described and not isinstance(described, list):
-        raise RowError(field, "not a list of tools", f"it is {kind(described)}")
-    lines = "\n".join(to_json(tool, field) for tool in described or [])
+    lines = "\n".join(to_json(tool, field) for tool in json_list(tools, field))
     return f"# Tools\n\n<tools>\n{lines}\n</tools>" if lines else ""
 
 
 def write_tool_calls(calls: Any, field: str) -> list[str]:
     """Return a block of text per call of [{"function": {"name": ..., "arguments": {...}}}, ...]; the arguments may be
     JSON in a string. Raises RowError."""
-    calls = from_json(calls, field)
-    if calls and not isinstance(calls, list):
-        raise RowError(field, "not a list of calls", f"it is {kind(calls)}")
     blocks = []
-    for i, call in enumerate(calls or []):
+    for i, call in enumerate(json_list(calls, field)):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{field}[{i}]", "not a call with a function's name", f"it is {call!r:.60}")
@@ -313,13 +294,19 @@ def from_json(value: Any, field: str) -> Any:
     return (parse_json(value, field) if value.strip() else None) if isinstance(value, str) else value
 
 
+def json_list(value: Any, field: str) -> list[Any]:
+    """Return a list, which may be written as JSON in a string; null is empty. Raises RowError."""
+    found = from_json(value, field)
+    if found and not isinstance(found, list):
+        raise RowError(field, "not a list", f"it is {kind(found)}")
+    return found or []
+
+
 def parse_json(text: str, field: str) -> Any:
     """Raises RowError, also where a key occurs twice in an object."""
     try:
         return json.loads(text, object_pairs_hook=object_of)
-    except RecursionError as error:
-        raise RowError(field, "invalid JSON", "nested too deeply") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(field, "invalid JSON", str(error)) from error
 
 

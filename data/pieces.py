@@ -10,7 +10,7 @@ A conversation that fits is one piece. A longer one is either cut off (`truncate
 import hashlib
 import re
 import sys
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from datasets.fingerprint import Hasher
 from config import UserError
 from data.formats import Message, RowError, read_row
 from data.sources import Rows
-from tokenizer import CHAT_TEMPLATES, RenderedTurn, Tokenizer
+from tokenizer import CHAT_TEMPLATES, Tokenizer
 
 INTEGER, STRING = datasets.Value("int32"), datasets.Value("string")
 # The columns that describe a row as a whole hold 0 or nothing in all but its first piece.
@@ -36,7 +36,7 @@ PIECE = datasets.Features(
         "length": INTEGER,
         # Tokens that are trained on: the first of a piece is never a target.
         "targets": INTEGER,
-        # Of the row: turns that are cut, and whether it contains control tokens of a chat template as text.
+        # Of the row, 0 or 1: whether something is cut, and whether it contains control tokens of a template as text.
         "cut": INTEGER,
         "templated": INTEGER,
         # A hash of what the row says, whatever its format; 0 for a malformed row.
@@ -159,30 +159,6 @@ def document_pieces(text: str, tokenizer: Tokenizer, max_seq_len: int) -> list[d
 # ---------------------------------------------------------------- conversations
 
 
-class RenderedConversation(NamedTuple):
-    """All turns of a conversation as one sequence of tokens."""
-
-    ids: list[int]
-    mask: list[int]
-    # Where each turn begins, and where the last one ends.
-    borders: list[int]
-    turns: list[RenderedTurn]
-    # Number of tokens that every piece begins with: the template's start and the system message.
-    opening: int
-
-    def turn_at(self, position: int) -> int:
-        """Return the index of the turn that a token is in."""
-        return min(max(bisect_right(self.borders, position) - 1, 0), len(self.turns) - 1)
-
-
-class Exchange(NamedTuple):
-    """An answer that is trained on, with all that leads to it since the one before, as positions of tokens."""
-
-    start: int
-    answer: int
-    end: int
-
-
 class Window(NamedTuple):
     """A piece's share of a conversation: context from `start` to `new`, new tokens from `new` to `end`."""
 
@@ -198,85 +174,61 @@ CONTEXT = 4
 def conversation_pieces(
     messages: list[Message], tokenizer: Tokenizer, max_seq_len: int, split: bool
 ) -> list[dict[str, Any]]:
-    """Return the pieces of a conversation that have targets, or an empty one that says why there are none."""
-    whole = render_turns(messages, tokenizer)
+    """Return the pieces of a conversation that have targets, or an empty one that says why there are none.
+
+    Each piece of a split conversation repeats the opening: the template's start and the system message.
+    """
+    turns = [tokenizer.render_turn(message) for message in messages]
+    ids, mask, borders = tokenizer.join(turns)
     opening: list[int] = []
-    if len(whole.ids) <= max_seq_len or not split:
-        windows = [Window(0, 0, min(len(whole.ids), max_seq_len))]
-        cut = sum(end > max_seq_len for end in whole.borders[1:])
-    else:
-        opening = whole.ids[: min(whole.opening, max_seq_len // 2)]
-        windows = list(split_at_turns(exchanges(whole), max_seq_len - len(opening), not opening))
-        inside = {position for start, _, end in windows for position in (start, end)} - set(whole.borders)
-        cut = len(set(map(whole.turn_at, inside))) + (len(opening) < whole.opening)
-    pieces = [piece for window in windows if (piece := make_piece(whole, opening, window))["targets"]]
+    windows, cut = [Window(0, 0, max_seq_len)], len(ids) > max_seq_len
+    if split and cut:
+        leading = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+        opening = ids[: min(borders[leading], max_seq_len // 2)]
+        trained = [i for i, turn in enumerate(turns) if 1 in turn.mask]
+        windows = list(split_at_turns(borders, leading, trained, max_seq_len - len(opening)))
+        inside = {position for start, _, end in windows for position in (start, end)} - set(borders)
+        cut = bool(inside) or len(opening) < borders[leading]
+    pieces = []
+    for start, new, end in windows:
+        tokens, turn = ids[start:end], bisect_right(borders, start) - 1
+        header = turns[turn].header
+        if start > borders[turn] and len(header) < new - start:  # inside a turn: give it a speaker
+            tokens[: len(header)] = header
+        marked = [0] * (len(opening) + new - start) + mask[new:end]
+        if targets := marked.count(1) - marked[0]:
+            pieces.append({"input_ids": opening + tokens, "mask": marked, "targets": targets})
     if not pieces:
         pieces = [{"reason": "nothing to learn" if split else "nothing to learn within max_seq_len tokens"}]
-    pieces[0]["cut"] = cut
+    pieces[0]["cut"] = int(cut)
     return pieces
 
 
-def render_turns(messages: list[Message], tokenizer: Tokenizer) -> RenderedConversation:
-    turns = [tokenizer.render_turn(message) for message in messages]
-    ids, mask, borders = tokenizer.join(turns)
-    leading = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    return RenderedConversation(ids, mask, borders, turns, borders[leading])
-
-
-def exchanges(whole: RenderedConversation) -> list[Exchange]:
-    """Return the exchanges after the opening. Turns after the last answer have no targets and are left out."""
-    found, start = [], whole.opening
-    for turn, answer, end in zip(whole.turns, whole.borders, whole.borders[1:], strict=False):
-        if 1 in turn.mask:
-            found.append(Exchange(start, answer, end))
-            start = end
-    return found
-
-
-def split_at_turns(exchanges: list[Exchange], room: int, bare: bool) -> Iterator[Window]:
+def split_at_turns(borders: list[int], leading: int, answers: list[int], room: int) -> Iterator[Window]:
     """Yield windows of at most `room` tokens that end with an answer, in which every answer is new exactly once.
 
-    Each has as many new exchanges as fit into it or, after the first, into three quarters of it, and before them as
-    many earlier exchanges as there is room for. bare: no opening precedes the window.
+    An exchange is an answer that is trained on, with all that leads to it since the one before. A window has as many
+    new exchanges as fit into it or, after the first, into three quarters of it, and before them as many earlier ones as
+    there is room for. One that is longer than a window is cut: the end of its question with as much of the answer as
+    fits, then the rest of the answer, each time after a quarter of context.
+
+    borders: where each turn begins, and where the last one ends. leading: number of turns in the opening. answers:
+    indices of the turns that are trained on.
     """
+    ends = [borders[turn + 1] for turn in answers]
+    starts = [borders[leading], *ends[:-1]]
+    read = min(max(room // CONTEXT, 1), room - 1)  # a piece's first token is never a target
     at = 0
-    while at < len(exchanges):
-        start, _, end = exchanges[at]
-        if end - start > room:
-            yield from split_exchange(exchanges[at], room, bare)
-            at += 1
-            continue
+    while at < len(answers):
         goal = room - room // CONTEXT if at else room
-        until, context = at + 1, at
-        while until < len(exchanges) and exchanges[until].end - start <= goal:
-            until += 1
-        end = exchanges[until - 1].end
-        while context and end - exchanges[context - 1].start <= room:
-            context -= 1
-        yield Window(exchanges[context].start, start, end)
+        until = max(bisect_right(ends, starts[at] + goal), at + 1)
+        start, new, end = starts[at], borders[answers[at]], ends[until - 1]
+        if end - start <= room:
+            yield Window(starts[bisect_left(starts, end - room)], start, end)
+        else:
+            start = max(start, min(new - read, end - room))
+            while new < end:
+                yield Window(start, new, min(start + room, end))
+                new = min(start + room, end)
+                start = new - read
         at = until
-
-
-def split_exchange(exchange: Exchange, room: int, bare: bool) -> Iterator[Window]:
-    """Yield windows for an exchange longer than a piece: the end of the question with as much of the answer as fits,
-    then the rest of the answer, each time after a quarter of context."""
-    read = max(room // CONTEXT, int(bare))  # a piece's first token is never a target
-    start, new, end = exchange
-    start = max(start, min(new - read, end - room))
-    while new < end:
-        yield Window(start, new, min(start + room, end))
-        new = min(start + room, end)
-        start = new - read
-
-
-def make_piece(whole: RenderedConversation, opening: list[int], window: Window) -> dict[str, Any]:
-    """Return the opening and a window. If the window begins inside a turn, that turn's header replaces its first
-    tokens, so that it has a speaker."""
-    start, new, end = window
-    ids = whole.ids[start:end]
-    turn = whole.turn_at(start)
-    header = whole.turns[turn].header
-    if start > whole.borders[turn] and len(header) < new - start:
-        ids[: len(header)] = header
-    mask = [0] * (len(opening) + new - start) + whole.mask[new:end]
-    return {"input_ids": opening + ids, "mask": mask, "targets": mask.count(1) - mask[0]}

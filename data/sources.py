@@ -1,6 +1,5 @@
 """Find the rows of a file, a directory, a dataset on the Hub, or one that pip installs; each with its place."""
 
-import contextlib
 import importlib.metadata
 import importlib.resources
 import itertools
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import yaml
@@ -39,7 +38,7 @@ datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a source in the order in which they are read."""
+    """Rows of a split in the order in which they are read."""
 
     table: datasets.Dataset
     # Of tables: the names of their files, each with the numbers of its rows. Empty for LINES, which have places.
@@ -90,47 +89,48 @@ class Rows:
         return json.dumps(row, default=str) if self.spans else row["json"].decode("utf-8", "replace").rstrip("\r\n")
 
 
+class Source(NamedTuple):
+    """Where rows come from: a file, a directory, a dataset on the Hub or a built-in one."""
+
+    name: str
+    splits: dict[str, Rows]
+    # Which files of a directory are a split other than train by their names, and which are not read.
+    notes: list[str]
+
+    def select(self, split: str) -> Rows:
+        """Return the rows of a split, or of parts like "train[5:]+test". Raises UserError."""
+        sizes = {key: len(rows) for key, rows in self.splits.items()}
+        try:
+            wanted = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+        except (ValueError, AssertionError) as error:
+            known = f"only {', '.join(sizes)} (or parts: train[:95%])"
+            raise UserError(f"{self.name} has no split {split!r}, {known}") from error
+        parts = [self.splits[part.splitname].select(range(part.from_, part.to)) for part in wanted]
+        table = datasets.concatenate_datasets([part.table for part in parts])
+        return Rows(table, [span for part in parts for span in part.spans])
+
+
 def open_split(name: str, split: str) -> Rows:
-    """Return the rows of a split, or of parts like "train[5:]+test". Raises UserError."""
-    splits = open_splits(name)
-    parts = [splits[part].select(wanted) for part, wanted in parts_of(name, splits, split)]
-    table = parts[0].table if len(parts) == 1 else datasets.concatenate_datasets([part.table for part in parts])
-    return Rows(table, [span for part in parts for span in part.spans])
+    """Return the rows of one split of a source. Raises UserError."""
+    return open_source(name).select(split)
 
 
-def parts_of(name: str, splits: dict[str, Rows], split: str) -> list[tuple[str, range]]:
-    """Return the names of splits and the rows of each that "train[5:]+test" means. Raises UserError."""
-    sizes = {key: len(rows) for key, rows in splits.items()}
-    try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"{name} has no split {split!r}, only {', '.join(sizes)} (or parts: train[:95%])") from error
-    return [(part.splitname, range(part.from_, part.to)) for part in parts]
-
-
-def open_splits(name: str) -> dict[str, Rows]:
-    """Return all splits of a source. Raises UserError for a source that cannot be read."""
+def open_source(name: str) -> Source:
+    """Return a source with all its splits. Raises UserError if it cannot be read."""
     path, cache = Path(name), Path(datasets.config.HF_DATASETS_CACHE)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
-        raise UserError(
-            f"{cache} cannot be written ({error.strerror}); set HF_HOME to a directory for caches"
-        ) from error
+        problem = f"{cache} cannot be written ({error.strerror})"
+        raise UserError(f"{problem}; set HF_HOME to a directory for caches") from error
     try:
-        if name in BUILT_IN:
-            return tables_of(open_built_in(name))
-        if is_saved(path):
-            return tables_of(open_saved(path))
-        if path.exists():
-            files, _ = files_of(path)
-            return {split: open_files(path, files[split]) for split in files}
-        if name in PRESETS:
-            raise UserError(f"{name} is a preset, not a dataset; it comes first: train_sft.py {name} --dataset ...")
-        if not HUB_NAME.fullmatch(name) or file_kind(path) in KINDS:
-            raise UserError(f"there is no file or directory {name}")
-        return tables_of(datasets.load_dataset(name))
+        if path.exists() and not is_saved(path) and name not in BUILT_IN:
+            files, notes = files_of(path)
+            return Source(name, {split: open_files(path, files[split]) for split in files}, notes)
+        tables = open_tables(name)
+        splits = {key: Rows(table, [(f"split {key}, ", range(len(table)))]) for key, table in tables.items()}
+        return Source(name, splits, [])
     except UserError:
         raise
     except ConnectionError as error:
@@ -142,8 +142,18 @@ def open_splits(name: str) -> dict[str, Rows]:
         raise UserError(f"{name} cannot be read as a dataset: {' '.join(str(cause).split())}") from error
 
 
-def tables_of(splits: dict[str, datasets.Dataset]) -> dict[str, Rows]:
-    return {split: Rows(table, [(f"split {split}, ", range(len(table)))]) for split, table in splits.items()}
+def open_tables(name: str) -> dict[str, datasets.Dataset]:
+    """Return the splits of a dataset that is built in, saved by `datasets`, or on the Hub. Raises UserError."""
+    path = Path(name)
+    if name in BUILT_IN:
+        return open_built_in(name)
+    if is_saved(path):
+        return open_saved(path)
+    if name in PRESETS:
+        raise UserError(f"{name} is a preset, not a dataset; it comes first: train_sft.py {name} --dataset ...")
+    if not HUB_NAME.fullmatch(name) or file_kind(path) in KINDS:
+        raise UserError(f"there is no file or directory {name}")
+    return datasets.load_dataset(name)
 
 
 # ---------------------------------------------------------------- directories
@@ -165,35 +175,42 @@ def open_saved(path: Path) -> dict[str, datasets.Dataset]:
 
 
 def files_of(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """Return the files of each split: a file itself, or those of a directory; and the names of those that are not read.
+    """Return the files of each split: a file itself, or those of a directory; and notes on what their names decide.
     Raises UserError if there are none, and for files outside the directory."""
     if path.is_file():
         if file_kind(path) not in KINDS:
             raise UserError(f"{path}: files of this kind are not read, only {', '.join(KINDS)} (or .gz of them)")
         return {"train": [path]}, []
-    below = files_below(path)
-    splits = listed_files(path)
+    below, splits = list(files_below(path, path, set())), listed_files(path)
     for file in below if not splits else ():
         if file_kind(file) in KINDS and (file_kind(file) != ".json" or has_rows(file)):
             splits.setdefault(split_of(file.relative_to(path)), []).append(file)
     if not splits:
         raise UserError(f"{path} cannot be read as a dataset: it has none of {', '.join(KINDS)}")
+    notes = [f"split {split} is {listing(path, files)}" for split, files in splits.items() if split != "train"]
     read = {file for files in splits.values() for file in files}
-    return splits, [str(file.relative_to(path)) for file in below if file not in read]
+    if unread := [file for file in below if file not in read]:
+        notes.append(f"not read: {listing(path, unread)}")
+    return splits, notes
 
 
-def files_below(directory: Path) -> list[Path]:
-    """Return the files of a directory, without hidden ones: those are copies of editors and notebooks. Links are
-    followed, into each directory once. Raises UserError for links that leave the directory."""
-    found, seen = [], {directory.resolve()}
-    for folder, names, files in os.walk(directory, followlinks=True):
-        below = [Path(folder, name) for name in sorted(names) if name[0] != "."]
-        found += (here := [Path(folder, name) for name in files if name[0] != "."])
-        check_inside(directory, [*below, *here])
-        new = {path.resolve(): path.name for path in reversed(below)}
-        names[:] = sorted(name for real, name in new.items() if real not in seen)
-        seen |= new.keys()
-    return sorted(found)
+def listing(directory: Path, files: Sequence[Path], most: int = 10) -> str:
+    names = ", ".join(str(file.relative_to(directory)) for file in files[:most])
+    return f"{names} and {len(files) - most:,} more" if len(files) > most else names
+
+
+def files_below(directory: Path, top: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yield the files of a directory, without hidden ones: those are copies of editors and notebooks. Links are
+    followed, into each directory once (`seen`). Raises UserError for links that leave `top`."""
+    seen.add(directory.resolve())
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith("."):
+            continue
+        check_inside(top, [path])
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in seen:
+            yield from files_below(path, top, seen)
 
 
 def check_inside(directory: Path, paths: list[Path]) -> None:
@@ -224,20 +241,6 @@ def listed_files(directory: Path) -> dict[str, list[Path]]:
     return found
 
 
-def notes_on_files(path: Path) -> Iterator[str]:
-    """Yield which files of a directory are a split that their names tell, and which are not read."""
-    splits, unread = files_of(path) if path.is_dir() and not is_saved(path) else ({}, [])
-    for split, files in splits.items():
-        if split != "train":
-            yield f"split {split} is {listing([str(file.relative_to(path)) for file in files])}"
-    if unread:
-        yield f"not read: {listing(unread)}"
-
-
-def listing(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
 SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -262,11 +265,10 @@ def open_files(path: Path, files: list[Path]) -> Rows:
         table = datasets.load_dataset("parquet", data_files=[escape(os.path.abspath(file)) for file in tables])["train"]
         counts = [range(parquet.read_metadata(file).num_rows) for file in tables]
         return Rows(table, list(zip(names, counts, strict=True)))
+    if not any(map(has_rows, files)):
+        raise UserError(f"{path} has no rows")
     changed = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     absolute = [os.path.abspath(file) for file in files]
-    with contextlib.closing(read_files(absolute, names, changed)) as rows:
-        if next(rows, None) is None:
-            raise UserError(f"{path} is empty")
     return Rows(from_generator(read_files, {"files": absolute, "names": names, "changed": changed}, LINES))
 
 

@@ -1,5 +1,6 @@
 """Read files of text as rows of JSON, each with its place in the file; what a row means is up to data/formats.py."""
 
+import contextlib
 import csv
 import functools
 import gzip
@@ -15,7 +16,6 @@ from typing import Any, Literal
 
 import datasets
 
-from config import UserError
 from data.formats import RowError, choose_columns, kind, parse_json
 
 # A row's place, the row in JSON, not parsed yet, and why it cannot be read, if so.
@@ -28,10 +28,6 @@ MAX_LINE = 2**26
 MAX_RATIO = 200
 
 
-class NoRowsError(ValueError):
-    """A .json file that holds something else than rows."""
-
-
 def read_files(files: list[str], names: list[str], changed: list[Any]) -> Generator[dict[str, Any], None, None]:
     """Yield the rows of all files, as LINES. Raises ValueError for a file that cannot be read to its end.
 
@@ -42,21 +38,8 @@ def read_files(files: list[str], names: list[str], changed: list[Any]) -> Genera
             with open_file(file) as content:
                 for place, row, error in READERS[file_kind(Path(file))](content):
                     yield {"place": f"{name}{place}", "json": row, "error": error}
-        except (ValueError, EOFError, OSError) as error:
+        except (ValueError, EOFError, OSError, RecursionError) as error:
             raise ValueError(f"{name}{error}") from error
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and the row, for each row of a file of text, as training reads it. Raises UserError."""
-    if file_kind(path) not in READERS:
-        raise UserError(f"{path}: rows are read from {', '.join(READERS)} (or .gz of them)")
-    place = ""
-    try:
-        for row in read_files([str(path)], [""], []):
-            place = f", {row['place']}"
-            yield row["place"], parse_line(row)
-    except (ValueError, RowError) as error:
-        raise UserError(f"{path}{place}: {error}") from error
 
 
 def parse_line(row: dict[str, Any]) -> dict[str, Any]:
@@ -80,12 +63,11 @@ def file_kind(path: Path) -> str:
 
 
 def has_rows(file: Path) -> bool:
-    """Return whether a .json file holds anything but one object that is no row, like a summary or a configuration."""
+    """Return whether a file has rows. One that cannot be read counts: the error is reported where its rows are."""
     try:
-        next(read_files([str(file)], [""], []), None)
-    except ValueError as error:
-        return not isinstance(error.__cause__, NoRowsError)  # other errors are reported where the file is read
-    return True
+        return next(read_files([str(file)], [""], []), None) is not None
+    except ValueError:
+        return True
 
 
 # ---------------------------------------------------------------- opening files
@@ -119,51 +101,42 @@ def lines_of(file: Any) -> Iterator[Any]:
         yield line
 
 
-# ---------------------------------------------------------------- JSON
+# ---------------------------------------------------------------- the formats
 
 
-def read_jsonl(file: File) -> LineRows:
+def read_jsonl(file: Any) -> LineRows:
     return ((f"line {number}", line, "") for number, line in enumerate(lines_of(file), start=1) if line.strip())
 
 
 def read_json(file: File) -> LineRows:
-    """Yield the entries of an array, the objects of a file with one per line, or a single row in several lines. Raises
-    ValueError for an array that is invalid, NoRowsError for a single object that is no row."""
-    if file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from read_array(file.read().decode("utf-8-sig"))
-        return
-    rows = list(read_jsonl(file))
-    text = b"".join(row for _, row, _ in rows)
+    """Yield the entries of an array, the objects of a file with one per line, or a single row in several lines; nothing
+    for a single object that is no row. Raises ValueError for an invalid array."""
+    content = file.read()
     try:
-        single = json.loads(text.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        yield from rows
+        if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            raise
+        yield from read_jsonl(io.BytesIO(content))
         return
-    try:
-        choose_columns(tuple(single))
-    except (TypeError, RowError):
-        raise NoRowsError("it is one object, neither an array of rows nor one row per line") from None
-    yield rows[0][0], text, ""
+    if isinstance(found, list):
+        yield from array_entries(text)
+    elif isinstance(found, dict):
+        with contextlib.suppress(RowError):
+            choose_columns(tuple(found))
+            yield "line 1", content, ""
 
 
-def read_array(text: str) -> LineRows:
-    """Yield the entries of a JSON array, each as it is written."""
-    decoder, number, at = json.JSONDecoder(), 0, re.search(r"\[\s*", text).end()  # type: ignore[union-attr]
-    closed = text.startswith("]", at)
-    while not closed:
-        number += 1
-        try:
-            _, end = decoder.raw_decode(text, at)
-        except RecursionError:
-            raise ValueError(f"entry {number} is nested too deeply") from None
-        yield f"entry {number}", text[at:end].encode(), ""
-        separator = re.compile(r"\s*([],])\s*").match(text, end)
-        if not separator:
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-        at, closed = separator.end(), separator[1] == "]"
-
-
-# ---------------------------------------------------------------- tables of text
+def array_entries(text: str) -> LineRows:
+    """Yield the entries of a valid JSON array, each as it is written."""
+    separator, decoder, end = re.compile(r"[\s,]*"), json.JSONDecoder(), text.index("[") + 1
+    for number in itertools.count(1):
+        start = separator.match(text, end).end()  # type: ignore[union-attr]
+        if text[start] == "]":
+            return
+        _, end = decoder.raw_decode(text, start)
+        yield f"entry {number}", text[start:end].encode(), ""
 
 
 def read_csv(file: File, delimiter: str = "") -> LineRows:
@@ -174,7 +147,7 @@ def read_csv(file: File, delimiter: str = "") -> LineRows:
     lines that are rows of their own.
     """
     csv.field_size_limit(MAX_LINE)
-    lines = list(lines_of(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")))
+    lines = list(lines_of(io.StringIO(file.read().decode("utf-8-sig"), newline="")))
     sniffed = delimiter or max(",;\t", key="".join(lines[:1]).count)
     columns, at, problem = read_fields(lines, 0, sniffed)
     twice = [name for name, count in Counter(columns).items() if count > 1]
@@ -184,29 +157,27 @@ def read_csv(file: File, delimiter: str = "") -> LineRows:
         values, end, problem = read_fields(lines, at, sniffed)
         swallows = end - at > 1 and all(line.count("\t") == len(columns) - 1 for line in lines[at:end])
         if delimiter == "\t" and (problem or swallows or len(values) != len(columns)):
-            values, end, problem = read_fields(lines, at, delimiter, plain=True)
+            values, end, problem = read_fields(lines, at, delimiter, csv.QUOTE_NONE)
         if values and len(values) != len(columns):
             problem = f"{len(values)} fields, where the first line names {len(columns)}"
         place = f"line {at + 1}"
         if end - at > 1:
             place = f"lines {at + 1} to {end}"
             problem = problem and f"{problem} (a quote that is opened here takes {end - at:,} lines)"
-        row, source = json.dumps(dict(zip(columns, values, strict=False))), "".join(lines[at:end])
-        if values and re.search("[\ud800-\udfff]", source):
-            problem = problem or "invalid UTF-8"
-        if values or problem:
-            yield place, source.encode("utf-8", "surrogateescape") if problem else row.encode(), problem
+        if problem:
+            yield place, "".join(lines[at:end]).encode(), problem
+        elif values:
+            yield place, json.dumps(dict(zip(columns, values, strict=True))).encode(), ""
         at = end
 
 
-def read_fields(lines: list[str], at: int, delimiter: str, plain: bool = False) -> tuple[list[str], int, str]:
-    """Return the fields of the row that begins at a line, where the next row begins, and why it cannot be read.
-
-    plain: quotes are text.
-    """
-    rest = map(lines.__getitem__, range(at, len(lines)))
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    reader = csv.reader(rest, delimiter=delimiter, strict=True, quoting=quoting)
+def read_fields(
+    lines: list[str], at: int, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+) -> tuple[list[str], int, str]:
+    """Return the fields of the row that begins at a line, where the next row begins, and why it cannot be read."""
+    reader = csv.reader(
+        map(lines.__getitem__, range(at, len(lines))), delimiter=delimiter, strict=True, quoting=quoting
+    )
     try:
         return next(reader, []), at + reader.line_num, ""
     except csv.Error as error:
@@ -215,11 +186,7 @@ def read_fields(lines: list[str], at: int, delimiter: str, plain: bool = False) 
 
 def read_txt(file: File) -> LineRows:
     """Yield all of a file as one document."""
-    text = file.read()
-    try:
-        yield "all of it", json.dumps({"text": text.decode("utf-8-sig")}).encode(), ""
-    except UnicodeDecodeError as error:
-        yield f"byte {error.start + 1}", text, f"invalid UTF-8: {error.reason}"
+    yield "all of it", json.dumps({"text": file.read().decode("utf-8-sig")}).encode(), ""
 
 
 READERS: dict[str, Callable[[File], LineRows]] = {

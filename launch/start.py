@@ -83,8 +83,7 @@ def resolve(config: TrainConfig, given: Collection[str], preset: str, checkpoint
     config = config.changed(model=model_shape(config, preset, source))
     name = str(source or config.data.tokenizer)
     vocab_size = config.model.vocab_size if name == "cl100k_base" else None
-    new_tokens = config.data.add_control_tokens and checkpoint is None  # a checkpoint has them already
-    tokenizer = Tokenizer(name, vocab_size, config.data.chat_template, new_tokens)
+    tokenizer = Tokenizer(name, vocab_size, config.data.chat_template, config.data.add_control_tokens)
     if source is None or tokenizer.new_ids:
         config = config.changed(vocab_size=max(config.model.vocab_size * bool(source), tokenizer.vocab_size))
     elif tokenizer.vocab_size > config.model.vocab_size:

@@ -160,7 +160,7 @@ BAD_ROWS = {
         {"messages": [HELLO[0], {"role": "assistant", "content": " \n"}]},
         r"\[1\].content: an empty assis",
     ),
-    "empty completion": ({"prompt": "Hello", "completion": ""}, "completion: an empty assistant turn"),
+    "empty completion": ({"prompt": "Hello", "completion": ""}, r"completion\[0\].content: an empty assistant turn"),
     "weight": ({"messages": [HELLO[1] | {"weight": 0.5}]}, r"\[0\].weight: neither 0 nor 1 \(it is 0.5\)"),
     "two systems": (
         {"messages": [{"role": "system", "content": "."}, *HELLO], "system": ","},
@@ -171,7 +171,7 @@ BAD_ROWS = {
         {"messages": [HELLO[1] | {"tool_calls": [{"id": 1}]}]},
         r"\[0\]: not a call with a function's name",
     ),
-    "tools no list": ({**GOOD, "tools": {"name": "time"}}, r"tools: not a list of tools \(it is dict\)"),
+    "tools no list": ({**GOOD, "tools": {"name": "time"}}, r"tools: not a list \(it is dict\)"),
     "NaN in tools": (
         json.dumps(GOOD)[:-1] + ', "tools": [{"limit": NaN}]}',
         "tools: cannot be written as JSON .*Out of ra",

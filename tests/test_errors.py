@@ -239,12 +239,6 @@ def test_wrong_splits(data: Path, refused: Callable[..., str]) -> None:
     assert error.startswith(f"{data} has no split 'test', only train")
 
 
-@pytest.mark.parametrize("split", ["train", "train[4:6]", "train[:10%]+train[90%:]"])
-def test_training_and_evaluation_that_overlap(split: str, data: Path, refused: Callable[..., str]) -> None:
-    error = refused(eval_split=split)
-    assert error == f"{data}: train_split train[5:] and eval_split {split} overlap; name parts, like train[5:]"
-
-
 def test_wrong_columns(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "columns.jsonl").write_text('{"question": "a", "reply": "b"}\n')
     error = refused(dataset=tmp_path / "columns.jsonl", train_split="train", eval_steps=0)

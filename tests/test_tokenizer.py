@@ -200,9 +200,16 @@ def test_token_num_bytes_counts_utf8_and_no_control_token(small):
     assert len(tokenizer.token_num_bytes) == tokenizer.vocab_size
 
 
-@pytest.mark.parametrize("text", [" " * 10**6 + "x", "a" * 10**6, "\n" * 300_000, "word " * 50_000])
-def test_a_very_long_text_survives(small, text):
-    assert small["chatml"].decode(small["chatml"].encode(text)) == text
+@pytest.mark.parametrize("text", [" " * 500_000 + "x", "a" * 10**6, "\n" * 300_000, "word " * 50_000])
+def test_a_very_long_text_is_encoded(small, saved, text):
+    ids = small["chatml"].encode(text)
+    assert small["chatml"].decode(ids) == text
+    assert Tokenizer(str(saved["chatml"])).encode(text) == ids
+
+
+def test_a_run_of_blanks_that_is_too_long_for_the_engines_is_refused(small):
+    with pytest.raises(UserError, match="a run of more than 500,000 blanks cannot be encoded"):
+        small["chatml"].encode("a" + " " * 500_001 + "x")
 
 
 @settings(deadline=None, max_examples=4)
