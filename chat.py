@@ -1,18 +1,19 @@
 """Talk to a checkpoint: python chat.py CHECKPOINT [--prompt TEXT]
 
 CHECKPOINT is a model directory, a run directory (its newest checkpoint is used) or a LoRA adapter's directory.
---prompts FILE --out FILE answers the prompts in a file, --compare CHECKPOINT gives the same prompts to another one, and
---web opens a page in the browser that shows how one or two checkpoints choose their tokens.
+--prompts FILE --out FILE answers the prompts in a file. --web opens a page in the browser that shows how a checkpoint
+chooses its tokens. --compare CHECKPOINT gives the same prompts to another one, on the page too.
 """
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -33,17 +34,17 @@ from tokenizer import Tokenizer
 class ChatConfig:
     """Talk to a checkpoint."""
 
-    # A model directory, a run directory (its newest checkpoint is used) or a LoRA adapter's; with --web one or two.
-    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    # A model directory, a run directory (its newest checkpoint is used) or a LoRA adapter's.
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     # Answer this and exit; without it, a conversation begins.
     prompt: str | None = None
     # Continue this text and exit, without a chat template: for base models.
     complete: str | None = None
     # Answer the prompts in this file: the lines of a .txt file, or rows as for training, up to their last answer.
     prompts: str | None = None
-    # Write the answers to --prompts into this .jsonl file instead of printing them.
+    # Write the answers to this .jsonl file instead of printing them.
     out: str | None = None
-    # Give another checkpoint the same prompts and print its answers below.
+    # Give another checkpoint the same prompts, and show its answers below, or next to them with --web.
     compare: str | None = None
     # System message at the start of the conversation.
     system: str | None = None
@@ -71,26 +72,11 @@ class ChatConfig:
     auth: str | None = None
     # Let anyone who reaches the page use it.
     no_auth: bool = False
-    # Print Python's traceback with an error.
-    debug: bool = False
 
     def validate(self) -> None:
-        number, most = len(self.checkpoints), 2 if self.web else 1
-        if not 1 <= number <= most:
-            raise UserError(f"{number} CHECKPOINTs are given instead of {most} (--web and --compare take another)")
-        modes = [name for name in ("prompt", "complete", "prompts", "web") if getattr(self, name) not in (None, False)]
-        if len(modes) > 1:
-            raise UserError(f"{' and '.join(f'--{name}' for name in modes)} exclude each other")
-        if self.compare is not None and modes in ([], ["web"]):
-            raise UserError("--compare needs --prompt, --complete or --prompts")
-        if self.complete is not None and self.system:
-            raise UserError("--system has no effect: --complete uses no chat template")
-        for name, mode in NEEDED.items():
-            if getattr(self, name) != getattr(ChatConfig, name) and mode not in modes:
-                raise UserError(f"--{name.replace('_', '-')} has no effect without --{mode}")
         if self.out is not None and Path(self.out).resolve() == Path(str(self.prompts)).resolve():
             raise UserError(f"--out {self.out} would overwrite the prompts: choose another name")
-        if self.host not in LOCAL and not self.auth and not self.no_auth:
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.auth and not self.no_auth:
             raise UserError(f"--host {self.host} opens the page to others: give --auth USER:PASSWORD, or --no-auth")
         if self.auth is not None and not all(self.auth.partition(":")):
             raise UserError("--auth is not USER:PASSWORD")
@@ -99,30 +85,30 @@ class ChatConfig:
         check_sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
 
-# Flags that have an effect only with another one.
-NEEDED = {"out": "prompts", "host": "web", "port": "web", "auth": "web", "no_auth": "web"}
-LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
 def chat(config: ChatConfig) -> None:
     config.validate()
+    asked = given_prompts(config)
+    if config.web and asked:
+        raise UserError("--web answers what is typed on the page: leave out --prompt, --complete and --prompts")
+    if not asked and (config.out or (config.compare and not config.web)):
+        raise UserError("--out and --compare need --prompt, --complete or --prompts")
     if config.web:
         if find_spec("gradio") is None:
             raise UserError("--web needs Gradio: pip install -r requirements-web.txt")
         from view.page import serve
 
-        writers = [load(name, config) for name in config.checkpoints]
-        serve([(writer.model, writer.tokenizer) for writer in writers], config.checkpoints, vars(config))
-    elif config.prompts is not None or config.compare is not None:
-        answer_all(config)
-    elif config.prompt is not None:
-        print_answer(load(config.checkpoints[0], config), opening(config.system, config.prompt))
-    elif config.complete is not None:
-        writer = load(config.checkpoints[0], config)
-        print(config.complete, end="")
-        print_answer(writer, config.complete)
+        names = [name for name in (config.checkpoint, config.compare) if name]
+        writers = [load(name, config) for name in names]
+        serve([(writer.model, writer.tokenizer) for writer in writers], names, vars(config))
+    elif config.prompts or config.compare or config.out:
+        answer_all(config, asked)
     else:
-        converse(load(config.checkpoints[0], config))
+        writer = load(config.checkpoint, config)
+        for _, _, prompt in asked:
+            print(prompt if isinstance(prompt, str) else "", end="")
+            print_answer(writer, prompt)
+        if not asked:
+            converse(writer)
 
 
 # ---------------------------------------------------------------- one answer
@@ -151,9 +137,9 @@ def load(checkpoint: str, config: ChatConfig) -> Writer:
     return Writer(model, tokenizer, config, torch.Generator(device).manual_seed(config.seed))
 
 
-def print_answer(writer: Writer, prompt: Prompt, interruptible: bool = False) -> str:
-    """Print an answer while it is written, and return it. interruptible: Ctrl-C ends the answer, not the program.
-    Raises UserError if the prompt does not fit the context."""
+def print_answer(writer: Writer, prompt: Prompt) -> str:
+    """Print an answer while it is written, and return it. Ctrl-C ends the answer. Raises UserError if the prompt does
+    not fit the context."""
     printed, answer = "", None
     try:
         for (answer,) in writer.write([prompt]):
@@ -162,8 +148,6 @@ def print_answer(writer: Writer, prompt: Prompt, interruptible: bool = False) ->
                 print(printable(text[len(printed) :]), end="", flush=True)
                 printed = text
     except KeyboardInterrupt:
-        if not interruptible:
-            raise
         print()
         note("interrupted")
         return printed
@@ -188,24 +172,17 @@ def opening(system: str | None, *questions: str) -> list[dict[str, str]]:
 
 # ---------------------------------------------------------------- a conversation
 
-COMMANDS = "/reset starts over, /system TEXT too, with other instructions, /quit ends it"
-
 
 def converse(writer: Writer) -> None:
     """Alternate between a question from the terminal or a pipe and its answer, until none is left."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
     if at_terminal():
-        print(f"An empty line or Ctrl-D ends the conversation; Ctrl-C ends an answer. {COMMANDS}.")
+        print("Ctrl-C ends an answer, Ctrl-D the conversation; /reset starts over.")
     messages = opening(writer.config.system)
-    while text := ask():
-        command, _, argument = text.partition(" ")
-        if command == "/quit":
-            return
-        if command in ("/reset", "/system"):
-            messages = opening(argument if command == "/system" else writer.config.system)
-        elif command.startswith("/"):
-            note(f"unknown command {command}: {COMMANDS}")
+    for text in questions():
+        if text == "/reset":
+            messages = opening(writer.config.system)
         else:
             messages = take_turn(writer, [*messages, {"role": "user", "content": text}])
 
@@ -215,7 +192,7 @@ def take_turn(writer: Writer, messages: list[dict[str, str]]) -> list[dict[str, 
     that does not fit by itself is reported and dropped."""
     kept, forgotten = fit_into_context(writer.model, writer.tokenizer, messages, writer.config.max_new_tokens)
     try:
-        answer = print_answer(writer, kept, interruptible=True)
+        answer = print_answer(writer, kept)
     except UserError as error:
         note(str(error))
         return messages[:-1]
@@ -224,17 +201,14 @@ def take_turn(writer: Writer, messages: list[dict[str, str]]) -> list[dict[str, 
     return [*kept, {"role": "assistant", "content": answer}]
 
 
-def ask() -> str:
-    """Return what is typed, or the next line of a pipe that is not blank; "" at the end."""
-    try:
-        text = input("> " if at_terminal() else "").strip()
-        while not (text or at_terminal()):
-            text = input().strip()
-        return text
-    except (EOFError, KeyboardInterrupt):
-        if at_terminal():
-            print()
-        return ""
+def questions() -> Iterator[str]:
+    """Yield what is typed, or the lines of a pipe, without blank ones, until Ctrl-D, Ctrl-C or the pipe's end."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if text := input("> " if at_terminal() else "").strip():
+                yield text
+    if at_terminal():
+        print()
 
 
 def at_terminal() -> bool:
@@ -246,66 +220,72 @@ def at_terminal() -> bool:
 BATCH = 32  # prompts that are answered at a time
 
 
-class Asked(NamedTuple):
-    """A prompt, and where it comes from."""
-
-    place: str
-    row: dict[str, Any]
-    prompt: Prompt
+# Where a prompt comes from, its row, and the prompt.
+Asked = tuple[str, dict[str, Any], Prompt]
 
 
-def answer_all(config: ChatConfig) -> None:
-    """Let one checkpoint after another answer the prompts of a file, or the one on the command line. Raises UserError
-    for a prompt that does not fit the context."""
+def given_prompts(config: ChatConfig) -> list[Asked]:
+    """Return the prompts on the command line and in --prompts. Raises UserError with the place."""
+    rows: list[tuple[str, dict[str, Any]]] = []
+    if config.prompt is not None:
+        rows.append(("--prompt", {"prompt": config.prompt}))
+    if config.complete is not None:
+        rows.append(("--complete", {"text": config.complete}))
     if config.prompts is not None:
-        everything = read_prompts(Path(config.prompts), config.system)
-    else:
-        prompt = opening(config.system, config.prompt) if config.prompt is not None else str(config.complete)
-        everything = [Asked("the prompt", {}, prompt)]
-    lines: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
-        # Lines are written as they come. backslashreplace writes a lone surrogate as JSON does.
-        file = config.out and stack.enter_context(open(config.out, "w", 1, "utf-8", "backslashreplace"))
-        for name in filter(None, (*config.checkpoints, config.compare)):
-            writer = load(name, config)
-            for place, _, prompt in everything:
-                room(writer.model, encode(writer.tokenizer, prompt), 1, place)
-            for batch in (everything[start : start + BATCH] for start in range(0, len(everything), BATCH)):
-                *_, answers = writer.write([asked.prompt for asked in batch])
-                for asked, answer in zip(batch, answers, strict=True):
-                    line = {"place": asked.place, "row": asked.row, "checkpoint": name}
-                    lines.append(line | {"answer": answer.text, "cut": not answer.stopped})
-                    if file:
-                        file.write(json.dumps(lines[-1], ensure_ascii=False, default=str) + "\n")
-    if config.out:
-        print(f"wrote {len(lines)} answers to {config.out}")
-        return
-    for i, (_, _, prompt) in enumerate(everything):
-        print(printable(f"> {prompt if isinstance(prompt, str) else prompt[-1]['content']}"))
-        for line in lines[i :: len(everything)]:  # one checkpoint after another
-            name, cut = f"{line['checkpoint']}: " if config.compare else "", " (cut)" if line["cut"] else ""
-            print(printable(f"{name}{line['answer']}{cut}"))
-        print()
+        rows += read_file(Path(config.prompts))
+    asked: list[Asked] = []
+    for place, row in rows:
+        try:
+            asked.append((place, row, as_prompt(row, config.system)))
+        except formats.RowError as error:
+            raise UserError(f"{place}: {error}") from error
+    return asked
 
 
-def read_prompts(path: Path, system: str | None) -> list[Asked]:
-    """Read the lines of a .txt file, or the rows of any other as training does. Raises UserError with the place."""
+def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the place and the row of each line of a .txt file, or of each row of any other, which is read as training
+    reads it. Raises UserError with the place."""
     if file_kind(path) not in READERS:
         raise UserError(f"{path}: prompts are read from {', '.join(READERS)} (or .gz of them)")
-    found, place = [], str(path)
+    rows, place = [], str(path)
     try:
         for line in read_files([str(path)], [""], []):
             place = f"{path}, {line['place']}"
-            row = parse_line(line)
-            if path.suffix == ".txt":  # a single row
-                lines = enumerate(row["text"].splitlines(), start=1)
-                return [Asked(f"{path}, line {i}", {}, opening(system, text)) for i, text in lines if text.strip()]
-            found.append(Asked(place, row, as_prompt(row, system)))
+            rows.append((place, parse_line(line)))
     except (ValueError, formats.RowError) as error:
         raise UserError(f"{place}: {error}") from error
-    if not found:
+    if path.suffix == ".txt":  # a single row
+        lines = enumerate(rows[0][1]["text"].splitlines(), start=1)
+        rows = [(f"{path}, line {i}", {"prompt": line}) for i, line in lines if line.strip()]
+    if not rows:
         raise UserError(f"{path} has no prompts")
-    return found
+    return rows
+
+
+def answer_all(config: ChatConfig, asked: list[Asked]) -> None:
+    """Let one checkpoint after another answer the prompts. Raises UserError for one that does not fit the context."""
+    lines: list[dict[str, Any]] = []
+    # Lines are written as they come. backslashreplace writes a lone surrogate as JSON does.
+    with open(config.out or os.devnull, "w", 1, "utf-8", "backslashreplace") as file:
+        for name in filter(None, (config.checkpoint, config.compare)):
+            writer = load(name, config)
+            for place, _, prompt in asked:
+                room(writer.model, encode(writer.tokenizer, prompt), 1, place)
+            for batch in (asked[start : start + BATCH] for start in range(0, len(asked), BATCH)):
+                *_, answers = writer.write([prompt for _, _, prompt in batch])
+                for (place, row, _), answer in zip(batch, answers, strict=True):
+                    line = {"place": place, "row": row, "checkpoint": name}
+                    lines.append(line | {"answer": answer.text, "cut": not answer.stopped})
+                    file.write(json.dumps(lines[-1], ensure_ascii=False, default=str) + "\n")
+    if config.out:
+        print(f"wrote {len(lines)} answers to {config.out}")
+        return
+    for i, (_, _, prompt) in enumerate(asked):
+        print(printable(f"> {prompt if isinstance(prompt, str) else prompt[-1]['content']}"))
+        for line in lines[i :: len(asked)]:  # one checkpoint after another
+            name, cut = f"{line['checkpoint']}: " if config.compare else "", " (cut)" if line["cut"] else ""
+            print(printable(f"{name}{line['answer']}{cut}"))
+        print()
 
 
 def as_prompt(row: dict[str, Any], system: str | None) -> Prompt:
@@ -313,24 +293,23 @@ def as_prompt(row: dict[str, Any], system: str | None) -> Prompt:
 
     It is read as for training, which wants an answer at the end: one is added, and all trailing ones are removed.
     """
-    names = {name.lower(): name for name in row}
-    turns = next((names[name] for name in formats.TURNS if name in names), "")
-    if isinstance(row.get(turns), list):
-        row = row | {turns: [*row[turns], {"role": "assistant", "content": "-"}]}
-    elif names.keys() & {*formats.QUESTIONS} and not names.keys() & {*formats.ANSWERS}:
+    for name, value in row.items():
+        if name.lower() in formats.TURNS and isinstance(value, list):
+            row = row | {name: [*value, {"role": "assistant", "content": "-"}]}
+    if not any(name.lower() in formats.ANSWERS for name in row):
         row = row | {"completion": "-"}
-    content = formats.read_row(row).content
+    content, columns, _ = formats.read_row(row)
     if isinstance(content, str):
         return content
     while content and content[-1]["role"] == "assistant":
         content = content[:-1]
     if not any(message["role"] == "user" for message in content):
-        raise formats.RowError(turns, "no question")
+        raise formats.RowError(columns, "no question")
     return content if content[0]["role"] == "system" else [*opening(system), *content]
 
 
 def main() -> None:
-    with one_line_errors("--debug" in sys.argv):
+    with one_line_errors():
         chat(parse_flags(ChatConfig, sys.argv[1:], "chat.py", __doc__))
 
 

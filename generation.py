@@ -100,10 +100,8 @@ def fit_into_context(
     while len(kept) > start + 1 and len(encode(tokenizer, kept)) + needed > context:
         del kept[start : start + 2]
     dropped = len(messages) - len(kept)
-    return (
-        kept,
-        f"the context of {context:,} tokens is full: the oldest {dropped} messages are forgotten" if dropped else "",
-    )
+    note = f"the context of {context:,} tokens is full: the oldest {dropped} messages are forgotten"
+    return kept, note if dropped else ""
 
 
 # ---------------------------------------------------------------- decoding

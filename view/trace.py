@@ -18,20 +18,19 @@ from tokenizer import Tokenizer
 ALTERNATIVES = 5
 
 
-class Route(NamedTuple):
-    """A decision of one layer's router about one token."""
-
-    scores: list[float]  # of each routed expert; they sum to one
-    chosen: list[int]  # the experts that the token was sent to
-
-
 class Seen(NamedTuple):
     """A token of an answer, and what is known about it."""
 
     text: str
-    probability: float  # the model's own, before temperature, top-k and top-p
-    likeliest: list[tuple[str, float]]  # the token itself and the likeliest others, with their probabilities
-    routes: dict[int, Route]  # by layer; empty for the newest token, which no layer has read yet
+    # The token itself and the likeliest others, with their probabilities before temperature, top-k and top-p.
+    likeliest: list[tuple[str, float]]
+    # By layer: the router's score of each expert, which sum to one, and the experts that the token was sent to. Empty
+    # for the newest token, which no layer has read yet.
+    routes: dict[int, tuple[list[float], list[int]]]
+
+    @property
+    def probability(self) -> float:
+        return self.likeliest[0][1]
 
 
 def trace(
@@ -40,12 +39,12 @@ def trace(
     """Answer a prompt, yielding after each token the answer so far and what is known about its tokens. options and
     errors: as in `generation.write`."""
     seen: list[Seen] = []
-    routes: dict[int, Route] = {}
+    routes: dict[int, tuple[list[float], list[int]]] = {}
     probabilities = torch.empty(0)
 
     def see_route(layer: int, router: Any, x: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         scores, _, experts = output  # (N, E), (N, K), (N, K); the last of N tokens is the newest
-        routes[layer] = Route(scores[-1].tolist(), experts[-1].tolist())
+        routes[layer] = scores[-1].tolist(), experts[-1].tolist()
 
     def see_logits(logits: Tensor) -> None:  # (1, V); the layers have just read the previous token
         nonlocal probabilities
@@ -61,7 +60,7 @@ def trace(
             best = probabilities.topk(min(ALTERNATIVES + 1, len(probabilities))).indices.tolist()
             shown = [token, *[i for i in best if i != token][:ALTERNATIVES]]
             likeliest = [(visible(tokenizer, i), probabilities[i].item()) for i in shown]
-            seen.append(Seen(text_of(tokenizer, token), likeliest[0][1], likeliest, {}))
+            seen.append(Seen(text_of(tokenizer, token), likeliest, {}))
             yield answer, seen
     finally:
         for hook in hooks:
