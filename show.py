@@ -9,15 +9,16 @@ python show.py runs runs/tiny runs/other                 # runs compared in a ta
 
 import csv
 import itertools
+import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from config import PRESETS, ModelConfig, UserError
+from config import PRESETS, UserError
 from files import read_json
 from launch.command_line import Arguments, one_line_errors, parse_arguments, parse_flags
 
@@ -60,23 +61,21 @@ class Tokens:
 class Data:
     """The data that a run sees: python show.py data DATASET [DATASET ...] [PRESET] [the flags of the run].
 
-    A table, histograms, and pieces in colour: green is trained on, grey is only read.
+    Tables, and pieces in colour: green is trained on, grey is only read.
     """
 
     # Show all pieces of this row of each source; the first row is 1.
     row: int = 0
-    # Show this many random pieces (by the run's --seed); 0: one that fits a screen.
-    random: int = 0
+    # Show this many random pieces, by the run's --seed.
+    random: int = 1
 
     def show_run(self, arguments: Arguments) -> None:
         """Show the data of a run that is started with these arguments. Raises UserError where train_sft.py does."""
-        import numpy as np
-
         from datacollator import DataCollator, RowStream
         from dataset import column, load_data
         from launch.start import find_start
         from parallel import join_world
-        from view.terminal import LEGEND, colour, histogram, on_screen, table
+        from view.terminal import LEGEND, colour, on_screen, spread, table
 
         config, tokenizer, *_ = find_start(arguments, join_world(arguments.config.compute.device))
         options, seed = config.data, config.compute.seed
@@ -88,11 +87,12 @@ class Data:
             collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
             rows = RowStream(data.train, collator, seed, options.shuffle)
             print(*data.notes, table(data, rows, config), "", sep="\n")
-            print(histogram(rows.lengths, "tokens per piece"), "", sep="\n")
-            print(histogram(column(data.train, "targets"), "of them trained on"), "", sep="\n")
-            distances = [abs(rows.lengths[place] - 150) for _, _, place in found]
-            order = np.random.default_rng(seed).permutation(len(found)) if self.random else np.argsort(distances)
-            found = [found[i] for i in order[: self.random or 1]]
+            print(
+                spread({"tokens per piece": rows.lengths, "targets per piece": column(data.train, "targets")}),
+                "",
+                sep="\n",
+            )
+            found = random.Random(seed).sample(found, min(self.random, len(found)))
         print(on_screen(LEGEND))
         for report, dataset, place in found:
             piece = dataset[place]
@@ -174,28 +174,21 @@ class Model:
     presets: Annotated[Positional[tuple[str, ...]], arg(metavar="PRESET")] = ()
 
     def show(self) -> None:
+        from launch.cost import cache_entries, parameter_counts
         from launch.start import model_shape
 
         for preset in self.presets or PRESETS:
             if preset not in PRESETS:
                 raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-            print(f"{preset}\n\n{describe(model_shape(PRESETS[preset], preset, None))}\n")
-
-
-def describe(config: ModelConfig) -> str:
-    """Return the architecture as a table, and the cache's size next to multi-head attention's."""
-    from launch.cost import cache_entries, parameter_counts
-
-    counts = parameter_counts(config)
-    counts["all"] = sum(total for total, _ in counts.values()), sum(active for _, active in counts.values())
-    lines = [f"{'':20}{'parameters':>16}{'active':>16}"]
-    lines += [f"{part:20}{total:16,}{active:16,}" for part, (total, active) in counts.items()]
-    latent, heads = cache_entries(config)
-    lines.append(
-        f"\ncache per token in bf16: {2 * latent:,} bytes; keys and values of all heads would take {2 * heads:,} "
-        f"({heads / latent:.1f} times as much)"
-    )
-    return "\n".join(lines)
+            config = model_shape(PRESETS[preset], preset, None)
+            counts = parameter_counts(config)
+            counts["all"] = sum(total for total, _ in counts.values()), sum(active for _, active in counts.values())
+            print(f"{preset}\n\n{'':20}{'parameters':>16}{'active':>16}")
+            for part, (total, active) in counts.items():
+                print(f"{part:20}{total:16,}{active:16,}")
+            latent, heads = cache_entries(config)
+            compared = f"keys and values of all heads would take {2 * heads:,} ({heads / latent:.1f} times as much)"
+            print(f"\ncache per token in bf16: {2 * latent:,} bytes; {compared}\n")
 
 
 # ---------------------------------------------------------------- runs
@@ -213,8 +206,6 @@ class Runs:
     csv: str = ""
     # Draw only these metrics, as in --metrics loss eval_bpb; none: all.
     metrics: tuple[str, ...] = ()
-    # Draw metrics over this.
-    x: Literal["step", "num_tokens"] = "step"
 
     def show(self) -> None:
         from launch.run_directory import read_metrics
@@ -233,7 +224,7 @@ class Runs:
             with open(self.csv, "w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows(rows)
         if self.out:
-            plot_runs(lines, self.out, self.metrics, self.x)
+            plot_runs(lines, self.out, self.metrics)
         print(*(f"wrote {path}" for path in (self.csv, self.out) if path), sep="\n")
 
 

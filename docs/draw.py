@@ -1,6 +1,6 @@
 """Draw the README's pictures into docs/, from numbers that the code itself computes:
 
-    python docs/draw.py [mask labels packing attention experts nf4 ranks]
+    python docs/draw.py [mask labels packing attention experts nf4]
 
 Two more need trained runs:
 
@@ -162,23 +162,6 @@ def draw_experts(
     save(axis.figure, out, dpi=110)
 
 
-def draw_ranks(rows: dict[tuple[int, int], range], out: Path) -> None:
-    """Draw which rows of a step each rank gets. rows: by micro-batch and rank."""
-    micro_batches, ranks = (1 + max(place[i] for place in rows) for i in (0, 1))
-    size = len(rows[0, 0])
-    wide = 1.1 * size + 0.6
-    axis = canvas(2.3 + wide * ranks, 1 + 1.2 * micro_batches)
-    for micro_batch in range(micro_batches):
-        write(axis, 0, 1.4 + 1.2 * micro_batch, f"micro-batch {micro_batch}")
-    for rank in range(ranks):
-        write(axis, 3 + wide * rank + 0.55 * size, 0.5, f"rank {rank}", ha="center", weight="bold")
-    for (micro_batch, rank), mine in rows.items():
-        x, y = 3 + wide * rank, 1 + 1.2 * micro_batch
-        for i, row in enumerate(mine):
-            box(axis, x + 1.1 * i, y, 1, str(row), COLOURS[rank % len(COLOURS)])
-    save(axis.figure, out, dpi=110)
-
-
 def draw_tokens(tokens: Sequence[str], mask: Sequence[int], out: Path, width: int = 88) -> None:
     """Draw a conversation as its tokens, coloured by what is trained on (mask 1), in lines of `width` characters."""
     figure, axis = plt.subplots(figsize=(9, 1.7))
@@ -254,13 +237,6 @@ def experts_of_three_tokens(out: Path) -> None:
     draw_experts(["I", "'m", "fine"], experts.tolist(), weights.tolist(), places.tolist(), out)
 
 
-def rows_of_two_ranks(out: Path) -> None:
-    """Draw the order in which datacollator.StepLoader assigns rows."""
-    ranks, micro_batches, size = 2, 3, 4
-    starts = {(m, rank): (m * ranks + rank) * size for m in range(micro_batches) for rank in range(ranks)}
-    draw_ranks({place: range(start, start + size) for place, start in starts.items()}, out)
-
-
 def tokens_of_a_conversation(out: Path) -> None:
     """Draw two exchanges as their tokens."""
     tokenizer = Tokenizer()
@@ -295,7 +271,6 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "attention": lambda out: draw_attention(PRESETS["base"].model, out),
     "experts": experts_of_three_tokens,
     "nf4": levels_of_a_weight,
-    "ranks": rows_of_two_ranks,
 }
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,7 +16,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import datacollator
 import show
 from config import PRESETS
 from docs import draw
@@ -176,7 +174,7 @@ def test_what_is_not_a_run_or_a_metric_is_named(runs: list[str], shown: Callable
 # ---------------------------------------------------------------- the README's pictures
 
 
-@pytest.mark.parametrize("name", ["labels", "attention", "experts", "ranks"])
+@pytest.mark.parametrize("name", ["labels", "attention", "experts"])
 def test_a_picture_can_be_read_in_the_readme(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """850 pixels wide: letters of at least 13 pixels, nothing cut, no text out of its box, no blank margin."""
     kept: list[tuple[Figure, int]] = []
@@ -216,20 +214,6 @@ def test_the_picture_of_experts_returns_each_row_to_its_token(monkeypatch: pytes
     assert all(row == sorted(row, reverse=True) and 0 < sum(row) <= 1 for row in weights)
 
 
-def test_the_picture_of_ranks_has_the_rows_that_each_rank_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[dict[tuple[int, int], range]] = []
-    monkeypatch.setattr(draw, "draw_ranks", lambda rows, out: drawn.append(rows))
-    draw.rows_of_two_ranks(Path())
-    taken = {}
-    for rank in range(2):
-        loader = datacollator.StepLoader.__new__(datacollator.StepLoader)
-        loader.batch_size, loader.rows_per_step, loader.world = 4, 24, SimpleNamespace(rank=rank, size=2)
-        loader.rows = SimpleNamespace(counts=lambda rows: None)
-        monkeypatch.setattr(loader, "micro_batch", lambda rows: rows)
-        taken |= {(i, rank): rows for i, rows in enumerate(loader.load(0).micro_batches)}
-    assert drawn == [taken]
-
-
 # ---------------------------------------------------------------- a run's data
 
 
@@ -240,7 +224,7 @@ def numbers_of(table: str) -> dict[str, list[str]]:
 
 
 def test_the_table_counts_what_a_run_sees(shown: Callable[..., str], tmp_path: Path) -> None:
-    """Against a literal count over the rendered conversations; and a dry run prints the same, and leaves nothing."""
+    """Against a literal count over the rendered conversations."""
     talks = conversations(40)
     talks[7] = talks[3]
     path = write_jsonl(tmp_path / "talks.jsonl", talks)
@@ -255,23 +239,24 @@ def test_the_table_counts_what_a_run_sees(shown: Callable[..., str], tmp_path: P
     assert counted["trained on"] == [f"{targets:,} ({targets / tokens:.0%})"]
     assert counted["duplicates"] == ["1"]
     assert "10 steps of 2 rows are " in printed
-    command = ["tiny", "--dataset", path, *flags, "--dry-run", "--output-dir", tmp_path / "run", "--device", "cpu"]
-    assert train_here([str(word) for word in command], tmp_path) == 0
-    assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_prints_the_same_table_and_then_what_the_run_takes(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_rows_that_fill_no_step_are_refused_in_training_and_shown_by_a_dry_run_and_here(
+    data: Path, shown: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [str(data), "--max-seq-len", "96", "--batch-size", "2", "--num-proc", "1"]
-    assert run_main(show.main, ["data", str(data), "tiny", *flags[1:]], tmp_path) == 0
-    table = capsys.readouterr().out.partition("\n\ntokens per piece")[0]
-    assert train_here(["tiny", "--dataset", *flags, "--dry-run", "--device", "cpu"], tmp_path) == 0
+    """The dry run prints the same table as show.py, then what the run takes."""
+    flags = ["--max-seq-len", "96", "--batch-size", "16", "--num-proc", "1", "--device", "cpu"]
+    command = ["tiny", "--dataset", str(data), *flags, "--output-dir", str(tmp_path / "run")]
+    assert train_here(command, tmp_path) == 2
+    error = capsys.readouterr().err.partition("error: ")[2].strip()
+    assert "rows do not fill one step of 16; lower batch_size or gradient_accumulation_steps" in error
+    table = re.split(r"\n\n +least", shown("data", data, "tiny", *flags))[0]
+    assert table.endswith(f"; {error}") and "held out" in table
+    assert train_here([*command, "--dry-run"], tmp_path) == 0
     printed, _, cost = capsys.readouterr().out.partition("\n1 rank; ")
     assert printed == table
-    assert cost.startswith("per rank and step 1 micro-batches of 192 tokens")
-    assert "at the peak" in cost
-    assert "held out" in table
+    assert cost.startswith("per rank and step 1 micro-batches of 1,536 tokens") and "at the peak" in cost
+    assert not (tmp_path / "run").exists()
 
 
 def test_any_row_can_be_shown(shown: Callable[..., str], tmp_path: Path) -> None:
@@ -293,28 +278,7 @@ def test_any_row_can_be_shown(shown: Callable[..., str], tmp_path: Path) -> None
     assert "--rwo" in shown("data", path, *flags, "--rwo", 3)
 
 
-def test_rows_that_fill_no_step_are_refused_and_shown_in_the_same_words(
-    data: Path, shown: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--max-seq-len", "96", "--batch-size", "64", "--num-proc", "1", "--device", "cpu"]
-    command = ["tiny", "--dataset", str(data), *flags, "--output-dir", str(tmp_path / "run")]
-    assert train_here(command, tmp_path) == 2
-    error = capsys.readouterr().err.partition("error: ")[2].strip()
-    assert "rows do not fill one step of 64; lower batch_size or gradient_accumulation_steps" in error
-    assert f"; {error}\n" in shown("data", data, "tiny", *flags)
-    assert train_here([*command, "--dry-run"], tmp_path) == 0
-    assert f"; {error}\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--max-seq-len", "2048"),
-        ("--lora-alpha", "8"),
-        ("--eval-fraction", "2"),
-        ("--model.hidden-size", "64"),
-    ],
-)
+@pytest.mark.parametrize("flags", [("--lora-alpha", "8"), ("--model.hidden-size", "64")])
 def test_what_training_refuses_is_refused(
     flags: tuple[str, ...], data: Path, shown: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,35 +297,35 @@ def test_without_a_preset_it_is_the_one_that_training_takes(
     assert "rows of up to 512 tokens" in shown("data", data, *flags)
 
 
-def test_a_row_of_each_source_is_shown_once_with_its_name(shown: Callable[..., str], tmp_path: Path) -> None:
-    """And on the side that it is on; the datasets and the preset may stand before or after what is to be shown."""
+def test_a_row_of_each_source_is_shown_once_with_its_name_and_side(shown: Callable[..., str], tmp_path: Path) -> None:
     talks = conversations(24)
     a, b = (write_jsonl(tmp_path / f"{name}.jsonl", talks[i::2]) for i, name in enumerate("ab"))
     flags = ("--max-seq-len", 128, "--num-proc", 1, "--device", "cpu", "--eval-fraction", 0.3)
     sides = set()
-    for row in range(1, 13):
+    for row in (1, 5, 8, 12):
         printed = shown("data", f"{a}:3", b, "tiny", "--row", row, *flags)
-        assert printed == shown("data", "--row", row, "tiny", f"{a}:3", b, *flags)
         heads = re.findall(r"^(.+), train, row (\d+), piece (\d+), (trained on|held out): ", printed, re.MULTILINE)
         assert {(name, number) for name, number, _, _ in heads} == {("a.jsonl", str(row)), ("b.jsonl", str(row))}
         assert len({head[:3] for head in heads}) == len(heads)
         sides |= {side for *_, side in heads}
         texts = re.split(r"^(\S+), train, row .*\n", printed, flags=re.MULTILINE)[1:]
-        said = dict(zip(texts[::2], texts[1::2], strict=True))
-        assert talks[2 * row - 2][1]["content"] in said["a.jsonl"]
-        assert talks[2 * row - 1][1]["content"] in said["b.jsonl"]
+        texts_by_source = dict(zip(texts[::2], texts[1::2], strict=True))
+        assert talks[2 * row - 2][1]["content"] in texts_by_source["a.jsonl"]
+        assert talks[2 * row - 1][1]["content"] in texts_by_source["b.jsonl"]
     assert sides == {"trained on", "held out"}
+    assert printed == shown("data", "--row", row, "tiny", f"{a}:3", b, *flags)  # the order of the words is free
     drawn = shown("data", f"{a}:3", b, "tiny", "--random", 99, *flags)
     heads = re.findall(r"^(.+, train, row \d+, piece \d+), trained on: ", drawn, re.MULTILINE)
     assert len(set(heads)) == len(heads) > 12
 
 
-def test_a_histogram_counts_every_value_once() -> None:
-    drawn = terminal.histogram(np.array([0, 1, 1, 2, 99, 100]), "title", width=4, bins=2).splitlines()
-    assert [line.split()[-1] for line in drawn[1:]] == ["4", "2"]
-    few = terminal.histogram(np.array([0, 1, 1]), "title").splitlines()
-    assert [line.split()[0] for line in few[1:]] == ["0", "1"]
-    assert terminal.bar(0, 8) == "" and terminal.bar(1e-9, 8) == "▏" and terminal.bar(1, 8) == "█" * 8
+def test_the_spread_is_the_percentiles() -> None:
+    printed = terminal.spread({"tokens per piece": np.arange(101), "targets per piece": np.arange(0, 2020, 20)})
+    assert [re.split("  +", line.strip()) for line in printed.splitlines()] == [
+        ["least", "10%", "median", "90%", "most"],
+        ["tokens per piece", "0", "10", "50", "90", "100"],
+        ["targets per piece", "0", "200", "1,000", "1,800", "2,000"],
+    ]
 
 
 # ---------------------------------------------------------------- `| head`

@@ -1,4 +1,4 @@
-"""Pictures of runs: their metrics over steps or tokens."""
+"""Pictures of runs: their metrics over steps."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import AutoLocator, EngFormatter, LogLocator
+from matplotlib.ticker import AutoLocator, LogLocator
 
 matplotlib.rcParams["text.parse_math"] = False  # names of runs may contain $
 Metrics = list[dict[str, Any]]  # the lines of a run's metrics.jsonl
@@ -40,8 +40,8 @@ PANELS = (
 )
 
 
-def plot_runs(runs: dict[str, Metrics], out: str | Path, metrics: Sequence[str] = (), x: str = "step") -> None:
-    """Draw one panel per metric with one colour per run. runs: by name. metrics: only these. x: step or num_tokens."""
+def plot_runs(runs: dict[str, Metrics], out: str | Path, metrics: Sequence[str] = ()) -> None:
+    """Draw one panel per metric, over steps, with one colour per run. runs: by name. metrics: only these."""
     panels = [panel for panel in PANELS if not metrics or panel.metric in metrics]
     columns = min(3 if len(panels) > 4 else 2, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -49,10 +49,9 @@ def plot_runs(runs: dict[str, Metrics], out: str | Path, metrics: Sequence[str] 
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for number, lines in enumerate(runs.values()):
-            draw_metric(axis, panel, lines, x, f"C{number % 10}")
+            draw_metric(axis, panel, lines, f"C{number % 10}")
         axis.set_title(panel.title, fontsize=10)
-        axis.set(xlabel={"step": "step", "num_tokens": "tokens"}[x], yscale=panel.scale)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.set(xlabel="step", yscale=panel.scale)
         if panel.scale == "log":  # 2, 3 and 5 instead of 2 x 10^0; within a decade, ticks as on a linear axis
             low, high = axis.get_ylim()
             axis.yaxis.set_major_locator(AutoLocator() if high < 10 * low else LogLocator(subs=(1, 2, 3, 5)))
@@ -69,8 +68,8 @@ def plot_runs(runs: dict[str, Metrics], out: str | Path, metrics: Sequence[str] 
     plt.close(figure)
 
 
-def draw_metric(axis: Axes, panel: Panel, lines: Metrics, x: str, colour: str) -> None:
-    places, values = points(lines, panel.metric, x)
+def draw_metric(axis: Axes, panel: Panel, lines: Metrics, colour: str) -> None:
+    places, values = points(lines, panel.metric)
     if not np.isfinite(values).any():
         return
     if panel.noisy and len(values) >= 50:
@@ -79,17 +78,14 @@ def draw_metric(axis: Axes, panel: Panel, lines: Metrics, x: str, colour: str) -
         values = running_mean(values, len(values) // 50)
     axis.plot(places, values, colour, lw=1.5, marker="." if len(values) < 30 else "")
     if panel.dashed:
-        axis.plot(*points(lines, panel.dashed, x), colour, ls="--", marker=".")
+        axis.plot(*points(lines, panel.dashed), colour, ls="--", marker=".")
 
 
-def points(lines: Metrics, metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a metric's places and values; null is NaN. Evaluations have no num_tokens of their own: they get those of
-    their step."""
-    training = [line for line in lines if "num_tokens" in line]
-    steps, tokens = ([line[name] for line in training] for name in ("step", "num_tokens"))
+def points(lines: Metrics, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps and the values of a metric; null is NaN."""
     found = [(line["step"], line[metric]) for line in lines if metric in line]
-    at, values = np.array(found, dtype=float).reshape(-1, 2).T
-    return (np.interp(at, steps, tokens) if x == "num_tokens" and steps else at), values
+    steps, values = np.array(found, dtype=float).reshape(-1, 2).T
+    return steps, values
 
 
 def running_mean(values: np.ndarray, half: int) -> np.ndarray:

@@ -56,22 +56,11 @@ def course(train: "RowStream", config: TrainConfig, processes: int) -> str:
     return f"an epoch has {rows:,} rows of up to {width:,} tokens{packed}; {problem or epochs}"
 
 
-def histogram(values: np.ndarray, title: str, width: int = 50, bins: int = 10) -> str:
-    """Return the counts of non-negative values in equal ranges, as bars."""
-    top = max(int(values.max(initial=1)), 1)
-    edges = np.unique(np.linspace(0, top + 1, min(bins, top + 1) + 1).round().astype(int))
-    counts = np.histogram(values, edges)[0].tolist()
-    lines = [title]
-    for (low, end), count in zip(itertools.pairwise(edges.tolist()), counts, strict=True):
-        label = f"{low:,} to {end - 1:,}" if end - low > 1 else f"{low:,}"
-        lines.append(f"{label:>18} {bar(count / max(*counts, 1), width)} {count:,}")
-    return "\n".join(lines)
-
-
-def bar(share: float, width: int) -> str:
-    """Return a bar in eighths of a character; a non-zero value is always visible."""
-    eighths = max(round(share * width * 8), int(share > 0))
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+def spread(columns: dict[str, np.ndarray]) -> str:
+    """Return a table of the smallest and largest value, the median and the deciles next to it."""
+    percentiles = {"least": 0, "10%": 10, "median": 50, "90%": 90, "most": 100}
+    rows = [[name, *(f"{n:,.0f}" for n in np.percentile(v, [*percentiles.values()]))] for name, v in columns.items()]
+    return align([["", *percentiles], *rows])
 
 
 # ---------------------------------------------------------------- tokens and rows in colour
