@@ -14,67 +14,42 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import DataConfig, UserError
-from data import formats, sources, text_files
+from config import UserError
+from data import formats, text_files
 from data.formats import RowError
 from data.pieces import PIECE, tokenize_row
-from data.report import DataReport
-from dataset import RunData, column, load_data, lottery, parse_source
+from dataset import column, lottery, parse_source
+from small_data import (
+    GOOD,
+    HELLO,
+    NUMBERED,
+    TOKENIZER,
+    dropped,
+    load,
+    own_cache,  # noqa: F401
+    said,
+    texts,
+    write,
+    write_table,
+)
 from small_runs import arguments, conversations, train_here, write_jsonl
 from tokenizer import CHAT_TEMPLATES, ROLES, Tokenizer
 
 TOKENIZERS = {name: Tokenizer(vocab_size=512, chat_template=name) for name in CHAT_TEMPLATES}
-TOKENIZER = TOKENIZERS["chatml"]
-HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there!"}]
-GOOD = {"messages": HELLO}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def load(*places: object, seed: int = 0, want_eval: bool = False, **settings: Any) -> RunData:
-    fields = {"train_split": "train", "eval_split": "test", "max_seq_len": 512, "num_proc": 1} | settings
-    data = DataConfig(dataset=tuple(map(str, places)), **fields)
-    return load_data(data, TOKENIZER, seed, want_eval)
-
-
-def dropped(report: DataReport) -> dict[str, int]:
-    found = {name.partition("dropped: ")[2]: count for name, count in report.counts.items()}
-    return {reason: count for reason, count in found.items() if reason}
-
-
-def texts(dataset: datasets.Dataset | None) -> list[str]:
-    """What the assistant is trained to say in each row."""
-    assert dataset is not None
-    rows = zip(dataset["input_ids"], dataset["mask"], strict=True)
-    return [TOKENIZER.decode(i for i, m in zip(*row, strict=True) if m).replace("<|im_end|>", "|") for row in rows]
 
 
 # ---------------------------------------------------------------- conversations longer than a row
 
 WORDS = st.text("ab cdé☂", min_size=1, max_size=40).filter(str.strip)
-MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(ROLES), "content": WORDS}, optional={"weight": st.sampled_from((0, 1))}
-)
-CONVERSATION = st.lists(MESSAGE, min_size=1, max_size=12)
-
-
-def as_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As rows may have it: a weight stands at an answer only."""
-    return [m if m["role"] == "assistant" else {k: m[k] for k in ("role", "content")} for m in messages]
+PLAIN = {"role": st.sampled_from(ROLES), "content": WORDS}
+ANSWER = {"role": st.just("assistant"), "content": WORDS, "weight": st.sampled_from((0, 1))}
+CONVERSATION = st.lists(st.fixed_dictionaries(PLAIN) | st.fixed_dictionaries(ANSWER), min_size=1, max_size=12)
 
 
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(messages=CONVERSATION.map(as_turns), max_seq_len=st.integers(2, 80))
-def test_every_token_of_an_answer_is_learned_once_after_what_came_before_it(
+@given(messages=CONVERSATION, max_seq_len=st.integers(2, 80))
+def test_each_token_of_an_answer_is_trained_on_once_after_what_precedes_it(
     template: str, messages: list[dict[str, Any]], max_seq_len: int
 ) -> None:
     tokenizer = TOKENIZERS[template]
@@ -105,7 +80,7 @@ def test_every_token_of_an_answer_is_learned_once_after_what_came_before_it(
     assert to_learn == []
 
 
-def test_pieces_begin_with_the_system_message_and_what_came_before_and_end_with_an_answer() -> None:
+def test_pieces_start_with_system_message_and_context_and_end_with_an_answer() -> None:
     system, talk = {"role": "system", "content": "Rhyme."}, []
     for i in range(9):
         talk += [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"say {i}"}]
@@ -138,9 +113,9 @@ def test_a_turn_longer_than_a_row_is_cut_and_counted(tmp_path: Path) -> None:
     assert truncated.counts["trained on"] < report.counts["trained on"] and "1 cut" in str(truncated)
 
 
-def test_all_that_people_say_in_chitchat_is_learned_from_rows_of_512() -> None:
+def test_all_answers_of_chitchat_are_trained_on_in_rows_of_512(chitchat: dict[str, list]) -> None:
     tokenizer = Tokenizer(vocab_size=8192)
-    rows = [row for i, row in enumerate(sources.read_chitchat("train", "")) if i % 40 == 0]
+    rows = [{"messages": messages} for messages in chitchat["train"][::40]]
     total = sum(sum(tokenizer.render(row["messages"])[1]) for row in rows)
     found = {
         mode: sum(piece["targets"] for row in rows for piece in tokenize_row(row, tokenizer, 512, mode))
@@ -151,13 +126,11 @@ def test_all_that_people_say_in_chitchat_is_learned_from_rows_of_512() -> None:
 
 # ---------------------------------------------------------------- held out
 
-NUMBERED = [{"messages": [HELLO[0], {"role": "assistant", "content": f"say {i}"}]} for i in range(400)]
 
-
-def test_a_share_is_held_out_and_a_row_stays_on_its_side_when_others_come(tmp_path: Path) -> None:
+def test_a_share_is_held_out_and_a_row_stays_on_its_side_when_rows_are_added(tmp_path: Path) -> None:
     few = load(write(tmp_path / "few.jsonl", *NUMBERED[:200]), want_eval=True)
     many = load(write(tmp_path / "many.jsonl", *NUMBERED[::-1]), want_eval=True)
-    assert sorted(texts(few.train) + texts(few.held_out)) == sorted(f"say {i}|" for i in range(200))
+    assert sorted(texts(few.train) + texts(few.held_out)) == sorted(said(*range(200)))
     assert set(texts(few.train)) < set(texts(many.train)) and set(texts(few.held_out)) < set(texts(many.held_out))
     held = len(texts(many.held_out))
     assert 8 < held < 36
@@ -167,7 +140,7 @@ def test_a_share_is_held_out_and_a_row_stays_on_its_side_when_others_come(tmp_pa
     assert set(texts(other.held_out)) != set(texts(many.held_out))
     half = load(tmp_path / "many.jsonl", want_eval=True, eval_fraction=0.5)
     assert set(texts(half.held_out)) > set(texts(many.held_out))
-    assert len(texts(load(tmp_path / "many.jsonl").train)) == 400  # nothing is held out where nothing is evaluated
+    assert len(texts(load(tmp_path / "many.jsonl").train)) == 400  # without evaluation, nothing is held out
 
 
 def test_the_lottery_is_even() -> None:
@@ -176,7 +149,7 @@ def test_the_lottery_is_even() -> None:
     assert abs(np.corrcoef(numbers, lottery(np.arange(100_000), seed=4))[0, 1]) < 0.02
 
 
-def test_copies_are_counted_and_lie_on_one_side_whatever_their_format(tmp_path: Path) -> None:
+def test_copies_and_pieces_of_a_conversation_are_on_one_side(tmp_path: Path) -> None:
     written = [{"prompt": "Hello", "completion": row["messages"][1]["content"]} for row in NUMBERED]
     data = load(write(tmp_path / "rows.jsonl", *NUMBERED, *written), want_eval=True)
     assert not set(texts(data.train)) & set(texts(data.held_out))
@@ -184,51 +157,39 @@ def test_copies_are_counted_and_lie_on_one_side_whatever_their_format(tmp_path: 
     assert [side["duplicates"] * 2 for side in (train, held_out)] == [train["conversations"], held_out["conversations"]]
     assert train["conversations"] + held_out["conversations"] == 800
     assert f"{train['duplicates']} duplicates" in str(data.reports[0])
-
-
-def test_pieces_of_one_conversation_lie_on_one_side(tmp_path: Path) -> None:
-    rows = [{"messages": row["messages"] * 20} for row in NUMBERED[:100]]
-    data = load(write(tmp_path / "rows.jsonl", *rows), want_eval=True, max_seq_len=64, eval_fraction=0.3)
+    long = [{"messages": row["messages"] * 20} for row in NUMBERED[:100]]
+    data = load(write(tmp_path / "long.jsonl", *long), want_eval=True, max_seq_len=64, eval_fraction=0.3)
     assert data.held_out is not None
     sides = [set(column(side, "row").tolist()) for side in (data.train, data.held_out)]
     assert not sides[0] & sides[1] and sides[0] | sides[1] == set(range(100))
 
 
-def test_very_few_conversations_have_one_held_out_and_one_alone_none(tmp_path: Path) -> None:
+def test_few_conversations_and_no_eval_split(tmp_path: Path) -> None:
+    """Of a few, one is held out; if none can be, or nothing may be, that is an error with a remedy."""
     data = load(write(tmp_path / "three.jsonl", *NUMBERED[:3]), want_eval=True)
     assert len(texts(data.held_out)) == 1 and len(texts(data.train)) == 2
     with pytest.raises(UserError, match=r"too few different conversations .* --eval-steps 0 holds out none"):
         load(write(tmp_path / "one.jsonl", *NUMBERED[:1] * 5), want_eval=True)
-
-
-def test_nothing_to_evaluate_on_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", *NUMBERED[:9])
     refused = r"has no split 'test', only train, and eval_fraction is 0; --eval-steps 0 evaluates nothing"
     with pytest.raises(UserError, match=refused):
-        load(path, want_eval=True, eval_fraction=0)
-    assert len(texts(load(path, eval_fraction=0).train)) == 9
+        load(tmp_path / "three.jsonl", want_eval=True, eval_fraction=0)
+    other_name = load(tmp_path / "three.jsonl", eval_fraction=0, train_split="train_sft")
+    assert texts(other_name.train) == said(0, 1, 2)
+    assert other_name.notes == ["three.jsonl has no split 'train_sft'; its only one is trained on: 'train'"]
 
 
-def test_what_is_also_trained_on_is_dropped_from_a_split_to_evaluate_on(tmp_path: Path) -> None:
-    (tmp_path / "both").mkdir()
-    write(tmp_path / "both/train.jsonl", *NUMBERED[:50])
-    write(tmp_path / "both/test.jsonl", *NUMBERED[45:60])
+def test_held_out_conversations_that_are_trained_on_are_dropped(tmp_path: Path) -> None:
+    train, test = write(tmp_path / "both/train.jsonl", *NUMBERED[:50]), tmp_path / "both/test.jsonl"
+    write(test, *NUMBERED[45:60])
     data = load(tmp_path / "both", want_eval=True)
-    assert texts(data.train) == [f"say {i}|" for i in range(50)]
-    assert texts(data.held_out) == [f"say {i}|" for i in range(50, 60)]
+    assert (texts(data.train), texts(data.held_out)) == (said(*range(50)), said(*range(50, 60)))
     assert dropped(data.reports[1]) == {"also trained on": 5}
-    write(tmp_path / "both/test.jsonl", *NUMBERED[:9])
+    write(test, *NUMBERED[:9])
     with pytest.raises(UserError, match="test: all 9 rows were dropped: 9 for also trained on"):
         load(tmp_path / "both", want_eval=True)
-    overlapping = load(tmp_path / "both/train.jsonl", want_eval=True, train_split="train[5:]", eval_split="train[:9]")
-    assert texts(overlapping.held_out) == [f"say {i}|" for i in range(5)]
+    overlapping = load(train, want_eval=True, train_split="train[5:]", eval_split="train[:9]")
+    assert texts(overlapping.held_out) == said(*range(5))
     assert dropped(overlapping.reports[1]) == {"also trained on": 4}
-
-
-def test_the_only_split_is_trained_on_whatever_its_name(tmp_path: Path) -> None:
-    data = load(write(tmp_path / "rows.jsonl", *NUMBERED[:30]), train_split="train_sft")
-    assert data.notes == ["rows.jsonl has no split 'train_sft'; its only one is trained on: 'train'"]
-    assert len(texts(data.train)) == 30
 
 
 # ---------------------------------------------------------------- several sources
@@ -237,26 +198,20 @@ def test_the_only_split_is_trained_on_whatever_its_name(tmp_path: Path) -> None:
 def test_sources_are_weighted_and_counted_apart(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.jsonl", *NUMBERED[:3]), write(tmp_path / "b.jsonl", *NUMBERED[3:5], NUMBERED[0])
     data = load(f"{a}:2", b)
-    assert texts(data.train) == [f"say {i}|" for i in (0, 1, 2, 0, 1, 2, 3, 4, 0)]
-    assert [(r.source, r.counts["conversations"], r.weight, r.counts.get("duplicates", 0)) for r in data.reports] == [
-        ("a.jsonl", 3, 2, 0),
-        ("b.jsonl", 3, 1, 1),
-    ]
+    assert texts(data.train) == said(0, 1, 2, 0, 1, 2, 3, 4, 0)
+    found = [(r.source, r.counts["conversations"], r.weight, r.counts.get("duplicates", 0)) for r in data.reports]
+    assert found == [("a.jsonl", 3, 2, 0), ("b.jsonl", 3, 1, 1)]
     assert str(data.reports[0]).startswith("a.jsonl, train, 2 times: 3 conversations;")
+    same_name = [write(tmp_path / folder / "chats.jsonl", NUMBERED[0]) for folder in ("x", "y")]
+    assert [report.source for report in load(*same_name).reports] == ["x/chats.jsonl", "y/chats.jsonl"]
 
 
-@pytest.mark.parametrize(
-    ("source", "parsed"),
-    [("a.jsonl:2", ("a.jsonl", 2)), ("a.jsonl", ("a.jsonl", 1)), ("hf://x/y", ("hf://x/y", 1)), (":3", (":3", 1))],
-)
-def test_a_weight_stands_after_the_name(source: str, parsed: tuple[str, int]) -> None:
-    assert parse_source(source) == parsed
-
-
-@pytest.mark.parametrize("weight", ["0", "-1", "0.5"])
-def test_a_weight_that_is_none_is_refused(weight: str) -> None:
-    with pytest.raises(UserError, match=f"dataset a.jsonl:{weight}: {weight} must be a whole number above 0"):
-        parse_source(f"a.jsonl:{weight}")
+def test_a_weight_follows_the_name() -> None:
+    for source, parsed in (("a.jsonl:2", ("a.jsonl", 2)), ("hf://x/y", ("hf://x/y", 1)), (":3", (":3", 1))):
+        assert parse_source(source) == parsed
+    for weight in ("0", "-1", "0.5"):
+        with pytest.raises(UserError, match=f"dataset a.jsonl:{weight}: {weight} must be a whole number above 0"):
+            parse_source(f"a.jsonl:{weight}")
 
 
 # ---------------------------------------------------------------- formats
@@ -321,24 +276,24 @@ def test_formats(row: dict[str, Any], messages: list[dict[str, Any]], unused: li
     assert (content, ignored) == (messages, unused)
 
 
+def test_every_name_of_a_role_maps_to_a_role_of_the_templates() -> None:
+    assert set(formats.ROLE_NAMES.values()) == set(ROLES)
+
+
 @pytest.mark.parametrize("arguments", ['{"id": 7, "due": null}', "0", "[1.5, null]"])
-def test_arguments_of_a_call_are_learned_as_they_are_but_for_nulls_that_a_table_added(
-    arguments: str, tmp_path: Path
-) -> None:
-    """In one column of a table, a call without `due` has a null there; a null inside a string was written."""
+def test_arguments_of_a_call_are_learned_as_written(arguments: str, tmp_path: Path) -> None:
+    """In a column of a table, a call without `due` has a null there; a null inside a string was written."""
     call = {"function": {"name": "add", "arguments": arguments}}
-    rows = [{"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}]
-    lines = write(tmp_path / "calls.jsonl", *rows, {"messages": [*HELLO, HELLO[0], HELLO[1] | {"name": "Al"}]})
-    datasets.Dataset.from_list([json.loads(line) for line in lines.read_text().splitlines()]).to_parquet(
-        tmp_path / "calls.parquet"
-    )
-    for file in (lines, tmp_path / "calls.parquet"):
+    rows = [
+        {"messages": [ASK, say("", tool_calls=[call])]},
+        {"messages": [*HELLO, ASK, HELLO[1] | {"name": "Al"}]},
+    ]
+    for file in (write(tmp_path / "calls.jsonl", *rows), write_table(tmp_path / "calls.parquet", rows)):
         assert f'{{"name": "add", "arguments": {arguments}}}' in texts(load(file).train)[0]
-    written = [{"name": "a", "default": None}, {"name": "b", "default": 0}]
-    content, *_ = formats.read_row({**GOOD, "tools": written})
-    assert '{"name": "a", "default": null}\n{"name": "b", "default": 0}' in content[0]["content"]  # type: ignore[index]
-    content, *_ = formats.read_row(formats.without_nulls({**GOOD, "tools": written}))
-    assert '{"name": "a"}\n{"name": "b", "default": 0}' in content[0]["content"]  # type: ignore[index]
+    row = {**GOOD, "tools": [{"name": "a", "default": None}, {"name": "b", "default": 0}]}
+    for as_read, first in ((row, '{"name": "a", "default": null}'), (formats.without_nulls(row), '{"name": "a"}')):
+        content, *_ = formats.read_row(as_read)
+        assert f'{first}\n{{"name": "b", "default": 0}}' in content[0]["content"]  # type: ignore[index]
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
@@ -358,28 +313,21 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
             load(other if wrong[0] == "text=x" else path, columns=wrong)
 
 
-def test_rows_that_spell_control_tokens_are_counted(tmp_path: Path) -> None:
-    rows = [
-        {"text": "<|im_start|>user\nHi<|im_end|>"},
-        {"messages": [HELLO[0], HELLO[1] | {"content": "<|eot_id|>"}]},
-        GOOD,
-    ]
+def test_control_tokens_as_text_and_unused_fields_are_counted(tmp_path: Path) -> None:
+    spelled = [{"text": "<|im_start|>user\nHi<|im_end|>"}, {"messages": [ASK, say("<|eot_id|>")]}]
+    rows = [*spelled, {**GOOD, "id": 1}, {**NUMBERED[0], "id": 2, "tags": []}, {"text": "x y", "system": "z"}]
     (report,) = load(write(tmp_path / "rows.jsonl", *rows)).reports
     assert report.counts["with control tokens as text"] == 2 and "2 with control tokens as text" in str(report)
+    unused = {name: count for name, count in report.counts.items() if name.startswith("not used")}
+    assert unused == {"not used: id": 2, "not used: tags": 1, "not used: system": 1}
 
 
-def test_an_answer_of_weight_0_is_only_read(tmp_path: Path) -> None:
-    data = load(
-        write(tmp_path / "rows.jsonl", {"messages": [HELLO[0], HELLO[1] | {"weight": 0}, *NUMBERED[0]["messages"]]})
-    )
-    assert texts(data.train) == ["say 0|"]
+def test_an_answer_of_weight_0_is_context_only(tmp_path: Path) -> None:
+    unweighted = [ASK, HELLO[1] | {"weight": 0}]
+    data = load(write(tmp_path / "rows.jsonl", {"messages": [*unweighted, *NUMBERED[0]["messages"]]}))
+    assert texts(data.train) == said(0)
     with pytest.raises(UserError, match="all 1 rows were dropped: 1 for nothing to learn"):
-        load(write(tmp_path / "none.jsonl", {"messages": [HELLO[0], HELLO[1] | {"weight": 0}]}))
-
-
-def test_unused_fields_are_reported(tmp_path: Path) -> None:
-    (report,) = load(write(tmp_path / "rows.jsonl", {**GOOD, "id": 1}, {**NUMBERED[0], "id": 2, "tags": []})).reports
-    assert (report.counts["not used: id"], report.counts["not used: tags"]) == (2, 1)
+        load(write(tmp_path / "none.jsonl", {"messages": unweighted}))
 
 
 # ---------------------------------------------------------------- files
@@ -404,75 +352,57 @@ def test_every_file_gives_the_same_conversations(tmp_path: Path) -> None:
         assert texts(load(tmp_path / name).train) == expected, name
 
 
-def test_a_directory_is_read_file_by_file_with_the_place_of_what_is_wrong(tmp_path: Path) -> None:
+def test_a_directory_is_read_file_by_file_and_errors_name_the_place(tmp_path: Path) -> None:
+    """Whatever the case of the files' names. Hidden files are not read."""
     folder = tmp_path / "talk"
-    (folder / "more").mkdir(parents=True)
-    write(folder / "a.jsonl", *NUMBERED[:2])
-    (folder / "more/b.csv").write_text("question,answer\nHello,say 2\nHello\n")
-    write(folder / "dev.jsonl", *NUMBERED[7:9])
-    (folder / "notes.md").write_text("not data")
+    write(folder / "A.JSONL", *NUMBERED[:2])
+    write(folder / "more/b.csv", "question,answer", "Hello,say 2", "Hello")
+    (folder / "more/C.Jsonl.GZ").write_bytes(gzip.compress(json.dumps(NUMBERED[3]).encode()))
+    for place in (folder / "dev.jsonl", folder / ".ipynb_checkpoints/a.jsonl", folder / ".b.jsonl"):
+        write(place, *NUMBERED[7:9])
     with pytest.raises(UserError, match=r"^talk, more/b.csv, line 3: line: 1 fields, where the first line names 2"):
         load(folder)
-    (folder / "more/b.csv").write_text("question,answer\nHello,say 2\n")
+    write(folder / "more/b.csv", "question,answer", "Hello,say 2")
     data = load(folder, eval_split="validation", want_eval=True)
-    assert texts(data.train) == ["say 0|", "say 1|", "say 2|"]
-    assert texts(data.held_out) == ["say 7|", "say 8|"]
+    assert (sorted(texts(data.train)), texts(data.held_out)) == (said(0, 1, 2, 3), said(7, 8))
+    assert texts(load(write_table(tmp_path / "T.PARQUET", NUMBERED[:2])).train) == said(0, 1)
 
 
-def test_a_row_of_a_table_is_named_with_its_file_and_counted_from_1(tmp_path: Path) -> None:
-    """Whatever part of the files is taken, and however many of them there are; saved sets have no files to name."""
+def test_a_row_of_a_table_is_named_by_file_and_number(tmp_path: Path) -> None:
+    """In whatever part of the files it is. Saved sets have no files to name."""
     folder, bad = tmp_path / "tables", {"messages": HELLO[:1]}
-    (folder / "test").mkdir(parents=True)
     rows = {"a.parquet": [GOOD, bad], "b.parquet": [GOOD, GOOD, bad, GOOD], "test/c.parquet": [bad, GOOD]}
     for name, content in rows.items():
-        datasets.Dataset.from_list(content).to_parquet(folder / name)
-
-    def bad_places(split: str) -> list[str]:
+        write_table(folder / name, content)
+    a, b, c = "a.parquet, row 2", "b.parquet, row 3", "test/c.parquet, row 1"
+    for split, places in (("train", [a, b]), ("train[3:5]", [b]), ("test+train[1:]", [c, a, b])):
         found = load(folder, train_split=split, skip_bad_rows=True).skipped
-        assert [json.loads(row["row"]) for row in found] == [bad] * len(found)
-        return [row["place"] for row in found]
-
-    assert bad_places("train") == ["a.parquet, row 2", "b.parquet, row 3"]
-    assert bad_places("train[3:5]") == ["b.parquet, row 3"]
-    assert bad_places("test+train[1:]") == ["test/c.parquet, row 1", "a.parquet, row 2", "b.parquet, row 3"]
+        assert [(row["place"], json.loads(row["row"])) for row in found] == [(place, bad) for place in places]
     datasets.Dataset.from_list([GOOD, bad]).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match="saved, split train, row 2: messages: no assistant turn"):
         load(tmp_path / "saved")
 
 
-def test_a_directorys_files_count_whatever_the_case_of_their_names_but_hidden_ones_do_not(tmp_path: Path) -> None:
+def test_unused_splits_and_files_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "talk"
-    (folder / ".ipynb_checkpoints").mkdir(parents=True)
-    write(folder / ".ipynb_checkpoints/a-checkpoint.jsonl", *NUMBERED[:2])
-    write(folder / ".b.jsonl", NUMBERED[3])
-    write(folder / "A.JSONL", *NUMBERED[:2])
-    (folder / "B.Jsonl.GZ").write_bytes(gzip.compress(json.dumps(NUMBERED[2]).encode()))
-    assert sorted(texts(load(folder).train)) == ["say 0|", "say 1|", "say 2|"]
-    datasets.Dataset.from_list(NUMBERED[:2]).to_parquet(tmp_path / "T.PARQUET")
-    assert texts(load(tmp_path / "T.PARQUET").train) == ["say 0|", "say 1|"]
-
-
-def test_splits_and_files_that_play_no_part_are_named(tmp_path: Path) -> None:
-    folder = tmp_path / "talk"
-    folder.mkdir()
     write(folder / "train.jsonl", *NUMBERED[:60])
     write(folder / "validation.jsonl", *NUMBERED[60:70])
-    unused, named = (
-        "talk: neither trained on nor evaluated on: split validation",
-        "talk: split validation is validation.jsonl",
-    )
-    assert load(folder, want_eval=True).notes[:2] == [f"{unused} (--eval-split validation)", named]
-    assert load(folder).notes == [unused, named]
-    assert load(folder, want_eval=True, eval_split="validation").notes == [named]
-    assert load(folder, eval_split="validation").notes == [named]
-    assert load(folder, train_split="train[5:]+validation").notes == [named]
-    (folder / "notes.md").write_text("not data")
-    (folder / "summary.json").write_text(json.dumps({"rows": 70}, indent=1))
-    (folder / "dataset_info.json").write_text('{"license": "mit"}')
-    unread = "talk: not read: dataset_info.json, notes.md, summary.json"
-    assert load(folder, eval_split="validation").notes == [named, unread]
-    (folder / "one.json").write_text(json.dumps(NUMBERED[80], indent=1))
-    assert texts(load(folder, train_split="train[:1]").train) == ["say 80|"]
+    unused, named = "neither trained on nor evaluated on: split validation", "split validation is validation.jsonl"
+
+    def notes(want_eval: bool = False, **splits: str) -> list[str]:
+        found = load(folder, want_eval=want_eval, **splits).notes
+        return [note.removeprefix("talk: ") for note in found if note.startswith("talk: ")]
+
+    assert notes(want_eval=True) == [f"{unused} (--eval-split validation)", named]
+    assert notes() == [unused, named]
+    assert notes(want_eval=True, eval_split="validation") == notes(train_split="train[5:]+validation") == [named]
+    write(folder / "notes.md", "not data")
+    write(folder / "summary.json", json.dumps({"rows": 70}, indent=1))
+    write(folder / "dataset_info.json", '{"license": "mit"}')
+    unread = "not read: dataset_info.json, notes.md, summary.json"
+    assert notes(eval_split="validation") == [named, unread]
+    write(folder / "one.json", json.dumps(NUMBERED[80], indent=1))
+    assert texts(load(folder, train_split="train[:1]").train) == said(80)
 
 
 def test_a_txt_is_one_document(tmp_path: Path) -> None:
@@ -481,49 +411,45 @@ def test_a_txt_is_one_document(tmp_path: Path) -> None:
     assert TOKENIZER.decode(row) == "Once upon a time\n\nthere was<|endoftext|>"
 
 
+FOUR_LINES = b'prompt,completion\nx,y\n"x,y\nx,y\nx,y\n'
+NO_ROWS = json.dumps({"data": [GOOD] * 9}, indent=1).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
         ("missing.parquet", None, "there is no file or directory"),
         ("blank.jsonl", b"\n\n", "has no rows"),
         ("empty.json", b"[ ]", "has no rows"),
-        ("bad.json", b'[{"messages":\n [}]', "bad.json cannot be read as a dataset: Expecting value: line 2"),
-        (
-            "deep.json",
-            b'[{"text": "a"}, ' + b"[" * 100_000,
-            "cannot be read as a dataset: maximum recursion depth exceeded while decoding a JSON array",
-        ),
-        ("twice.json", b'[{"text": "a"}, {"text": "b", "text": "c"}]', "entry 2: line: invalid JSON (the key 'text'"),
-        ("bad.parquet", b"PAR1 no", "cannot be read as a dataset"),
-        ("bomb.jsonl.gz", gzip.compress(b" \n" * 2**22), "unpacks to more than 200 times its size (MAX_RATIO in"),
-        ("long.jsonl", b"x" * 70_000, "line 1 is longer than 65,536 characters (MAX_LINE in data/text_files.py)"),
-        ("long.csv", b'a,b\n"' + b"x\n" * 40_000, "field larger than field limit (65536)"),
-        ("a.csv", b"prompt,prompt\nx,y\n", "line 1: the column 'prompt' is named twice"),
+        ("a.json", NO_ROWS, "a.json has no rows"),
         ("a.csv", b"prompt,completion\n", "has no rows"),
         ("a.csv", b"", "has no rows"),
+        ("bad.json", b'[{"messages":\n [}]', "bad.json cannot be read as a dataset: Expecting value: line 2"),
+        ("deep.json", b'[{"text": "a"}, ' + b"[" * 100_000, "maximum recursion depth exceeded while decoding a JSON"),
+        ("twice.json", b'[{"text": "a"}, {"text": "b", "text": "c"}]', "entry 2: line: invalid JSON (the key 'text'"),
+        ("a.json", b'[{"text": "a"}, 2]', "a.json, entry 2: line: not a JSON object"),
+        ("a.json", b'[{"text": "a"}\n {"text": "b"}]', "cannot be read as a dataset: Expecting ',' delimiter: line 2"),
+        ("a.json", b'[{"text": "a"}] {"text": "b"}', "cannot be read as a dataset: Extra data: line 1 column 17"),
+        ("a.json", b'{"messages": [1}\n{"messages": 2}', "2 rows cannot be used"),
+        ("bad.parquet", b"PAR1 no", "cannot be read as a dataset"),
+        ("bomb.jsonl.gz", gzip.compress(b" \n" * 2**20), "unpacks to more than 200 times its size (MAX_RATIO in"),
+        ("long.jsonl", b"x" * 5_000, "line 1 is longer than 4,096 characters (MAX_LINE in data/text_files.py)"),
+        ("long.csv", b'a,b\n"' + b"x\n" * 3_000, "field larger than field limit (4096)"),
+        ("a.csv", b"prompt,prompt\nx,y\n", "line 1: the column 'prompt' is named twice"),
         ("a.csv", b'prompt,completion\nx,"y\n', "line 2: line: invalid CSV: unexpected end of data"),
-        (
-            "a.csv",
-            b'prompt,completion\nx,y\n"x,y\nx,y\nx,y\n',
-            "lines 3 to 5: line: invalid CSV: unexpected end of data (a quote that is opened here takes 3 lines)",
-        ),
+        ("a.csv", FOUR_LINES, "lines 3 to 5: line: invalid CSV: unexpected end of data (a quote that is opened here"),
         ("a.csv", b"prompt,completion\nx,\xff\n", "'utf-8' codec can't decode byte 0xff in position 20"),
         ("a.csv", b"prompt\ncompletion\nx\n", "columns: of no known format (they are prompt; name them: --columns"),
         ("a.txt", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: line: invalid UTF-8 (byte 11"),
         ("a.jsonl.gz", b"not gzip", "cannot be read as a dataset: Not a gzipped file"),
-        ("a.json", b'[{"text": "a"}, 2]', "a.json, entry 2: line: not a JSON object"),
-        ("a.json", b'[{"text": "a"}\n {"text": "b"}]', "cannot be read as a dataset: Expecting ',' delimiter: line 2"),
-        ("a.json", b'[{"text": "a"}] {"text": "b"}', "cannot be read as a dataset: Extra data: line 1 column 17"),
-        ("a.json", json.dumps({"data": [GOOD] * 9}, indent=1).encode(), "a.json has no rows"),
-        ("a.json", b'{"messages": [1}\n{"messages": 2}', "2 rows cannot be used"),
         ("a.docx", b"", "files of this kind are not read, only .jsonl, .json, .csv, .tsv, .txt, .parquet"),
     ],
 )
 def test_files_that_cannot_be_read(
     name: str, content: bytes | None, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "MAX_LINE", 2**16)
+    monkeypatch.setattr(text_files, "MAX_LINE", 2**12)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(error)) as raised:
@@ -531,21 +457,26 @@ def test_files_that_cannot_be_read(
     assert len(str(raised.value).split("\n")) <= 3
 
 
+def readme(folder: Path, *entries: str) -> None:
+    """Write a README for the Hub that lists a dataset's files, and other datasets if more than one entry is given."""
+    configs = "".join(f"- config_name: c{i}\n  data_files:{entry}\n" for i, entry in enumerate(entries))
+    write(folder / "README.md", "---", f"configs:\n{configs}---", "Hello")
+
+
 def test_a_path_is_never_a_pattern(tmp_path: Path) -> None:
-    for i, name in enumerate(("weird[1]", "weird1", "a*", "ab")):
-        (tmp_path / name).mkdir()
-        datasets.Dataset.from_list([NUMBERED[i]]).to_parquet(tmp_path / name / "set.parquet")
-        (tmp_path / name / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: '*.parquet'\n---\n")
-    for i, name in enumerate(("weird[1]", "weird1", "a*", "ab")):
+    names = ("weird[1]", "weird1", "a*", "ab")
+    for i, name in enumerate(names):
+        write_table(tmp_path / name / "set.parquet", [NUMBERED[i]])
+        readme(tmp_path / name, " '*.parquet'")
+    for i, name in enumerate(names):
         for place in (tmp_path / name, tmp_path / name / "set.parquet"):
-            assert texts(load(place).train) == [f"say {i}|"]
+            assert texts(load(place).train) == said(i)
 
 
-def test_a_links_name_decides_the_format_and_links_are_followed_once(tmp_path: Path) -> None:
-    revision, blobs, folder = tmp_path / "hub/snapshots/main/data", tmp_path / "hub/blobs", tmp_path / "talk"
-    for directory in (revision, blobs, folder / ".store"):
-        directory.mkdir(parents=True)
-    write(blobs / "9f86d0", NUMBERED[0])
+def test_the_name_of_a_link_decides_the_format_and_links_are_followed_once(tmp_path: Path) -> None:
+    revision, folder = tmp_path / "hub/snapshots/main/data", tmp_path / "talk"
+    revision.mkdir(parents=True)
+    write(tmp_path / "hub/blobs/9f86d0", NUMBERED[0])
     (revision / "train.jsonl").symlink_to("../../../../hub/blobs/9f86d0")  # as in the Hub's cache
     write(tmp_path / "export.txt", NUMBERED[1])
     (tmp_path / "chats.jsonl").symlink_to("export.txt")
@@ -553,61 +484,53 @@ def test_a_links_name_decides_the_format_and_links_are_followed_once(tmp_path: P
     for name, target in (("more", ".store"), ("again", ".store"), ("cycle", "."), (".store/up", "..")):
         (folder / name).symlink_to(target)
     for i, place in enumerate((revision, tmp_path / "chats.jsonl", folder)):
-        assert texts(load(place).train) == [f"say {i}|"]
+        assert texts(load(place).train) == said(i)
 
 
 def test_files_outside_a_directory_are_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "secret.jsonl", GOOD)
-    for name in ("link", "folder", "listed", "saved"):
+    for name, link, target in (("link", "a.jsonl", "../secret.jsonl"), ("folder", "up", "..")):
         (tmp_path / name).mkdir()
-    (tmp_path / "link/a.jsonl").symlink_to("../secret.jsonl")
-    (tmp_path / "folder/up").symlink_to("..")
-    listed = "---\nconfigs:\n- config_name: default\n  data_files: ../*.jsonl\n---\n"
-    (tmp_path / "listed/README.md").write_text(listed)
+        (tmp_path / name / link).symlink_to(target)
+    readme(tmp_path / "listed", " ../*.jsonl")
     datasets.Dataset.from_list([GOOD]).save_to_disk(tmp_path / "saved")
     state = json.loads((tmp_path / "saved/state.json").read_text())
-    (tmp_path / "saved/state.json").write_text(json.dumps(state | {"_data_files": [{"filename": "../secret.jsonl"}]}))
-    for name, named in (
-        ("link", "a.jsonl"),
-        ("folder", "up"),
-        ("listed", "../secret.jsonl"),
-        ("saved", "secret.jsonl"),
-    ):
+    write(tmp_path / "saved/state.json", state | {"_data_files": [{"filename": "../secret.jsonl"}]})
+    cases = {"link": "a.jsonl", "folder": "up", "listed": "../secret.jsonl", "saved": "secret.jsonl"}
+    for name, named in cases.items():
         with pytest.raises(UserError, match=rf"{named}.* (leads out of|lies outside)"):
             load(tmp_path / name)
 
 
-def test_a_readme_tells_the_splits_of_a_directory(tmp_path: Path) -> None:
+def test_a_readme_defines_the_splits_of_a_directory(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", *NUMBERED[:2])
     write(tmp_path / "b.jsonl", NUMBERED[2])
-    entries = "".join(f"\n  - split: {split}\n    path: {file}" for split, file in (("test", "a*"), ("train", "b*")))
-    listed = f"configs:\n- config_name: main\n  data_files:{entries}\n"
-    (tmp_path / "README.md").write_text(f"---\n{listed}---\nHello")
+    listed = "\n  - split: test\n    path: a*\n  - split: train\n    path: b*"
+    readme(tmp_path, listed)
     data = load(tmp_path, want_eval=True)
-    assert (texts(data.train), texts(data.held_out)) == (["say 2|"], ["say 0|", "say 1|"])
-    (tmp_path / "README.md").write_text(f"---\n{listed}- config_name: other\n  data_files: c*\n---\n")
-    with pytest.raises(UserError, match=r"has several datasets \(main, other\); name the files of one of them"):
+    assert (texts(data.train), texts(data.held_out)) == (said(2), said(0, 1))
+    readme(tmp_path, listed, " c*")
+    with pytest.raises(UserError, match=r"has several datasets \(c0, c1\); name the files of one of them"):
         load(tmp_path)
 
 
-def test_columns_without_a_part_are_not_decoded_and_nothing_is_sent(
+def test_unused_columns_are_not_decoded_and_no_server_is_contacted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.load, "get_session", lambda: pytest.fail("contacts a server"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     broken = {"bytes": b"no picture", "path": "/etc/hostname"}
     table = datasets.Dataset.from_list([{**GOOD, "picture": broken, "place": "x", "json": b"{}", "error": ""}])
-    features = datasets.Features(table.features | {"picture": datasets.Image(), "json": text_files.LINES["json"]})
-    table.cast(features).to_parquet(tmp_path / "a.parquet")
+    table = table.cast_column("picture", datasets.Image())
+    table.to_parquet(tmp_path / "a.parquet")
     data = load(tmp_path / "a.parquet")
     assert texts(data.train) == ["Hi there!|"]
-    assert [name for name in data.reports[0].counts if "not used" in name] == [
-        f"not used: {name}" for name in ("picture", "place", "json", "error")
-    ]
+    unused = [name for name in data.reports[0].counts if "not used" in name]
+    assert unused == [f"not used: {name}" for name in ("picture", "place", "json", "error")]
     table.select_columns(["place", "json", "error"]).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"columns: of no known format \(they are place, json, error"):
         load(tmp_path / "b.parquet")
-    table.cast(features).select_columns(["picture"]).rename_column("picture", "text").to_parquet(tmp_path / "c.parquet")
+    table.select_columns(["picture"]).rename_column("picture", "text").to_parquet(tmp_path / "c.parquet")
     with pytest.raises(UserError, match="text hold Image; only text is learned"):
         load(tmp_path / "c.parquet")
 
@@ -624,14 +547,6 @@ def test_quotes_in_tables_are_text_where_they_cannot_be_quoting(tmp_path: Path) 
     assert load(tmp_path / "c.tsv").notes == ["c.tsv: 1 rows have fields of several lines, the first in lines 2 to 3"]
     assert answers("d.csv", 'prompt;completion\n"a;b";say, 1\n') == ["say, 1|"]
     assert answers("e.csv", "text\nsay 1\n") == ["say 1<|endoftext|>"]
-
-
-def test_files_of_one_name_are_told_apart_by_as_little_as_that_takes(tmp_path: Path) -> None:
-    for i, name in enumerate("ab"):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / "chats.jsonl", NUMBERED[i])
-    reports = load(tmp_path / "a/chats.jsonl", tmp_path / "b/chats.jsonl").reports
-    assert [report.source for report in reports] == ["a/chats.jsonl", "b/chats.jsonl"]
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,7 +578,7 @@ ROW = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     row=ROW,
     columns=st.sampled_from((("messages",), ("question", "answer"), ("instruction", "input", "output"), ("text",))),
@@ -696,7 +611,7 @@ def lines_of(place: str) -> range:
 
 
 @pytest.mark.parametrize("suffix", text_files.READERS)
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(LINE, max_size=6))
 def test_every_row_of_any_file_is_counted_or_the_file_is_refused(
     suffix: str, lines: list[bytes], tmp_path: Path
@@ -726,7 +641,7 @@ def test_every_row_of_any_file_is_counted_or_the_file_is_refused(
 # ---------------------------------------------------------------- malformed rows
 
 
-def test_each_cause_of_malformed_rows_is_printed_once_with_its_first_three_places(tmp_path: Path) -> None:
+def test_each_cause_is_printed_once_with_its_first_three_places(tmp_path: Path) -> None:
     rows = [GOOD, *[{"messages": [{"role": "wizard", "content": "x"}]}] * 5, {"messages": []}]
     with pytest.raises(UserError) as error:
         load(write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *rows[:2]))
@@ -759,9 +674,7 @@ def test_skipped_rows_are_written_with_their_reasons(tmp_path: Path, capsys: pyt
 # ---------------------------------------------------------------- a run
 
 
-def test_a_run_goes_on_with_the_rows_it_was_trained_on_and_no_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_resumed_with_its_own_rows_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", conversations(40))
     settings: dict[str, Any] = {"train_split": "train", "eval_split": "test"}
 
