@@ -22,7 +22,7 @@ import itertools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,10 +33,11 @@ from torch.types import Device
 
 import files
 from config import ModelConfig, Quantization, UserError
-from files import StoredTensor, checksum, disk_errors, inside, printable, read_json, stored_tensors, write_json
+from files import checksum, disk_errors, inside, printable, read_json, write_json
 from hub.config_json import hub_config, parse_config, transformers_differences
 from hub.peft import ADAPTER_CONFIG, find_base, load_adapter
 from hub.tokenizer_json import save_tokenizer
+from hub.weights import StoredTensor, stored_tensors, write_tensors
 from model import DeepSeekV2
 from parallel import ALONE, World, from_all_ranks, from_first_rank, full_tensor, load_weights
 from quantization import NF4, plan, quantized_weights
@@ -64,39 +65,25 @@ def hub_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 # ---------------------------------------------------------------- writing a model
 
 
-def save_pretrained(
-    directory: str | Path,
-    model: DeepSeekV2,
-    tokenizer: Tokenizer,
-    max_shard_bytes: int = 5 * 10**9,
-    is_main: bool = True,
-) -> None:
+def save_pretrained(directory: str | Path, model: DeepSeekV2, tokenizer: Tokenizer, is_main: bool = True) -> None:
     """Write a model directory that `load_pretrained` and transformers' `from_pretrained` open.
 
-    Weights are stored in their own dtype, in files of max_shard_bytes with an index, or in one. If the model is
-    sharded, every rank has to call this, one of them with is_main, which writes. Memory: a tensor. Raises OSError.
+    Weights are stored in their own dtype. If the model is sharded, every rank has to call this, one of them with
+    is_main, which writes. Memory: a tensor. Raises OSError.
     """
     weights = dict(model.named_parameters())
-    empty = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in weights.items()}
-    layout = {part_name: part for name, tensor in empty.items() for part_name, part in hub_parts(name, tensor)}
-    whole = ((name, full_tensor(parameter.detach())) for name, parameter in weights.items())
-    parts = (part for name, tensor in whole for _, part in hub_parts(name, tensor))
+    whole = (full_tensor(parameter.detach()) for parameter in weights.values())
     if is_main:
-        write_model(Path(directory), model.config, tokenizer, layout, parts, max_shard_bytes)
-    for _ in parts:  # take part in gathering each tensor
+        write_model(Path(directory), model.config, tokenizer, weights, whole)
+    for _ in whole:  # take part in gathering each tensor
         pass
 
 
 def write_model(
-    directory: Path,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    layout: dict[str, Tensor],
-    parts: Iterator[Tensor],
-    max_shard_bytes: int,
+    directory: Path, config: ModelConfig, tokenizer: Tokenizer, weights: Mapping[str, Tensor], values: Iterable[Tensor]
 ) -> None:
-    """Write a model directory of weights that come one by one. layout: the Hub's names in that order, with tensors that
-    have the shapes and dtypes."""
+    """Write a model directory of weights that come one by one. weights: our names, each with a tensor of the shape and
+    dtype; values: the tensors to write, in that order. Raises OSError."""
     for difference in transformers_differences(config):
         print(f"warning: {directory}: transformers does not follow {difference}", file=sys.stderr)
     bos = tokenizer.template.start
@@ -105,34 +92,17 @@ def write_model(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    empty = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in weights.items()}
+    layout = {part_name: part for name, tensor in empty.items() for part_name, part in hub_parts(name, tensor)}
+    parts = (part for name, value in zip(weights, values, strict=False) for _, part in hub_parts(name, value))
     directory.mkdir(parents=True, exist_ok=True)
-    write_weights(directory, layout, parts, max_shard_bytes)
+    write_tensors(directory / WEIGHTS, layout, parts)
     write_json(directory / "generation_config.json", special_ids)
     if tokenizer.pad_token in tokenizer.template.control_tokens:  # transformers would not train its embedding
         del special_ids["pad_token_id"]
-    dtype = str(next(iter(layout.values())).dtype).removeprefix("torch.")
+    dtype = str(next(iter(empty.values())).dtype).removeprefix("torch.")
     write_json(directory / "config.json", hub_config(config) | special_ids | {"torch_dtype": dtype, "dtype": dtype})
     save_tokenizer(directory, tokenizer, config.max_position_embeddings)
-
-
-def write_weights(directory: Path, layout: dict[str, Tensor], parts: Iterator[Tensor], max_shard_bytes: int) -> None:
-    """Fill one file after the other with the parts in their order."""
-    for old in directory.glob(f"{Path(WEIGHTS).stem}*.safetensors*"):
-        old.unlink()  # of an earlier save
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in layout.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    if len(shards) == 1:
-        return files.write_tensors(directory / WEIGHTS, layout, parts)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.write_tensors(directory / file, shard, parts)
-        weight_map |= dict.fromkeys(shard, file)
-    total_size = sum(tensor.nbytes for tensor in layout.values())
-    write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 # ---------------------------------------------------------------- reading a model
@@ -153,24 +123,24 @@ def iterate_weights(
     Memory: the tensor at hand, twice while it is put together; a quantised one is never whole. Raises UserError, before
     anything is read, if tensors are missing, extra or of another shape.
     """
-    weights = stored_parts(Path(directory), config)
+    weights = stored_weights(Path(directory), config)
 
     def read() -> Iterator[tuple[str, Tensor]]:
-        for name, (shape, parts) in weights.items():
+        for name, (empty, parts) in weights.items():
             tensors = (part.read() for part in parts)
             if quantized and name in quantized:
                 for buffer, value in quantized[name].quantized(tensors).items():
                     yield f"{name}.{buffer}", value
             else:
-                yield name, torch.cat([tensor.flatten() for tensor in tensors]).view(shape)
+                yield name, torch.cat([tensor.flatten() for tensor in tensors]).view(empty.shape)
 
     return read()
 
 
-def stored_parts(directory: Path, config: ModelConfig) -> dict[str, tuple[torch.Size, list[StoredTensor]]]:
-    """Return our names and shapes, each with what the directory stores for it. Raises one UserError that lists what
-    does not fit. The configuration is compared with the files' headers before a model is built, since a small file can
-    describe a model that does not fit any memory."""
+def stored_weights(directory: Path, config: ModelConfig) -> dict[str, tuple[Tensor, list[StoredTensor]]]:
+    """Map our names to an empty tensor of the shape and dtype (the widest, if its parts have several), and to what the
+    directory stores for it. Raises one UserError that lists what does not fit. The configuration is compared with the
+    files' headers before a model is built, since a small file can describe a model that does not fit any memory."""
     stored = {name: tensor for path in weight_files(directory) for name, tensor in stored_tensors(path).items()}
     expert_layers = config.num_hidden_layers - config.first_k_dense_replace
     tensors = max(config.num_hidden_layers, 3 * config.n_routed_experts * expert_layers)
@@ -181,23 +151,26 @@ def stored_parts(directory: Path, config: ModelConfig) -> dict[str, tuple[torch.
         )
     with torch.device("meta"):
         expected = dict(DeepSeekV2(config).named_parameters())
-    found: dict[str, tuple[torch.Size, list[StoredTensor]]] = {}
+    found: dict[str, list[StoredTensor]] = {name: [] for name in expected}
     wrong = []
     for name, parameter in expected.items():
-        found[name] = parameter.shape, []
         for part_name, part in hub_parts(name, parameter):
             tensor = stored.pop(part_name, None)
             if tensor is None:
                 wrong.append(f"{part_name} is missing")
             elif tensor.shape != part.shape:
-                wrong.append(f"{part_name} has shape {tensor.shape}, not {tuple(part.shape)}")
+                wrong.append(f"{part_name} has shape {tuple(tensor.shape)}, not {tuple(part.shape)}")
             else:
-                found[name][1].append(tensor)
+                found[name].append(tensor)
     wrong += [f"{printable(name)} is not part of the model" for name in stored]
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(wrong[:10])}{more}")
-    return found
+    return {name: (parameter.detach().to(widest(found[name])), found[name]) for name, parameter in expected.items()}
+
+
+def widest(tensors: Iterable[StoredTensor | Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -224,20 +197,16 @@ def load_pretrained(
     there are several); config None: the directory's. Raises UserError."""
     directory = Path(directory)
     config = config or load_config(directory)
-    dtypes = {torch_dtype(part) for _, parts in stored_parts(directory, config).values() for part in parts}
+    dtype = dtype or widest(empty for empty, _ in stored_weights(directory, config).values())
     with torch.device("meta"):
         model = DeepSeekV2(config)
     if quantize:
         plan(model)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype or functools.reduce(torch.promote_types, dtypes))
+        parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device or torch.get_default_device())
     load_weights(model, iterate_weights(directory, config, quantized_weights(model)))
     return model
-
-
-def torch_dtype(stored: StoredTensor) -> torch.dtype:
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored.dtype]
 
 
 def load_model_and_tokenizer(
@@ -248,15 +217,22 @@ def load_model_and_tokenizer(
 ) -> tuple[DeepSeekV2, Tokenizer]:
     """Load from a model directory, a run directory (its newest checkpoint), or an adapter's, together with its base. An
     adapter is attached, not merged. Raises UserError."""
-    base = directory = resolve_checkpoint(path)
-    config = None
-    if (directory / ADAPTER_CONFIG).is_file():
-        base, config = find_base(directory)
-        base = resolve_checkpoint(base)
+    directory = resolve_checkpoint(path)
+    base, config = resolve_base(directory)
     model = load_pretrained(base, dtype, device, config, quantize)
     if base != directory:
         load_adapter(model, directory)
-    return model, load_tokenizer(directory, base, model.config.vocab_size)
+    return model, load_tokenizer(directory, base, config.vocab_size)
+
+
+def resolve_base(checkpoint: Path) -> tuple[Path, ModelConfig]:
+    """Return the directory of a checkpoint's weights, which for an adapter is its base, and their configuration. Raises
+    UserError if the base is missing or is no longer the same."""
+    if not (checkpoint / ADAPTER_CONFIG).is_file():
+        return checkpoint, load_config(checkpoint)
+    place, config = find_base(checkpoint)
+    base = resolve_checkpoint(place)
+    return base, config or load_config(base)
 
 
 def load_tokenizer(directory: Path, base: Path, vocab_size: int) -> Tokenizer:

@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 
 import checkpoint
 import lora
-from config import ModelConfig, UserError
+from config import UserError
 from files import disk_errors, inside, read_json, replacing, write_directory, write_json
 from hub import peft
 from hub.card import model_card
@@ -49,8 +49,8 @@ class Merge:
         merge_adapter(Path(self.adapter), Path(self.out))
 
 
-def merge_adapter(adapter: Path, out: Path, max_shard_bytes: int = 10**9) -> None:
-    """Write an adapter's base model with the adapter merged into its weights, in files of max_shard_bytes.
+def merge_adapter(adapter: Path, out: Path) -> None:
+    """Write an adapter's base model with the adapter merged into its weights.
 
     Memory: the adapter and one weight. Raises UserError, and leaves nothing, if `adapter` is not an adapter or does not
     fit its base, or if `out` exists.
@@ -59,38 +59,28 @@ def merge_adapter(adapter: Path, out: Path, max_shard_bytes: int = 10**9) -> Non
     directory = checkpoint.resolve_checkpoint(adapter)
     if not (directory / peft.ADAPTER_CONFIG).is_file():
         raise UserError(f"{directory} is not an adapter (it has no {peft.ADAPTER_CONFIG}): there is nothing to merge")
-    place, recorded = peft.find_base(directory)
-    base = checkpoint.resolve_checkpoint(place)
-    config = recorded or checkpoint.load_config(base)
+    base, config = checkpoint.resolve_base(directory)
     tokenizer = checkpoint.load_tokenizer(directory, base, config.vocab_size)
-    adapters, scaling = dict(adapter_parts(directory, config)), peft.read_scaling(directory / peft.ADAPTER_CONFIG)
-    stored = [part for _, parts in checkpoint.stored_parts(base, config).values() for part in parts]
-    layout = {part.name: torch.empty(part.shape, dtype=checkpoint.torch_dtype(part), device="meta") for part in stored}
-
-    def merged_parts() -> Iterator[Tensor]:
-        for part in stored:
-            weight = part.read()
-            yield lora.merged(weight, *adapters[part.name], scaling) if part.name in adapters else weight
-
-    def write(directory: Path) -> None:
-        checkpoint.write_model(directory, config, tokenizer, layout, merged_parts(), max_shard_bytes)
-
-    with disk_errors(out):
-        write_directory(out, write, checksums=False)
-
-
-def adapter_parts(directory: Path, config: ModelConfig) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Yield A (r, in) and B (out, r) of each adapted weight, by the Hub's names: each expert has its own, and the gate
-    and up projections of an expert share an A."""
+    weights = {name: empty for name, (empty, _) in checkpoint.stored_weights(base, config).items()}
+    scaling = peft.read_scaling(directory / peft.ADAPTER_CONFIG)
     with torch.device("meta"):
         model = DeepSeekV2(config)
     peft.attach_like(model, directory)
-    values = dict(peft.read_adapter(model, directory))
-    for name in [name for name in values if name.endswith("lora_A")]:
-        a, b = values.pop(name), values.pop(f"{name[:-1]}B")
-        parts = list(checkpoint.hub_parts(peft.adapted_weight(name), b))
-        for i, (part_name, part_b) in enumerate(parts):
-            yield part_name, (a if a.dim() == 2 else a[i * len(a) // len(parts)], part_b)
+    adapters = dict(peft.read_adapter(model, directory))
+    a_of = {peft.adapted_weight(name): name for name in adapters if name.endswith("A")}
+
+    def merged_weights() -> Iterator[Tensor]:
+        for name, weight in checkpoint.iterate_weights(base, config):
+            if name in a_of:
+                a, b = adapters[a_of[name]], adapters[f"{a_of[name][:-1]}B"]
+                weight = lora.merged(weight, a, b, scaling)
+            yield weight.detach()
+
+    def write(directory: Path) -> None:
+        checkpoint.write_model(directory, config, tokenizer, weights, merged_weights())
+
+    with disk_errors(out):
+        write_directory(out, write, checksums=False)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Reading and writing files safely: JSON and tensors with the place in every error, atomic replacement, checksums.
+"""Reading and writing files safely: JSON with the place in every error, atomic replacement, checksums.
 
 What is written first goes to a new file or directory with a random name next to its place, and is renamed at the end.
 So a kill leaves the old content or the new one, and nothing is written through a link.
@@ -13,20 +13,13 @@ import secrets
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from safetensors import SafetensorError, safe_open
+from typing import Any
 
 from config import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 CHECKSUMS = "checksums.json"
-# torch's name of a dtype -> safetensors'. Weights are stored in no other.
-STORED_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 def printable(text: str) -> str:
@@ -112,58 +105,6 @@ def checksum(path: Path) -> str:
     """Return the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------- tensors: the safetensors format
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in a .safetensors file, known from the file's header."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # one of STORED_DTYPES' values
-
-    def read(self) -> "Tensor":
-        """Return the tensor. The file is closed each time, since pages of an open one count as memory."""
-        with safe_open(self.path, "pt") as opened:
-            return opened.get_tensor(self.name)
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a .safetensors file by name, from its header. Raises UserError for a damaged file and for
-    tensors of other than floating-point numbers."""
-    try:
-        with safe_open(path, "pt") as opened:
-            headers = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            found = {n: StoredTensor(path, n, tuple(h.get_shape()), h.get_dtype()) for n, h in headers.items()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {printable(str(error))}") from error
-    for name, tensor in found.items():
-        if tensor.dtype not in STORED_DTYPES.values():
-            raise UserError(f"{path}: {printable(name)} is stored as {tensor.dtype}, not as floating-point numbers")
-    return found
-
-
-def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], values: Iterable["Tensor"] | None = None) -> None:
-    """Write a .safetensors file, one tensor at a time. values: the tensors to write, if those of `tensors` only have
-    their shapes and dtypes (on the meta device); they may be computed as they are written. Raises OSError."""
-    import torch  # the command line needs no torch
-
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        dtype = STORED_DTYPES[str(tensor.dtype)]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor, value in zip(tensors.values(), tensors.values() if values is None else values, strict=False):
-            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
-            file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 # ---------------------------------------------------------------- a directory, all or nothing

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from config import LoraConfig, UserError
 from kernels import Product, compute_dtype
 from model import Experts
+from parallel import load_weights
 from quantization import NF4
+
+STACKS = ("gate_up_proj", "down_proj")  # the routed experts' weights
 
 # ---------------------------------------------------------------- layers with adapters
 
@@ -65,17 +68,14 @@ class LoRALinear(nn.Module):
 class LoRAExperts(Experts):
     """Stacked routed experts with one adapter per expert: A (E, r, in) and B (E, out, r) for each adapted weight."""
 
-    def __init__(self, base: Experts, scaling: float) -> None:
+    def __init__(self, base: Experts, ranks: dict[str, int], scaling: float) -> None:
         nn.Module.__init__(self)
-        self.base_layer, self.num_experts = base, base.num_experts
+        self.base_layer, self.num_experts, self.adapted = base, base.num_experts, tuple(ranks)
         self.scaling, self.training = scaling, base.training
-        self.adapted: list[str] = []
-
-    def adapt(self, name: str, rank: int) -> None:
-        """Add adapters to one of the experts' two weights."""
-        for suffix, parameter in zip("AB", new_adapter(getattr(self.base_layer, name), rank), strict=True):
-            self.register_parameter(f"{name}_lora_{suffix}", parameter)
-        self.adapted.append(name)
+        for name, rank in ranks.items():
+            a, b = new_adapter(getattr(base, name), rank)
+            self.register_parameter(f"{name}_lora_A", a)
+            self.register_parameter(f"{name}_lora_B", b)
 
     def adapter(self, name: str) -> tuple[Tensor, Tensor]:
         return getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
@@ -108,7 +108,7 @@ def adaptable_weights(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.Linear) and ".layers." in name:
             targets[f"{name}.weight"] = name.rpartition(".")[2]
         if isinstance(module, Experts):
-            targets |= {f"{name}.{weight}": f"experts.{weight}" for weight in ("gate_up_proj", "down_proj")}
+            targets |= {f"{name}.{weight}": f"experts.{weight}" for weight in STACKS}
     return targets
 
 
@@ -128,23 +128,19 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, target_m
     if dropout and any(target.startswith("experts.") for target in target_modules):
         raise UserError("lora_dropout must be 0 if the routed experts are adapted")
     attach(model, ranks, alpha / rank, dropout)
-    set_adapters(model, initial_weights(model))
+    load_weights(model, initial_weights(model))
 
 
 def attach(model: nn.Module, ranks: dict[str, int], scaling: float, dropout: float = 0.0) -> None:
     """Freeze the model and add adapters to the named weights, of the given ranks and uninitialised."""
     model.requires_grad_(False)
-    for name, rank in ranks.items():
-        path, _, weight = name.rpartition(".")
-        module = model.get_submodule(path)
-        if isinstance(module, nn.Linear):
-            model.set_submodule(path, LoRALinear(module, rank, scaling, dropout))
-            continue
-        if not isinstance(module, LoRAExperts):
-            assert isinstance(module, Experts)
-            module = LoRAExperts(module, scaling)
-            model.set_submodule(path, module)
-        module.adapt(weight, rank)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and f"{name}.weight" in ranks:
+            model.set_submodule(name, LoRALinear(module, ranks[f"{name}.weight"], scaling, dropout))
+        elif isinstance(module, Experts):
+            own = {weight: ranks[f"{name}.{weight}"] for weight in STACKS if f"{name}.{weight}" in ranks}
+            if own:
+                model.set_submodule(name, LoRAExperts(module, own, scaling))
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -160,13 +156,6 @@ def initial_weights(model: nn.Module, generator: torch.Generator | None = None) 
             bound = 1 / math.sqrt(parameter.shape[-1])
             value.uniform_(-bound, bound, generator=generator)
         yield name, value
-
-
-@torch.no_grad()
-def set_adapters(model: nn.Module, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Copy values into the model's adapters, by name."""
-    for name, value in weights:
-        model.get_parameter(name).copy_(value)
 
 
 def merge(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ backward, and keeps nothing.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +168,9 @@ class NF4(nn.Module):
     levels: Tensor  # (256,) fp32, an absmax's
     pairs: Tensor  # (256,) int64, see pairs_of_levels
 
-    def __init__(self, name: str, shape: torch.Size, device: torch.device) -> None:
+    def __init__(self, name: str, parameter: Tensor) -> None:
         super().__init__()
+        shape, device = parameter.shape, parameter.device
         *rows, width = shape
         if width % BLOCK:
             raise UserError(f"quantize: {name} has rows of {width} numbers; NF4 takes whole blocks of {BLOCK}")
@@ -185,23 +186,13 @@ class NF4(nn.Module):
     def device(self) -> torch.device:
         return self.codes.device
 
-    def numel(self) -> int:
-        return self.shape.numel()
-
     def quantized(self, parts: Iterable[Tensor]) -> dict[str, Tensor]:
         """Return values for the buffers. parts: the weight's values, one part after the other, in any dtype."""
-        codes = torch.empty(self.codes.shape, dtype=torch.uint8)
-        absmax = torch.empty(self.absmax.shape)
-        start = 0
-        for part in parts:
-            end = start + part.numel()
-            part_codes, part_absmax = quantize(part, self.name)
-            codes.view(-1)[start // 2 : end // 2] = part_codes
-            absmax.view(-1)[start // BLOCK : end // BLOCK] = part_absmax
-            start = end
-        small, scale, offset = quantize_absmax(absmax.flatten())
-        values = {"codes": codes, "absmax": small.view(absmax.shape), "scale": scale, "offset": offset}
-        return values | {"levels": torch.tensor(ABSMAX_LEVELS), "pairs": pairs_of_levels()}
+        codes, largest = zip(*(quantize(part, self.name) for part in parts), strict=True)
+        absmax, scale, offset = quantize_absmax(torch.cat(largest))
+        values = {"codes": torch.cat(codes).view(self.codes.shape), "absmax": absmax.view(self.absmax.shape)}
+        tables = {"levels": torch.tensor(ABSMAX_LEVELS), "pairs": pairs_of_levels()}
+        return values | {"scale": scale, "offset": offset} | tables
 
     def dequantize(self, dtype: torch.dtype, part: slice | Tensor = slice(None)) -> Tensor:
         """Return the weight in `dtype`, or a part of it along its first dimension: a slice, or indices."""
@@ -265,7 +256,7 @@ class QuantizedExperts(Experts):
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj  # type: ignore[assignment]
 
     def project(self, name: str, x: Tensor, product: Product) -> Tensor:
-        parts = cast(list[PartialProduct], list(product.parts(tuning(x).unpacked)))
+        parts: list[Any] = list(product.parts(tuning(x).unpacked))
         in_generation = torch.is_inference_mode_enabled() and len(x) < self.num_experts
         if in_generation and isinstance(product, GroupedProduct) and tuning(x).fused:  # unpack the chosen experts only
             chosen = torch.searchsorted(product.ends, torch.arange(len(x), device=x.device), right=True)
@@ -284,19 +275,16 @@ def one_matrix_per_row(x: Tensor, matrices: Tensor) -> Tensor:
 def plan(model: nn.Module) -> None:
     """Replace every matrix of the blocks (linear layers and routed experts; not the router) by a quantised one without
     values. The model may be on the meta device. Raises UserError for a width that is not a multiple of 64."""
-
-    def planned(name: str) -> NF4:
-        parameter = model.get_parameter(name)
-        return NF4(name, parameter.shape, parameter.device)
-
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and ".layers." in name:
-            model.set_submodule(name, QuantizedLinear(module, planned(f"{name}.weight")))
+            model.set_submodule(name, QuantizedLinear(module, NF4(f"{name}.weight", module.weight)))
         elif isinstance(module, Experts):
-            weights = (planned(f"{name}.{weight}") for weight in ("gate_up_proj", "down_proj"))
-            model.set_submodule(name, QuantizedExperts(module, *weights))
+            gate_up_proj = NF4(f"{name}.gate_up_proj", module.gate_up_proj)
+            down_proj = NF4(f"{name}.down_proj", module.down_proj)
+            model.set_submodule(name, QuantizedExperts(module, gate_up_proj, down_proj))
 
 
 def quantized_weights(model: nn.Module) -> dict[str, NF4]:
-    """Return the quantised weights by the names that their parameters had."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, NF4)}
+    """Return the quantised weights by the names that their parameters had before adapters."""
+    modules = model.named_modules()
+    return {name.replace(".base_layer", ""): module for name, module in modules if isinstance(module, NF4)}

@@ -73,9 +73,9 @@ class Trainer:
         self.best = NO_EVALUATION
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
-        self.base = None
+        self.base, self.base_record = base, {}
         if base and config.lora.lora_rank and world.is_main:
-            self.base = describe_base(base, config.model)
+            self.base_record = describe_base(base, config.model)
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
         self.cost = training_cost(self.plain_model)
         self.peak = measure_peak(world.device, self.dtype) * world.size
@@ -302,9 +302,9 @@ class Trainer:
 
         def write(directory: Path) -> dict[str, str]:
             if config.lora.lora_rank:
-                save_adapter(directory, self.plain_model, str(base.directory) if base else None, world.is_main)
-                if base:
-                    record_base(directory, base)
+                save_adapter(directory, self.plain_model, str(base) if base else None, world.is_main)
+                if base and world.is_main:
+                    record_base(directory, base, self.base_record)
                     save_tokenizer(directory, self.tokenizer, config.model.max_position_embeddings)
             else:
                 save_pretrained(directory, self.plain_model, self.tokenizer, is_main=world.is_main)

@@ -83,7 +83,7 @@ def measure(config: TrainConfig) -> int:
 
     libraries = peak_memory()
     dtype = getattr(torch, config.compute.dtype)
-    model, _ = plan_model(config)
+    model = plan_model(config)
     model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
     optimizers = make_optimizers(model, config.optimizer, dtype)
     inputs = full_rows(config.batch.batch_size, config.data.max_seq_len)

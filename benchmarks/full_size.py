@@ -2,20 +2,19 @@
 
     python benchmarks/full_size.py [--layers 27] [--directory DIR]
 
-Writes a checkpoint of V2-Lite's shape in its published layout with random weights (31.4 GB), runs the README's commands
+Writes a checkpoint of V2-Lite's shape in the Hub's layout with random weights (31.4 GB), runs the README's commands
 on it, each in a separate process, prints their seconds and peak memory, and deletes everything. The merged model needs
 as much disk space again. Random weights learn nothing, but time and memory are those of the real ones. --layers makes
 a smaller model, for a trial.
 """
 
-import json
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,14 +23,13 @@ import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from checkpoint import hub_parts, write_model
-from config import V2_LITE, ModelConfig, UserError
+from checkpoint import write_model
+from config import V2_LITE, UserError
 from launch.run_directory import read_metrics
 from model import DeepSeekV2
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARD_BYTES = 5 * 10**9
 
 
 @dataclass
@@ -48,22 +46,19 @@ class Options:
     dtype: str = "auto"
 
 
-def random_parts(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield bf16 weights by the Hub's names: windows into 128 million normal numbers (drawing all takes minutes)."""
+def random_weights(weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yield bf16 values for weights: windows into 128 million normal numbers (drawing all takes minutes)."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.empty(2**27, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-    with torch.device("meta"):
-        model = DeepSeekV2(config)
-    for name, parameter in model.named_parameters():
-        for part_name, part in hub_parts(name, parameter):
-            if part.dim() == 1:
-                yield part_name, torch.ones(part.shape, dtype=torch.bfloat16)
-                continue
-            tensor = torch.empty(part.numel(), dtype=torch.bfloat16)
-            start = int(torch.randint(len(pool), (), generator=generator))
-            for window in tensor.split(len(pool)):
-                window.copy_(pool.roll(-start) if len(window) == len(pool) else window_of(pool, start, len(window)))
-            yield part_name, tensor.view(part.shape)
+    for weight in weights.values():
+        if weight.dim() == 1:
+            yield torch.ones(weight.shape, dtype=torch.bfloat16)
+            continue
+        tensor = torch.empty(weight.numel(), dtype=torch.bfloat16)
+        start = int(torch.randint(len(pool), (), generator=generator))
+        for window in tensor.split(len(pool)):
+            window.copy_(pool.roll(-start) if len(window) == len(pool) else window_of(pool, start, len(window)))
+        yield tensor.view(weight.shape)
 
 
 def window_of(pool: Tensor, start: int, length: int) -> Tensor:
@@ -75,10 +70,8 @@ def make(directory: str, layers: int) -> None:
     """Write the checkpoint."""
     config = replace(V2_LITE.model, num_hidden_layers=layers)
     with torch.device("meta"):
-        parameters = dict(DeepSeekV2(config).to(torch.bfloat16).named_parameters())
-    layout = {part_name: part for name, weight in parameters.items() for part_name, part in hub_parts(name, weight)}
-    parts = (tensor for _, tensor in random_parts(config))
-    write_model(Path(directory), config, Tokenizer(chat_template="deepseek"), layout, parts, SHARD_BYTES)
+        weights = dict(DeepSeekV2(config).to(torch.bfloat16).named_parameters())
+    write_model(Path(directory), config, Tokenizer(chat_template="deepseek"), weights, random_weights(weights))
 
 
 MAKE = """
@@ -134,9 +127,8 @@ def main(options: Options) -> None:
     base, run_directory, merged = directory / "base", directory / "run", directory / "merged"
     try:
         run("make a checkpoint", "-c", MAKE, str(base), str(options.layers))
-        files = list(base.glob("*.safetensors"))
-        size = sum(file.stat().st_size for file in files)
-        print(f"    {size / 1e9:.1f} GB in {len(files)} files")
+        size = (base / "model.safetensors").stat().st_size
+        print(f"    {size / 1e9:.1f} GB")
         print("    " + run("load in NF4", "-c", LOAD, str(base), str(size)).strip())
         flags = {
             "init-from": base,
@@ -163,8 +155,6 @@ def main(options: Options) -> None:
         chat = ("--prompt", "Hello!", "--max-new-tokens", "8", "--quantize", "nf4")
         run("chat.py, 8 new tokens", "chat.py", str(run_directory), *chat)
         run("merge", "export.py", "merge", str(run_directory), str(merged))
-        index = json.loads((merged / "model.safetensors.index.json").read_text())
-        print(f"    {len(index['weight_map'])} tensors in {len(set(index['weight_map'].values()))} files")
     finally:
         shutil.rmtree(directory)
 

@@ -60,15 +60,11 @@ def parse_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
     for name, supported in SUPPORTED.items():
         if raw.get(name, supported) != supported:
             raise UserError(f"{path}: {name} is {raw[name]!r}; only {supported!r} is supported")
-    given = {field.name: raw[field.name] for field in fields(ModelConfig) if raw.get(field.name) is not None}
-    given["rope_theta"], given["rope_scaling"] = read_rope(path, raw)
-    if missing := sorted(REQUIRED - given.keys()):
-        raise UserError(f"{path} lacks {', '.join(missing)}")
-    method = given.get("topk_method", "greedy")
-    if method not in ("greedy", "group_limited_greedy"):
-        raise UserError(f"{path}: topk_method {method!r} is not supported")
-    check_types(path, given, ModelConfig(q_lora_rank=1, rope_scaling=given["rope_scaling"]))
-    config = ModelConfig(**given)
+    theta, scaling = read_rope(path, raw)
+    examples = vars(ModelConfig(q_lora_rank=1, rope_scaling=scaling))
+    config = ModelConfig(**checked(path, raw | {"rope_theta": theta, "rope_scaling": scaling}, examples, REQUIRED))
+    if config.topk_method not in ("greedy", "group_limited_greedy"):
+        raise UserError(f"{path}: topk_method {config.topk_method!r} is not supported")
     try:
         config.validate()
     except UserError as error:
@@ -83,19 +79,16 @@ def read_rope(path: Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling is {rope!r}; it must be an object")
     rope = {name: value for name, value in rope.items() if value is not None}
-    theta = rope.pop("rope_theta", raw.get("rope_theta", ModelConfig.rope_theta))
-    kind = rope.pop("type", "default")
-    kind = rope.pop("rope_type", kind)
+    theta = rope.pop("rope_theta", raw.get("rope_theta"))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "yarn":
         raise UserError(f"{path}: rope_scaling of type {kind!r} is not supported; only 'yarn' is")
-    if missing := {"factor", "original_max_position_embeddings"} - rope.keys():
-        raise UserError(f"{path}: rope_scaling lacks {', '.join(sorted(missing))}")
     if unknown := rope.keys() - {field.name for field in fields(RopeScaling)}:
         raise UserError(f"{path}: rope_scaling's {printable(', '.join(sorted(unknown)))} is not supported")
-    check_types(path, rope, RopeScaling())
-    return theta, RopeScaling(**rope)
+    required = {"factor", "original_max_position_embeddings"}
+    return theta, RopeScaling(**checked(f"{path}: rope_scaling", rope, vars(RopeScaling()), required))
 
 
 def changed_config(loaded: ModelConfig, wanted: ModelConfig, given: set[str], source: Path) -> ModelConfig:
@@ -121,10 +114,15 @@ def changed_config(loaded: ModelConfig, wanted: ModelConfig, given: set[str], so
     return config
 
 
-def check_types(path: Path, values: dict[str, Any], example: object) -> None:
-    """Raise UserError unless each value has the type of its field in `example`. An int passes for a float, a bool for
-    neither."""
-    for name, value in values.items():
-        wanted = type(getattr(example, name))
+def checked(place: object, raw: dict[str, Any], examples: dict[str, Any], required: set[str]) -> dict[str, Any]:
+    """Return the values of a JSON object that have a name in `examples` and are not null. Raises UserError, naming the
+    place, if a required one is missing, or for one that has not the type of its example. An int passes for a float, a
+    bool for neither."""
+    given = {name: raw[name] for name in examples if raw.get(name) is not None}
+    if missing := sorted(required - given.keys()):
+        raise UserError(f"{place} lacks {', '.join(missing)}")
+    for name, value in given.items():
+        wanted = type(examples[name])
         if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise UserError(f"{path}: {name} is {value!r}; it must be of type {wanted.__name__}")
+            raise UserError(f"{place}: {name} is {value!r}; it must be of type {wanted.__name__}")
+    return given

@@ -8,16 +8,17 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config import ModelConfig, UserError
-from files import StoredTensor, checksum, inside, printable, read_json, stored_tensors, write_json, write_tensors
-from hub.config_json import hub_config, parse_config
-from lora import LoRAExperts, LoRALinear, adaptable_weights, adapters, attach, set_adapters
-from parallel import full_tensor
+from files import checksum, inside, printable, read_json, write_json
+from hub.config_json import checked, hub_config, parse_config
+from hub.weights import stored_tensors, write_tensors
+from lora import LoRAExperts, LoRALinear, adaptable_weights, adapters, attach
+from parallel import full_tensor, load_weights
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 # Settings in PEFT's files that are read here, or that change nothing once an adapter is trained.
@@ -29,14 +30,6 @@ KNOWN_OPTIONS = {
 }  # fmt: skip
 # Other ways to start (PiSSA, OLoRA ...) change the base weights too.
 KNOWN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-class Base(NamedTuple):
-    """A model directory, what its weights are recognised by, and the configuration that the adapter is trained with."""
-
-    directory: Path
-    weights: dict[str, dict[str, Any]]
-    config: ModelConfig
 
 
 # ---------------------------------------------------------------- writing
@@ -55,11 +48,9 @@ def save_adapter(directory: str | Path, model: nn.Module, base: str | None, is_m
     write_tensors(directory / ADAPTER_WEIGHTS, tensors)
 
 
-def record_base(adapter: Path, base: Base) -> None:
-    """Write base.json into an adapter's directory."""
-    absolute = base.directory.resolve()
-    places = {"absolute": str(absolute), "relative": os.path.relpath(absolute, adapter.resolve())}
-    write_json(adapter / BASE, places | {"weights": base.weights, "config": hub_config(base.config)})
+def record_base(adapter: Path, base: Path, record: dict[str, Any]) -> None:
+    """Write base.json into an adapter's directory. record: from `describe_base`."""
+    write_json(adapter / BASE, {"relative": os.path.relpath(base.resolve(), adapter.resolve())} | record)
 
 
 def peft_config(model: nn.Module, base: str | None) -> dict[str, Any]:
@@ -94,7 +85,7 @@ def publish_base(adapter: Path, name: str) -> None:
     """Make an adapter's files give its base's name on the Hub instead of its directory here."""
     write_json(adapter / ADAPTER_CONFIG, read_json(adapter / ADAPTER_CONFIG) | {"base_model_name_or_path": name})
     if (adapter / BASE).is_file():
-        write_json(adapter / BASE, read_json(adapter / BASE) | {"absolute": name, "relative": name})
+        write_json(adapter / BASE, read_json(adapter / BASE) | {"relative": name})
 
 
 # ---------------------------------------------------------------- reading
@@ -103,14 +94,14 @@ def publish_base(adapter: Path, name: str) -> None:
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """Attach the adapters in a directory to the model. Raises UserError if they are not LoRA as computed here."""
     attach_like(model, directory)
-    set_adapters(model, read_adapter(model, directory))
+    load_weights(model, read_adapter(model, directory))
 
 
 def attach_like(model: nn.Module, directory: str | Path) -> None:
     """Attach adapters of the ranks and at the places that the directory has, without values. Raises UserError."""
     directory = Path(directory)
     scaling = read_scaling(inside(directory, ADAPTER_CONFIG))
-    tensors = adapter_tensors(directory)
+    tensors = stored_tensors(inside(directory, ADAPTER_WEIGHTS))
     ranks = {}
     for name in adaptable_weights(model):
         path_in_model, _, attribute = name.rpartition(".")
@@ -119,7 +110,7 @@ def attach_like(model: nn.Module, directory: str | Path) -> None:
         for wrapper in (module, f"{module}.base_layer"):
             a, b = (tensors.get(f"{wrapper}.lora_{suffix}.weight") for suffix in "AB")
             # the widths show which of the experts' two weights it is: no two have both in common
-            if a and b and weight.shape[-2:] == (b.shape[0], a.shape[1]):
+            if a and b and weight.shape[-2:] == b.shape[:1] + a.shape[1:]:
                 ranks[name] = a.shape[0] // math.prod(weight.shape[:-2])
     if not ranks:
         raise UserError(f"{directory / ADAPTER_WEIGHTS}: no adapter in it fits the model")
@@ -128,27 +119,17 @@ def attach_like(model: nn.Module, directory: str | Path) -> None:
 
 def read_adapter(model: nn.Module, directory: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Yield values for the model's adapters from a directory. Raises UserError if they do not fit."""
-    tensors = adapter_tensors(Path(directory))
-    path = Path(directory, ADAPTER_WEIGHTS)
-    names = peft_names(model)
+    path = inside(Path(directory), ADAPTER_WEIGHTS)
+    tensors, names = stored_tensors(path), peft_names(model)
     if wrong := sorted(names.values() ^ tensors.keys()):
         shown = printable(", ".join(wrong[:5]))
         raise UserError(f"{path}: {len(wrong)} tensors are missing or fit no weight: {shown}")
     for name, parameter in adapters(model).items():
         tensor = tensors[names[name]]
-        wanted = tuple(to_peft(torch.empty(parameter.shape, device="meta"), name).shape)
+        wanted = to_peft(torch.empty(parameter.shape, device="meta"), name).shape
         if tensor.shape != wanted:
-            raise UserError(f"{path}: {names[name]} has shape {tensor.shape}, not {wanted}")
+            raise UserError(f"{path}: {names[name]} has shape {tuple(tensor.shape)}, not {tuple(wanted)}")
         yield name, from_peft(tensor.read(), parameter.shape, name)
-
-
-def adapter_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Return the headers of an adapter's matrices. Raises UserError."""
-    path = inside(directory, ADAPTER_WEIGHTS)
-    tensors = stored_tensors(path)
-    if any(len(tensor.shape) != 2 for tensor in tensors.values()):
-        raise UserError(f"{path}: not all tensors are matrices")
-    return tensors
 
 
 def read_scaling(path: Path) -> float:
@@ -177,11 +158,12 @@ def read_scaling(path: Path) -> float:
 # ---------------------------------------------------------------- the base
 
 
-def describe_base(directory: str | Path, config: ModelConfig) -> Base:
-    """Return what an adapter's base is recognised by. Reads all of its weights."""
-    files = sorted(Path(directory).glob("*.safetensors"))
+def describe_base(directory: Path, config: ModelConfig) -> dict[str, Any]:
+    """Return what the weights that adapters are trained on are recognised by, and the configuration that they are
+    trained with. Reads all of the weights."""
+    files = sorted(directory.glob("*.safetensors"))
     weights = {file.name: {"sha256": checksum(file), **size_and_time(file)} for file in files}
-    return Base(Path(directory), weights, config)
+    return {"weights": weights, "config": hub_config(config)}
 
 
 def size_and_time(file: Path) -> dict[str, int]:
@@ -193,36 +175,25 @@ def find_base(adapter: Path) -> tuple[Path, ModelConfig | None]:
     """Return the directory of the model that an adapter was trained on, and the configuration it was trained with; None
     without a base.json. Raises UserError if the model is missing, or is no longer the same."""
     name = str(read_json(inside(adapter, ADAPTER_CONFIG)).get("base_model_name_or_path"))
-    if not (adapter / BASE).is_file():
-        if not Path(name).is_dir():
-            raise UserError(f"{adapter}: its base model is missing: there is no directory {printable(name)}")
-        return Path(name), None
-    path = inside(adapter, BASE)
-    record = read_json(path)
-    try:
-        config = parse_config(path, record["config"])
-        places = [Path(record["absolute"]), Path(os.path.normpath(adapter / record["relative"])), Path(name)]
-        there = [place for place in dict.fromkeys(places) if place.is_dir()]
-        for place in there:
-            changed = changed_weights(place, record["weights"])
-            if not changed:
-                return place, config
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not a record of an adapter's base model: {error!r}") from error
+    places, weights, config = [Path(name)], dict[str, Any](), None
+    if (adapter / BASE).is_file():
+        path = inside(adapter, BASE)
+        fields = {"relative": "", "weights": {}, "config": {}}
+        record = checked(path, read_json(path), fields, required=set(fields))
+        places.append(Path(os.path.abspath(adapter / record["relative"])))
+        weights, config = record["weights"], parse_config(path, record["config"])
+    there = [place for place in places if place.is_dir()]
     if not there:
         looked = printable(", ".join(map(str, dict.fromkeys(places))))
         raise UserError(f"{adapter}: its base model is missing: there is no directory {looked}")
+    for place in there:
+        changed = changed_weights(place, weights)
+        if not changed:
+            return place, config
     raise UserError(
         f"{adapter}: its base model {place} has changed ({printable(', '.join(changed))}); the adapter only fits the "
         "weights that it was trained on: restore them, or train it again"
     )
-
-
-def model_directory(checkpoint: Path) -> Path:
-    """Return a checkpoint's own directory, or an adapter's base's. Raises UserError as `find_base` does."""
-    return find_base(checkpoint)[0] if (checkpoint / ADAPTER_CONFIG).is_file() else checkpoint
 
 
 def changed_weights(directory: Path, recorded: dict[str, dict[str, Any]]) -> list[str]:
@@ -230,11 +201,12 @@ def changed_weights(directory: Path, recorded: dict[str, dict[str, Any]]) -> lis
     not read. Raises UserError for a name that is not one of the directory's files."""
 
     def same(name: str, known: dict[str, Any]) -> bool:
-        if not (directory / name).exists():
+        if not (directory / name).exists() or not isinstance(known, dict):
             return False
         file = inside(directory, name)
         now = size_and_time(file)
-        return now["size"] == known["size"] and (now.items() <= known.items() or checksum(file) == known["sha256"])
+        same_size = now["size"] == known.get("size")
+        return same_size and (now.items() <= known.items() or checksum(file) == known.get("sha256"))
 
     return [name for name, known in recorded.items() if not same(name, known)]
 

@@ -13,7 +13,7 @@ from config import TrainConfig
 from hub import peft as peft_files
 from model import DeepSeekV2, RMSNorm, Router
 from parallel import GatheredModules, World, load_weights, make_mesh, parallelize
-from quantization import NF4
+from quantization import quantized_weights
 
 
 def build_model(
@@ -26,11 +26,11 @@ def build_model(
     """
     adapters, compute = config.lora, config.compute
     with torch.device("meta"):
-        model, quantized = plan_model(config)
+        model = plan_model(config)
     if source and new_ids:
         stored = with_new_rows(iterate_weights(source, load_config(source)), config.model.vocab_size, new_ids)
     elif source:
-        stored = iterate_weights(source, config.model, quantized)
+        stored = iterate_weights(source, config.model, quantized_weights(model))
     parallelize(model, gathered_modules(model, compute.dtype), make_mesh(compute.parallel, world))
     model.to_empty(device=world.device)
     generator = torch.Generator().manual_seed(compute.seed)
@@ -45,20 +45,18 @@ def build_model(
     return model
 
 
-def plan_model(config: TrainConfig) -> tuple[DeepSeekV2, dict[str, NF4]]:
-    """Return the model with its adapters, on torch's default device and without meaningful weights; and its quantised
-    weights."""
-    model, adapters, quantized = DeepSeekV2(config.model), config.lora, {}
+def plan_model(config: TrainConfig) -> DeepSeekV2:
+    """Return the model with its adapters, on torch's default device and without meaningful weights."""
+    model, adapters = DeepSeekV2(config.model), config.lora
     if adapters.lora_rank:
         for parameter in model.requires_grad_(False).parameters():
             if config.compute.dtype == "bfloat16":  # `model.to` cannot do that to a dry run's tensors
                 parameter.data = parameter.data.to(torch.bfloat16)
         if adapters.quantize:
             quantization.plan(model)
-            quantized = quantization.quantized_weights(model)
         settings = (adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_target_modules)
         lora.add_lora(model, *settings)
-    return model, quantized
+    return model
 
 
 def gathered_modules(model: DeepSeekV2, dtype: str) -> list[GatheredModules]:
@@ -75,7 +73,7 @@ def gathered_modules(model: DeepSeekV2, dtype: str) -> list[GatheredModules]:
 
 def parameter_summary(model: DeepSeekV2) -> str:
     """Return the numbers of parameters: all, in 4 bits, trained."""
-    quantized = sum(weight.numel() for weight in quantization.quantized_weights(model).values())
+    quantized = sum(weight.shape.numel() for weight in quantized_weights(model).values())
     parameters = sum(p.numel() for p in model.parameters()) + quantized
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_4_bits = f", {quantized / 1e6:,.1f} M of them in 4 bits" if quantized else ""

@@ -74,7 +74,7 @@ def training_cost(model: nn.Module) -> TrainingCost:
     head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
     token = target = 0
     sizes = [(name, p.numel(), 6 if p.requires_grad else 4) for name, p in model.named_parameters()]
-    sizes += [(name, weight.numel(), 4) for name, weight in quantized_weights(model).items()]
+    sizes += [(name, weight.shape.numel(), 4) for name, weight in quantized_weights(model).items()]
     for name, size, flops in sizes:
         active = config.num_experts_per_tok / config.n_routed_experts if "mlp.experts" in name else 1
         cost = int(size * active) * flops

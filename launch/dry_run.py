@@ -88,7 +88,7 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
         mesh = make_mesh(config.compute.parallel, world)
         batch = full_rows(config.batch.batch_size, config.data.max_seq_len)
         with FakeTensorMode() as fake:
-            model, _ = plan_model(config)
+            model = plan_model(config)
             parallelize(model, gathered_modules(model, str(dtype).removeprefix("torch.")), mesh)
             model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
             optimizers = make_optimizers(model, config.optimizer, dtype)

@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_checkpoint, resolve_model
+from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_base, resolve_checkpoint, resolve_model
 from config import PRESETS, ModelConfig, TrainConfig, UserError
 from dataset import parse_source
 from hub.config_json import changed_config
-from hub.peft import model_directory
 from launch import run_directory
 from launch.command_line import Arguments
 from launch.run_directory import changes_between, fixed_changes, lock_path, saved_configuration, this_process
@@ -70,15 +69,15 @@ def resolve(config: TrainConfig, given: Collection[str], preset: str, checkpoint
     # places, absolute so that the run can be resumed from anywhere
     base = config.checkpoint.init_from
     if base and ("init_from" in given or not config.checkpoint.resume):
-        resolve_base = resolve_checkpoint if config.watch.evaluate_only else resolve_model
-        found = look_up(lambda: resolve_base(str(base)).absolute(), world)
+        find = resolve_checkpoint if config.watch.evaluate_only else resolve_model
+        found = look_up(lambda: find(str(base)).absolute(), world)
         config = config.changed(init_from=str(found), tokenizer=str(found))
     config = config.changed(dataset=tuple(map(absolute, config.data.dataset)))
     # weights: those of the checkpoint, or of the base that its adapters need
     source = Path(config.checkpoint.init_from) if config.checkpoint.init_from else None
     adapter = source if config.watch.evaluate_only else checkpoint
     if source and adapter:
-        source = look_up(lambda: model_directory(adapter), world)
+        source = look_up(lambda: resolve_base(adapter)[0], world)
     # model and tokenizer
     config = config.changed(model=model_shape(config, preset, source))
     name = str(source or config.data.tokenizer)

@@ -1,6 +1,5 @@
 """What a run starts from stays where it is; an adapter knows its base, and answers with no other."""
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,9 +17,10 @@ import export
 import train_sft
 from checkpoint import load_model_and_tokenizer, newest_checkpoint
 from config import UserError
-from files import read_json, write_json, write_tensors
+from files import read_json, write_json
 from hub import peft
 from hub.peft import changed_weights
+from hub.weights import write_tensors
 from small_models import relative_difference
 from small_runs import arguments, conversations, differing, final_tensors, run_main, train_here, write_jsonl
 
@@ -137,8 +137,8 @@ def test_an_adapter_names_its_base_and_peft_opens_it(folder: Path) -> None:
     adapter = newest_checkpoint(folder / "runs/adapter")
     assert adapter is not None
     base = folder / "runs/tiny/checkpoints/step-000001"
-    record = json.loads((adapter / "base.json").read_text())
-    assert record["absolute"] == str(base)
+    assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == str(base)
+    record = read_json(adapter / "base.json")
     assert (adapter / record["relative"]).resolve() == base
     ours, _ = load_model_and_tokenizer(adapter)
     theirs = AutoPeftModelForCausalLM.from_pretrained(adapter)  # a warning of an unknown key would be an error
@@ -191,10 +191,10 @@ def test_an_adapters_run_goes_on_wherever_both_have_moved(
     monkeypatch.chdir(tmp_path)
     assert train_here(goes_on(Path("elsewhere/adapter")), folder) == 0
     assert differing(final_tensors(tmp_path / "elsewhere/adapter"), expected) == []
-    records = [tmp_path / f"elsewhere/adapter/checkpoints/step-00000{step}/base.json" for step in (3, 4)]
-    before, after = (json.loads(path.read_text()) for path in records)
-    assert after["weights"] == before["weights"]
-    assert after["absolute"] == str(tmp_path / "elsewhere/tiny/checkpoints/step-000001")
+    before, after = (tmp_path / f"elsewhere/adapter/checkpoints/step-00000{step}" for step in (3, 4))
+    assert read_json(after / "base.json")["weights"] == read_json(before / "base.json")["weights"]
+    name = read_json(after / "adapter_config.json")["base_model_name_or_path"]
+    assert name == str(tmp_path / "elsewhere/tiny/checkpoints/step-000001")
 
 
 @pytest.mark.parametrize("flags", [[], ["--add-control-tokens", "--chat-template", "llama3"]])

@@ -18,9 +18,9 @@ import export
 import lora
 from checkpoint import load_model_and_tokenizer, save_checkpoint, save_pretrained
 from config import PRESETS, RopeScaling, UserError
-from files import write_tensors
 from hub import peft as peft_files
 from hub.card import command, model_card
+from hub.weights import write_tensors
 from launch.command_line import parse_arguments
 from launch.run_directory import read_metrics
 from launch.start import model_shape

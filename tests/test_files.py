@@ -19,11 +19,10 @@ from files import (
     read_json,
     replace_file,
     replacing,
-    stored_tensors,
     write_directory,
     write_json,
-    write_tensors,
 )
+from hub.weights import stored_tensors, write_tensors
 
 
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:

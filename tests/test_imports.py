@@ -11,7 +11,7 @@ LAYOUT = """
 config files parallel vocabulary tokenizer
 data.formats data.text_files data.sources data.pieces data.report dataset
 documents kernels datacollator model optimizer quantization lora generation
-hub.config_json hub.tokenizer_json hub.peft hub.gguf hub.card checkpoint
+hub.weights hub.config_json hub.tokenizer_json hub.peft hub.gguf hub.card checkpoint
 launch.command_line launch.run_directory launch.start launch.build launch.cost launch.dry_run trainer
 view.terminal view.plots view.trace view.page
 train_sft chat show export

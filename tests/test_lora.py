@@ -47,10 +47,15 @@ def adapted_model(targets: Sequence[str], rank: int = 4, alpha: float = 6.0, **c
     """Return a small model with random, non-zero adapters."""
     model = small_model(**changes)
     lora.add_lora(model, rank, alpha, 0.0, targets)
-    with torch.no_grad():
-        for adapter in lora.adapters(model).values():
-            adapter.normal_(0, 0.2)
+    randomize(model)
     return model
+
+
+@torch.no_grad()
+def randomize(model: DeepSeekV2) -> None:
+    """Give the model's adapters random, non-zero values."""
+    for adapter in lora.adapters(model).values():
+        adapter.normal_(0, 0.2)
 
 
 def open_with_peft(directory: Path, trainable: bool = False, **changes: Any) -> PeftModel:
@@ -83,15 +88,6 @@ def peft_parameters(model: DeepSeekV2, theirs: PeftModel) -> dict[str, nn.Parame
 
 
 # ---------------------------------------------------------------- new adapters
-
-
-@torch.no_grad()
-def test_new_adapters_change_nothing(case: tuple[tuple[str, ...], int, dict[str, Any]]) -> None:
-    targets, rank, changes = case
-    model = small_model(**changes)
-    before = model(tokens())
-    lora.add_lora(model, rank, 8.0, 0.0, targets)
-    assert torch.equal(model(tokens()), before)
 
 
 def test_default_targets_are_all_linear_layers_without_routed_experts() -> None:
@@ -141,38 +137,54 @@ def test_dropout_acts_only_in_training_and_keeps_the_mean() -> None:
 # ---------------------------------------------------------------- PEFT's format
 
 
-@torch.no_grad()
-def test_peft_reads_our_adapters(case: tuple[tuple[str, ...], int, dict[str, Any]], tmp_path: Path) -> None:
+def test_logits_and_gradients_are_pefts(case: tuple[tuple[str, ...], int, dict[str, Any]], tmp_path: Path) -> None:
+    """PEFT opens our files; new adapters change nothing; merged, the model is plain and computes the same."""
     targets, rank, changes = case
-    model = adapted_model(targets, rank, **changes)
+    model, plain = small_model(**changes).eval(), small_model(**changes)
+    before = model(tokens())
+    lora.add_lora(model, rank, 6.0, 0.0, targets)
+    assert torch.equal(model(tokens()), before)
+    randomize(model)
     peft_files.save_adapter(tmp_path, model, "base")
-    ours = model(tokens())
-    assert relative_difference(open_with_peft(tmp_path, **changes)(tokens()).logits, ours) < 1e-5
-    assert relative_difference(small_model(**changes)(tokens()), ours) > 1e-2  # the adapters matter
+    reference = open_with_peft(tmp_path, trainable=True, **changes)
+    # logits
+    logits, their_logits = model(tokens()), reference(tokens()).logits
+    assert relative_difference(their_logits, logits) < 1e-5
+    assert relative_difference(before, logits) > 1e-2
+    # gradients
+    model(tokens(), labels=tokens(seed=1)).loss_sum.backward()
+    F.cross_entropy(their_logits.flatten(0, 1), tokens(seed=1).flatten(), reduction="sum").backward()
+    theirs, ours = peft_parameters(model, reference), lora.adapters(model)
+    assert theirs.keys() == ours.keys()
+    largest = max(parameter.grad.abs().max().item() for parameter in theirs.values())
+    for name, adapter in ours.items():
+        wanted = peft_files.from_peft(theirs[name].grad, adapter.shape, name)
+        scale = max(wanted.abs().max().item(), 1e-2 * largest)
+        assert (adapter.grad - wanted).abs().max() < 2e-5 * scale, name
+    # merging
+    lora.merge(model)
+    assert relative_difference(model(tokens()), logits) < 1e-5
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
 
 
-ATTENTION = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+ATTENTION = {"r": 4, "target_modules": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]}
+STACKS_ONLY = {"r": 4, "target_modules": []}
 MADE_BY_PEFT: dict[str, dict[str, Any]] = {
-    "attention": {"r": 4, "target_modules": ATTENTION},
-    "some layers": {"r": 4, "target_modules": ATTENTION, "layers_to_transform": [1]},
-    "rank-stabilised scaling": {"r": 4, "target_modules": ATTENTION, "use_rslora": True},
-    "several ranks": {
-        "r": 4,
-        "target_modules": ATTENTION,
-        "rank_pattern": {"q_proj": 6},
-        "alpha_pattern": {"q_proj": 12},
-    },
-    "gate and up, which PEFT fuses": {
-        "r": 4,
-        "target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"],
-    },
+    "attention": ATTENTION,
+    "some layers": ATTENTION | {"layers_to_transform": [1]},
+    "rank-stabilised scaling": ATTENTION | {"use_rslora": True},
+    "several ranks": ATTENTION | {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"q_proj": 12}},
+    "gate and up, which PEFT fuses": {"r": 4, "target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]},
     "both of the experts' weights": {
         "r": 3,
         "target_modules": ["o_proj"],
         "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
     },
-    "one of them": {"r": 4, "target_modules": [], "target_parameters": ["experts.down_proj"]},
-    "the other": {"r": 4, "target_modules": [], "target_parameters": ["experts.gate_up_proj"]},
+    "one of them": STACKS_ONLY | {"target_parameters": ["experts.down_proj"]},
+    "the other": STACKS_ONLY | {"target_parameters": ["experts.gate_up_proj"]},
     "a dense layer's weight": {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["0.mlp.up_proj.weight"]},
 }
 
@@ -266,20 +278,6 @@ def test_adapters_that_do_not_fit_are_refused(damage: str, tmp_path: Path) -> No
 
 
 @torch.no_grad()
-def test_a_merged_model_is_plain_and_gives_the_same_logits(case: tuple[tuple[str, ...], int, dict[str, Any]]) -> None:
-    targets, rank, changes = case
-    model = adapted_model(targets, rank, **changes).eval()
-    before = model(tokens())
-    lora.merge(model)
-    assert relative_difference(model(tokens()), before) < 1e-5
-    plain = small_model(**changes)
-    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not any(module.training for module in model.modules())
-
-
-@torch.no_grad()
 def test_merging_into_bf16_rounds_once() -> None:
     model = adapted_model(("o_proj", "experts.down_proj")).to(torch.bfloat16)
     for adapter in lora.adapters(model).values():
@@ -320,22 +318,6 @@ def test_only_adapters_get_gradients_and_optimizer_state() -> None:
     assert with_gradient == lora.adapters(model).keys()
     assert len(optimizer.state) == len(with_gradient)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())
-
-
-def test_gradients_are_pefts(case: tuple[tuple[str, ...], int, dict[str, Any]], tmp_path: Path) -> None:
-    targets, rank, changes = case
-    model = adapted_model(targets, rank, **changes)
-    peft_files.save_adapter(tmp_path, model, "base")
-    reference = open_with_peft(tmp_path, trainable=True, **changes)
-    model(tokens(), labels=tokens(seed=1)).loss_sum.backward()
-    F.cross_entropy(reference(tokens()).logits.flatten(0, 1), tokens(seed=1).flatten(), reduction="sum").backward()
-    theirs = peft_parameters(model, reference)
-    largest = max(parameter.grad.abs().max().item() for parameter in theirs.values())
-    assert theirs.keys() == lora.adapters(model).keys()
-    for name, adapter in lora.adapters(model).items():
-        wanted = peft_files.from_peft(theirs[name].grad, adapter.shape, name)
-        scale = max(wanted.abs().max().item(), 1e-2 * largest)
-        assert (adapter.grad - wanted).abs().max() < 2e-5 * scale, name
 
 
 def test_an_expert_without_tokens_gets_no_gradient() -> None:
@@ -388,29 +370,32 @@ def test_adapters_stay_fp32_on_a_bf16_base(autocast: bool, rank: int) -> None:
 
 
 @pytest.mark.parametrize("targets", [DEFAULT, (*DEFAULT, *EXPERTS)], ids=["default targets", "routed experts too"])
-def test_losses_equal_pefts_for_fifty_steps(targets: tuple[str, ...], tmp_path: Path) -> None:
-    """With the same base, initial adapters and batches, AdamW, fp32 and right padding on both sides."""
+def test_losses_equal_pefts(targets: tuple[str, ...], tmp_path: Path) -> None:
     model = small_model()
     lora.add_lora(model, 8, 16.0, 0.0, targets)
     peft_files.save_adapter(tmp_path, model, "base")
-    reference = open_with_peft(tmp_path, trainable=True)
+    ours, theirs = train_next_to_peft(model, open_with_peft(tmp_path, trainable=True))
+    assert max(abs(one - other) for one, other in zip(ours, theirs, strict=True)) < 1e-3
+    assert ours[-1] < ours[0] - 0.5
+
+
+def train_next_to_peft(model: DeepSeekV2, reference: PeftModel, steps: int = 30) -> list[list[float]]:
+    """Return the losses of our model and of PEFT's: the same batches, AdamW, fp32 and right padding on both sides."""
     decay = OptimizerConfig(weight_decay=0.1)
     optimizers = [make_optimizers(one, decay, torch.float32)[0] for one in (model, reference)]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = 3e-3
-    lengths = torch.tensor([25, 11, 18, 30])
-    real = torch.arange(30) < lengths[:, None]
-    ours, theirs = [], []
-    for step in range(50):
+    real = torch.arange(30) < torch.tensor([25, 11, 18, 30])[:, None]
+    curves: list[list[float]] = [[], []]
+    for step in range(steps):
         ids = tokens(4, 31, seed=step % 5)
         inputs, labels = ids[:, :-1].where(real, 0), ids[:, 1:].where(real, -100)
         output = model(inputs, sequence_ids=real.long(), labels=labels)
         logits = reference(inputs, attention_mask=real.long()).logits
         losses = (output.loss_sum / output.num_targets, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
-        for loss, optimizer, curve in zip(losses, optimizers, (ours, theirs), strict=True):
+        for loss, optimizer, curve in zip(losses, optimizers, curves, strict=True):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             curve.append(loss.item())
-    assert max(abs(one - other) for one, other in zip(ours, theirs, strict=True)) < 1e-3
-    assert ours[-1] < ours[0] - 0.5
+    return curves

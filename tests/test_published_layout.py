@@ -263,7 +263,7 @@ def test_a_lora_run_takes_little_more_memory_than_its_base(tmp_path: Path) -> No
     with torch.device("meta"):
         model = DeepSeekV2(small_config(vocab_size=512, **sizes)).to(torch.bfloat16)
     model.to_empty(device="cpu")
-    checkpoint.save_pretrained(tmp_path, model, Tokenizer(vocab_size=512), max_shard_bytes=10**8)
+    checkpoint.save_pretrained(tmp_path, model, Tokenizer(vocab_size=512))
     preparation = """
 from pathlib import Path
 import lora, model, parallel
