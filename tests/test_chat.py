@@ -159,16 +159,11 @@ def test_characters_are_printed_whole_and_nothing_after_the_end(
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-def test_an_answer_cut_inside_a_character_ends_with_a_replacement(
+def test_half_a_character_and_terminal_escapes_are_replaced(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces = printed_pieces(Scripted(tokenizer.encode("a👩")[:-1]), tokenizer, "?", monkeypatch)
-    assert "".join(pieces[:-1]) == "a\N{REPLACEMENT CHARACTER}\n"
-
-
-def test_terminal_escapes_of_a_model_are_not_printed(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = printed_pieces(speaking(tokenizer, "a\x1b]0;title\x07\tb\n"), tokenizer, "?", monkeypatch)
-    assert "".join(pieces) == "a\ufffd]0;title\ufffd\tb\n\n"
+    pieces = printed_pieces(Scripted(tokenizer.encode("a\x1b]0;title\x07\tb\n👩")[:-1]), tokenizer, "?", monkeypatch)
+    assert "".join(pieces[:-1]) == "a\ufffd]0;title\ufffd\tb\n\ufffd\n"
 
 
 # ---------------------------------------------------------------- a conversation
@@ -455,6 +450,9 @@ def test_an_answer_ends_with_the_context(
     [
         (["nowhere"], "nowhere"),
         (["RUN", "--web", "--prompt", "Hi"], "--web answers what is typed on the page"),
+        (["RUN", "--web"], "--web needs Gradio: pip install -r requirements-web.txt"),
+        (["RUN", "--web", "--host", "0.0.0.0"], "--host 0.0.0.0 opens the page to others: give --auth USER:PASSWORD"),
+        (["RUN", "--web", "--auth", "user"], "--auth is not USER:PASSWORD"),
         (["RUN", "--complete", ""], "a prompt is empty"),
         (["RUN", "--compare", "RUN"], "--out and --compare need --prompt, --complete or --prompts"),
         (["RUN", "--out", "a.jsonl"], "--out and --compare need --prompt, --complete or --prompts"),
@@ -470,8 +468,14 @@ def test_an_answer_ends_with_the_context(
     ],
 )
 def test_mistakes_are_one_line(
-    flags: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    message: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(chat, "find_spec", lambda package: None)  # nothing is installed
     (tmp_path / "q.jsonl").write_text('{"prompt": "a"}\n{"note": "b"}\n')
     places = {"RUN": str(run), "q.jsonl": str(tmp_path / "q.jsonl")}
     assert run_main(chat.main, [places.get(flag, flag) for flag in flags], tmp_path) == 2

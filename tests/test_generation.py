@@ -7,6 +7,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 import generation
 from config import RopeScaling, UserError
 from generation import LatentCache, generate, sample
+from launch.cost import cache_entries
 from model import DeepSeekV2
 from small_models import relative_difference, small_model
 from tokenizer import Tokenizer
@@ -55,20 +56,22 @@ def test_cached_logits_equal_a_full_forward_pass(changes: dict) -> None:
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 @torch.no_grad()
-def test_greedy_tokens_equal_full_forward_passes_over_256_steps(changes: dict) -> None:
+def test_greedy_tokens_equal_full_forward_passes(changes: dict) -> None:
     model = small_model(**changes)
     (prompt,) = random_prompts(30)
-    (new,) = continuations(model, [prompt], 256)
+    (new,) = continuations(model, [prompt], 120)
     # If each token is the likeliest one after those before it, a greedy loop of full passes gives these tokens.
     logits = model(torch.tensor([prompt + new]))[0]
     assert new == logits.argmax(dim=-1)[29:-1].tolist()
     assert len(set(new)) > 10
 
 
-def test_cache_holds_latent_and_rotary_key_and_nothing_else() -> None:
+def test_the_cache_holds_latent_and_rotary_key_and_nothing_else() -> None:
     model = small_model()
     cache = LatentCache(model, batch_size=2, length=50)
-    assert cache.latents.numel() == 2 * 50 * 3 * (20 + 8)
+    latent, all_heads = cache_entries(model.config)  # per token, as show.py prints them
+    assert (latent, all_heads) == (3 * (20 + 8), 3 * 3 * (14 + 8 + 10))  # 3 layers, 3 heads
+    assert cache.latents.numel() == 2 * 50 * latent
     held = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
     assert held == [cache.latents]
 
@@ -100,12 +103,6 @@ def test_a_prompt_stops_at_its_stop_token_and_the_others_continue() -> None:
         assert tokens[: len(expected)] == expected
         assert set(tokens[len(expected) :]) <= {stop}
     assert len(stopped[0]) == max(map(len, after_stop))
-
-
-def test_tokens_come_one_at_a_time() -> None:
-    stream = generate(small_model(), random_prompts(4), 3)
-    assert len(next(stream)) == 1
-    assert len(list(stream)) == 2
 
 
 def test_bfloat16_weights_and_autocast_generate() -> None:
@@ -156,30 +153,6 @@ def test_sampling_draws_from_the_distribution_that_transformers_defines(
     assert shares[expected == 0].sum() == 0
     assert (shares[expected > 1e-3] > 0).all()
     assert (shares - expected).abs().max() < 0.01
-
-
-def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
-    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
-    for top_p, kept in [(0.4, {1}), (0.6, {1, 3}), (0.85, {1, 2, 3}), (0.99, {0, 1, 2, 3})]:
-        assert set(draws(logits, 2000, 1.0, top_p=top_p).nonzero().flatten().tolist()) == kept
-
-
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
-def test_narrow_sampling_is_greedy(options: dict) -> None:
-    model = small_model()
-    prompts = random_prompts(6, 9)
-    assert continuations(model, prompts, 30, **({"temperature": 1.0} | options)) == continuations(model, prompts, 30)
-
-
-def test_the_same_seed_gives_the_same_text() -> None:
-    model = small_model()
-
-    def text(seed: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        return continuations(model, random_prompts(6, 9), 30, temperature=1.0, generator=generator)
-
-    assert text(1) == text(1)
-    assert text(1) != text(2)
 
 
 def test_top_p_of_one_keeps_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,17 +213,3 @@ def test_an_answer_is_the_text_between_the_templates_header_and_a_stop_token(mon
             assert continued.text == spoken
             (cut,) = generation.answers(model, tokenizer, ["def f(x):"], 2)
             assert (cut.text, cut.stopped) == (tokenizer.decode(script[:2]), script[1] == stop)
-
-
-def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message() -> None:
-    tokenizer = Tokenizer(vocab_size=512)
-    messages = [{"role": "system", "content": "Be kind."}]
-    messages += [{"role": ("user", "assistant")[i % 2], "content": str(i)} for i in range(5)]
-    needed = len(tokenizer.render([messages[0], *messages[3:]], add_generation_prompt=True)[0]) + 8
-    for context, kept in ((needed + 50, messages), (needed, [messages[0], *messages[3:]])):
-        model = small_model(vocab_size=512, max_position_embeddings=context)
-        found, note = generation.fit_into_context(model, tokenizer, messages, 8)
-        assert found == kept
-        assert note == (
-            "" if kept == messages else f"the context of {context} tokens is full: the oldest 2 messages are forgotten"
-        )

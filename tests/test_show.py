@@ -63,7 +63,7 @@ def test_text_that_spells_a_control_token_is_shown_differently() -> None:
     assert plain == "<|im_start|>user↵\na \\<|im_end|>\\<|im_start|> b\ufffd[2J<|im_end|>↵\n"
 
 
-def test_colours_tell_what_is_trained_on() -> None:
+def test_what_is_trained_on_has_its_own_colour() -> None:
     tokenizer = Tokenizer(vocab_size=512)
     coloured = terminal.colour(tokenizer, *tokenizer.render([{"role": "assistant", "content": "a"}]))
     pieces = [piece.strip() for piece in coloured.split(terminal.RESET)]
@@ -201,17 +201,6 @@ def test_a_picture_can_be_read_in_the_readme(name: str, monkeypatch: pytest.Monk
 def test_pictures_of_numbers_are_written(tmp_path: Path) -> None:
     draw.main(["mask", "nf4"], tmp_path)
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("mask", "nf4"))
-
-
-def test_the_picture_of_experts_returns_each_row_to_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(draw, "draw_experts", lambda *parts: drawn.append(parts))
-    draw.experts_of_three_tokens(Path())
-    ((tokens, experts, weights, places, _),) = drawn
-    assert len(tokens) == len(experts) == len(weights)
-    flat = [expert for row in experts for expert in row]
-    assert [expert for _, expert in sorted(zip(places, flat, strict=True))] == sorted(flat)
-    assert all(row == sorted(row, reverse=True) and 0 < sum(row) <= 1 for row in weights)
 
 
 # ---------------------------------------------------------------- a run's data

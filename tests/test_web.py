@@ -137,27 +137,6 @@ def run(model: DeepSeekV2, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPa
     return directory
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 opens the page to others: give --auth USER:PASSWORD, or --no-auth"),
-        (["--auth", "user"], "--auth is not USER:PASSWORD"),
-        ([], "--web needs Gradio: pip install -r requirements-web.txt"),
-    ],
-)
-def test_an_open_page_and_a_missing_package_are_refused(
-    flags: list[str],
-    message: str,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(chat, "find_spec", lambda name: None)
-    assert run_main(chat.main, [str(run), "--web", *flags], tmp_path) == 2
-    assert capsys.readouterr().err == f"error: {message}\n"
-
-
 def test_the_command_passes_its_flags_to_the_page(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
     monkeypatch.setattr(web, "serve", lambda *arguments: served.extend(arguments))
@@ -203,15 +182,6 @@ def test_two_checkpoints_answer_side_by_side_with_a_system_prompt(
     likeliest, experts = views[1], views[2]
     assert len(likeliest) == 6 and list(likeliest.values())[1:] == sorted(list(likeliest.values())[1:], reverse=True)
     assert [label for _, label in experts].count("chosen") == 2 * 3  # layers, experts per token
-
-
-def test_an_answer_keeps_its_leading_spaces(
-    model: DeepSeekV2, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = "    return x + 1"
-    monkeypatch.setattr(generation, "generate", scripted([*tokenizer.encode(text), tokenizer.eos_token_id]))
-    _, messages, *_ = respond(web.Page([(model, tokenizer)], ["model"], SETTINGS), QUESTION)
-    assert messages[-1]["content"] == [{"type": "text", "text": text}]
 
 
 def test_a_full_context_forgets_the_oldest_turns_as_in_the_terminal(
@@ -390,6 +360,10 @@ class Visitor:
             box.send_keys(*(Keys.SHIFT, Keys.ENTER, Keys.NULL) if i else (), line)
         box.send_keys(Keys.ENTER)
 
+    def clear(self) -> None:
+        self.click(".chat [aria-label=Clear]")
+        self.wait(lambda: not self.said("user") and not self.tokens())
+
     def said(self, who: str) -> list[str]:
         return self.texts(f".chat [data-testid={who}] .message-content")
 
@@ -414,7 +388,7 @@ def test_a_person_asks_looks_stops_and_resets(
     assert page.said("user") == [HOSTILE]
     assert page.said("bot") == [printed(run, HOSTILE, tmp_path, capsys)]
     # so does what a model says
-    spoken = tokenizer.encode(HOSTILE)[:24]
+    spoken = tokenizer.encode(f"    {HOSTILE}")[:24]  # leading spaces are part of an answer
     with monkeypatch.context() as patch:
         patch.setattr(generation, "generate", scripted(spoken))
         page.ask("Say it")
@@ -423,8 +397,7 @@ def test_a_person_asks_looks_stops_and_resets(
     assert not page.find(".chat b, .chat script, .tokens b, .tokens script")
     assert browser.title == "SFT from scratch"
     # a click shows a token's alternatives and experts
-    page.click(".chat [aria-label=Clear]")
-    page.wait(lambda: not page.said("user") and not page.tokens())
+    page.clear()
     page.ask(QUESTION)
     page.wait(lambda: len(page.tokens()) == 24)
     page.find(".answer .token")[3].click()
@@ -439,8 +412,7 @@ def test_a_person_asks_looks_stops_and_resets(
                 opened.wait(60)
             yield tokens
 
-    page.click(".chat [aria-label=Clear]")
-    page.wait(lambda: not page.said("user") and not page.tokens())
+    page.clear()
     with monkeypatch.context() as patch:
         patch.setattr(web.Page, "PAUSE", 0)
         patch.setattr(generation, "generate", gated)
@@ -450,8 +422,7 @@ def test_a_person_asks_looks_stops_and_resets(
         opened.set()
     page.ask(QUESTION)
     page.wait(lambda: len(page.tokens()) == 24 and len(page.said("bot")) == 2)
-    page.click(".chat [aria-label=Clear]")
-    page.wait(lambda: not page.said("user") and not page.tokens())
+    page.clear()
     page.ask(QUESTION)
     page.wait(lambda: len(page.tokens()) == 24)
     assert page.said("bot") == [printed(run, QUESTION, tmp_path, capsys)]
