@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import vocabulary
 from config import UserError
-from data.sources import read_chitchat
 from hub.tokenizer_json import save_tokenizer
 from tokenizer import CHAT_TEMPLATES, ROLES, ChatTemplate, Tokenizer, Turn
 
@@ -63,18 +62,8 @@ def literal(template: str, role: str, content: str) -> tuple[str, str, str]:
 
 
 @pytest.fixture(scope="module")
-def chitchat() -> list[list[dict[str, str]]]:
-    return [row["messages"] for split in ("train", "test") for row in read_chitchat(split, "")]
-
-
-@pytest.fixture(scope="module")
 def small() -> dict[str, Tokenizer]:
     return {name: Tokenizer(vocab_size=8192, chat_template=name) for name in TEMPLATES}
-
-
-@pytest.fixture(scope="module")
-def full() -> Tokenizer:
-    return Tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -86,36 +75,29 @@ def saved(small, tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in TEMPLATES}
 
 
-def without_leading_space(conversations):
-    """Drop answers that start with white space, which transformers merges with the header's line break."""
-    return [c for c in conversations if not any(m["role"] == "assistant" and m["content"][:1].isspace() for m in c)]
-
-
-def assert_same_as_transformers(tokenizer: Tokenizer, oracle, jinja: str | None, conversations) -> None:
-    expected = oracle.apply_chat_template(
-        conversations, chat_template=jinja, return_assistant_tokens_mask=True, return_dict=True
-    )
-    for i, conversation in enumerate(conversations):
-        ids, mask = tokenizer.render(conversation)
-        assert ids == expected["input_ids"][i], conversation
-        assert mask == expected["assistant_masks"][i], conversation
-
-
 # --- Against transformers ---
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("handwritten", [True, False])
 def test_every_template_and_role_is_rendered_as_by_transformers(chitchat, small, saved, name, handwritten):
-    conversations = without_leading_space(chitchat)
+    # transformers merges white space at the start of an answer with the header's line break
+    conversations = [c for c in chitchat["train"] if not any(m["content"][:1].isspace() for m in c[1::2])]
     assert len(conversations) > 3500
-    conversations = conversations[:: 1 if name == "chatml" and handwritten else 20]
+    conversations = conversations[:: 5 if name == "chatml" and handwritten else 30]
     texts = [message["content"] for message in conversations[0]]
     rng = random.Random(0)
     for _ in range(100):
         conversations.append([{"role": rng.choice(ROLES), "content": rng.choice(texts)} for _ in range(6)])
-    oracle = transformers.AutoTokenizer.from_pretrained(saved[name])
-    assert_same_as_transformers(small[name], oracle, HANDWRITTEN[name] if handwritten else None, conversations)
+    expected = transformers.AutoTokenizer.from_pretrained(saved[name]).apply_chat_template(
+        conversations,
+        chat_template=HANDWRITTEN[name] if handwritten else None,
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    for i, conversation in enumerate(conversations):
+        rendered = (expected["input_ids"][i], expected["assistant_masks"][i])
+        assert small[name].render(conversation) == rendered, conversation
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -133,7 +115,7 @@ def test_text_equals_that_of_the_published_template(chitchat, small, saved, name
     """Including white space around content, and except for tool turns, which DeepSeek's template omits."""
     oracle = transformers.AutoTokenizer.from_pretrained(saved[name])
     rng = random.Random(0)
-    texts = ["  Hi!  ", "\n\nTwo\n\nlines\n", "\t", "", " x", *(c[0]["content"] for c in chitchat[::200])]
+    texts = ["  Hi!  ", "\n\nTwo\n\nlines\n", "\t", "", " x", *(c[0]["content"] for c in chitchat["test"][::10])]
     roles = [role for role in ROLES if name != "deepseek" or role != "tool"]
     for _ in range(200):
         messages = [{"role": rng.choice(roles), "content": rng.choice(texts)} for _ in range(rng.randint(1, 6))]
@@ -143,16 +125,16 @@ def test_text_equals_that_of_the_published_template(chitchat, small, saved, name
         assert oracle.apply_chat_template(messages, **options) == published  # the template saved with a checkpoint
 
 
-@pytest.mark.parametrize("vocab_size", [300, 8192, None])
+@pytest.mark.parametrize("vocab_size", [300, None])
 def test_a_saved_tokenizer_gives_the_same_ids_in_transformers_and_here(chitchat, tmp_path, vocab_size):
     ours = Tokenizer(vocab_size=vocab_size)
     save_tokenizer(tmp_path, ours)
     oracle = transformers.AutoTokenizer.from_pretrained(tmp_path)
     reloaded = Tokenizer(str(tmp_path), vocab_size=ours.vocab_size)
-    texts = [message["content"] for conversation in chitchat for message in conversation][:: len(chitchat) // 61]
+    texts = [message["content"] for conversation in chitchat["test"] for message in conversation]
     alphabet = "ab 's'S ſ\n\r\t  \u0085\u00a0\u200b\u3000１23Éß字é\u0301!?_.'\u180e\U0001f600'll'RE"
     rng = random.Random(0)
-    texts = texts[:2000] + ["".join(rng.choices(alphabet, k=20)) for _ in range(2000)]
+    texts = texts[:500] + ["".join(rng.choices(alphabet, k=20)) for _ in range(1000)]
     for text in texts:
         ids = ours.encode(text)
         assert oracle(text, add_special_tokens=False)["input_ids"] == ids, text
@@ -212,16 +194,15 @@ def test_a_run_of_blanks_that_is_too_long_for_the_engines_is_refused(small):
         small["chatml"].encode("a" + " " * 500_001 + "x")
 
 
-@settings(deadline=None, max_examples=4)
-@given(seed=st.integers(0, 2**32))
-def test_texts_of_any_length_are_encoded_as_tiktoken_and_the_library_do(full, saved, seed):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_long_texts_are_encoded_as_by_tiktoken_and_the_library(saved, seed):
     """Indented lines, as in Python, of which some are empty and some end with blanks."""
     rng = random.Random(seed)
     parts = ["def f(x):", "return x + 1", "# Grüße, 世界", "", "x = {'a': 1,", "    ", "\t\t", "it's  "]
-    lines = (" " * 4 * rng.randrange(6) + rng.choice(parts) + rng.choice(["", "", "  ", "\n\n"]) for _ in range(9_000))
-    text = "\n".join(lines) + " " * rng.choice([0, 5, 110_000]) + rng.choice(["", "x", "\n"])
+    lines = (" " * 4 * rng.randrange(6) + rng.choice(parts) + rng.choice(["", "", "  ", "\n\n"]) for _ in range(7_000))
+    text = "\n".join(lines) + " " * 110_000 * seed + rng.choice(["", "x", "\n"])
     assert len(text) > 100_000
-    assert full.encode(text) == vocabulary.read_cl100k().encode_ordinary(text)
+    assert Tokenizer().encode(text) == vocabulary.read_cl100k().encode_ordinary(text)
     backend = tokenizers.Tokenizer.from_file(f"{saved['chatml']}/tokenizer.json")
     assert Tokenizer(str(saved["chatml"])).encode(text) == backend.encode(text, add_special_tokens=False).ids
 
@@ -316,7 +297,7 @@ TEXT = st.lists(
 CONVERSATION = st.lists(st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXT}), max_size=5)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(messages=CONVERSATION)
 def test_decoding_gives_the_text_back_and_the_mask_is_the_assistants(every_tokenizer, messages):
     for tokenizer in every_tokenizer:
@@ -372,7 +353,7 @@ def test_all_turns_but_the_assistants_equal_apply_chat_template_for_any_content(
         )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(text=TEXT)
 def test_content_never_becomes_a_control_token(every_tokenizer, text):
     for tokenizer in every_tokenizer:
@@ -410,36 +391,30 @@ def with_model(**changes):
 
 
 DOUBLING = {"type": "Replace", "pattern": {"Regex": "(.+)"}, "content": "$1$1"}
-BROKEN = {
-    "a field is missing": ({"added_tokens": None}, "is not a supported tokenizer.json"),
-    "no byte-level decoder": ({"decoder": {"type": "Metaspace"}}, "only byte-level"),
-    "merges are text": (with_model(vocab={}, merges="x"), "tokenizers library"),
-    "merges are numbers": (with_model(merges=[[1, 2]]), "the name of a token is 1; it must be text"),
-    "a merge is a number": (with_model(merges=[1]), "not a supported"),
-    "vocabulary is a list": (with_model(vocab=[["a", 0.0]]), "not a supported"),
-    "id is text": (with_token(id="7"), "id '7' is not a whole number"),
-    "id is true": (with_token(id=True), "id True is not a whole number"),
-    "id is negative": (with_model(vocab={"a": -1}), "id -1 is not a whole number"),
-    "id is enormous": (with_token(id=10**10), "id 10000000000 is not a whole number from 0 to 999,999"),
-    "name is a number": (with_token(content=5), "the name of a token is 5; it must be text"),
-    "name is a list": (with_token(content=[]), r"the name of a token is \[\]; it must be text"),
-    "name is half a character": (with_model(vocab={"\ud800": 0}), "tokenizers library"),
-    "added token is text": ({"added_tokens": ["<x>"]}, "not a supported"),
-    "normaliser doubles text": (
-        {"normalizer": {"type": "Sequence", "normalizers": [DOUBLING] * 40}},
-        "Replace changes",
-    ),
-    "normaliser strips": ({"normalizer": {"type": "Strip"}}, "Strip changes the text where a message begins or ends"),
-    "prefix space": (
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
-        "ByteLevel with add_prefix_spa",
-    ),
-    "nested normalisers": ({"normalizer": {"type": "Sequence", "normalizers": [7]}}, "not a supported"),
-    "terminal escapes": ({"normalizer": {"type": "\x1b[2J"}}, "json: \ufffd\\[2J changes the text"),
-}
+BROKEN = [
+    ({"added_tokens": None}, "is not a supported tokenizer.json"),
+    ({"decoder": {"type": "Metaspace"}}, "only byte-level"),
+    (with_model(vocab={}, merges="x"), "tokenizers library"),
+    (with_model(merges=[[1, 2]]), "the name of a token is 1; it must be text"),
+    (with_model(merges=[1]), "not a supported"),
+    (with_model(vocab=[["a", 0.0]]), "not a supported"),
+    (with_token(id="7"), "id '7' is not a whole number"),
+    (with_token(id=True), "id True is not a whole number"),
+    (with_model(vocab={"a": -1}), "id -1 is not a whole number"),
+    (with_token(id=10**10), "id 10000000000 is not a whole number from 0 to 999,999"),
+    (with_token(content=5), "the name of a token is 5; it must be text"),
+    (with_token(content=[]), r"the name of a token is \[\]; it must be text"),
+    (with_model(vocab={"\ud800": 0}), "tokenizers library"),
+    ({"added_tokens": ["<x>"]}, "not a supported"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLING] * 40}}, "Replace changes"),
+    ({"normalizer": {"type": "Strip"}}, "Strip changes the text where a message begins or ends"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "ByteLevel with add_prefix_space changes"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [7]}}, "not a supported"),
+    ({"normalizer": {"type": "\x1b[2J"}}, "json: \ufffd\\[2J changes the text"),
+]
 
 
-@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN.keys())
+@pytest.mark.parametrize(("change", "message"), BROKEN, ids=[str(change)[:40] for change, _ in BROKEN])
 def test_a_malformed_tokenizer_json_is_refused_in_one_line(tmp_path, change, message):
     path = Path(foreign_tokenizer(tmp_path / "broken", "special", CONTROL_TOKENS), "tokenizer.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -458,13 +433,13 @@ def test_an_unknown_name_of_a_chat_template_is_refused(saved, tmp_path, name):
     assert Tokenizer(str(tmp_path / "copy"), chat_template="chatml").chat_template == "chatml"
 
 
-@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
-def test_control_tokens_that_swallow_white_space_are_refused(tmp_path, side):
+def test_control_tokens_that_strip_white_space_are_refused(tmp_path):
     path = Path(foreign_tokenizer(tmp_path / "phi", "special", CONTROL_TOKENS), "tokenizer.json")
     spec = json.loads(path.read_text())
-    next(token for token in spec["added_tokens"] if token["content"] == "<|im_start|>")[side] = True
+    added = {token["content"]: token for token in spec["added_tokens"]}
+    added["<|im_start|>"]["lstrip"] = added["<|im_end|>"]["rstrip"] = True
     path.write_text(json.dumps(spec))
-    with pytest.raises(UserError, match=r"drops white space next to <\|im_start\|>"):
+    with pytest.raises(UserError, match=r"drops white space next to <\|im_end\|>, <\|im_start\|>"):
         Tokenizer(str(path.parent), chat_template="chatml")
     assert Tokenizer(str(path.parent), chat_template="llama3").chat_template == "llama3"
 
