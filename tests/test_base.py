@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from checkpoint import load_pretrained
 from config import BASE
-from data.sources import open_split
+from data.sources import read_chatterbot
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,25 +37,25 @@ def test_it_has_tinys_shape_and_vocabulary() -> None:
     assert (ours.tokens, ours.control_ids) == (theirs.tokens, theirs.control_ids)
 
 
-def held_out() -> list[str]:
-    """Return the held-out conversations as texts with one line per turn."""
-    rows = [*open_split("chitchat", "test"), *open_split("chatterbot", "test")]
-    return ["\n".join(message["content"] for message in row["messages"]) for row in rows]
+def as_text(messages: list[dict[str, str]]) -> str:
+    return "\n".join(message["content"] for message in messages)
 
 
-def test_no_held_out_conversation_is_in_its_training_data() -> None:
-    texts = [row["text"] for row in open_split("chitchat_text", "train")]
+def test_no_held_out_conversation_is_in_its_training_data(chitchat: dict[str, list]) -> None:
+    texts = list(map(as_text, chitchat["train"]))
     if PRETRAINING.is_file():
         texts += datasets.load_dataset("parquet", data_files=str(PRETRAINING), split="train")["text"][:]
     everything = "\n".join(texts)
-    long = [text for text in held_out() if len(text) > 20]  # short ones ("Hello", "Hi") occur anywhere
+    held_out = [*chitchat["test"], *(row["messages"] for row in read_chatterbot("test", ""))]
+    long = [text for text in map(as_text, held_out) if len(text) > 20]  # short ones ("Hello", "Hi") occur anywhere
     assert len(long) > 230
     assert [text for text in long if text in everything] == []
 
 
 def test_no_paraphrase_is_in_the_training_data() -> None:
     paraphrases = json.loads((ROOT / "tests/data/paraphrases.json").read_text())
-    openings = {row["messages"][0]["content"].lower() for row in open_split("chatterbot", "train+test")}
+    rows = [*read_chatterbot("train", ""), *read_chatterbot("test", "")]
+    openings = {row["messages"][0]["content"].lower() for row in rows}
     assert len(paraphrases) == 30
     assert openings >= {opening.lower() for opening in paraphrases.values()}
     assert not openings & {paraphrase.lower() for paraphrase in paraphrases}

@@ -1,4 +1,4 @@
-"""What a run starts from stays where it is; an adapter knows its base, and answers with no other."""
+"""The base of a run is never moved; an adapter records its base and works with no other."""
 
 import shutil
 import sys
@@ -24,6 +24,7 @@ from hub.weights import write_tensors
 from small_models import relative_difference
 from small_runs import arguments, conversations, differing, final_tensors, run_main, train_here, write_jsonl
 
+Capture = pytest.CaptureFixture[str]
 TOKENS = torch.arange(200, 260).view(2, 30)
 SHORT: dict[str, Any] = {"max_steps": 1, "eval_steps": 0}
 
@@ -41,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy that stands where the original did, so that paths in it are right."""
+    """A copy at the place of the original, so that the paths in it are right."""
     kept = trained.with_name("kept")
     if not kept.exists():
         shutil.copytree(trained, kept)
@@ -63,8 +64,8 @@ def files(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*") if path.suffix != ".lock"}
 
 
-def goes_on(run: Path) -> list[str]:
-    """The arguments that continue a run up to step 4."""
+def resuming(run: Path) -> list[str]:
+    """Return the arguments that resume a run up to step 4."""
     return ["--resume", "--output-dir", str(run), "--max-steps", "4"]
 
 
@@ -72,9 +73,7 @@ def goes_on(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, ""), (8, ""), (8, "config.json")])
-def test_what_a_run_starts_from_is_not_moved_aside(
-    rank: int, missing: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_base_of_a_run_is_not_moved(rank: int, missing: str, folder: Path, capsys: Capture) -> None:
     """tiny's default output directory is its own base, of which checkpoints alone may have been kept."""
     if missing:
         (folder / "runs/tiny" / missing).unlink()
@@ -90,40 +89,36 @@ def test_what_a_run_starts_from_is_not_moved_aside(
     assert files(folder / "runs") == before
 
 
-def test_data_in_an_earlier_runs_directory_is_not_moved_aside(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_in_the_directory_of_an_earlier_run_is_not_moved(folder: Path, capsys: Capture) -> None:
     data = shutil.copy(folder / "data.jsonl", folder / "runs/tiny/mine.jsonl")
     assert train_here(arguments(Path(data), folder / "runs/tiny", **SHORT), folder) == 2
     assert "mine.jsonl, which this run needs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_nothing_is_moved_aside_for_a_run_whose_tracker_is_missing(
-    tracker: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def no_key(**_: Any) -> None:
+    raise RuntimeError("no API key:\n  log in first")
+
+
+@pytest.mark.parametrize(
+    ("tracker", "module", "found", "error"),
+    [
+        ("wandb", "wandb", None, "is not installed"),
+        ("tensorboard", "torch.utils.tensorboard", None, "is not installed"),
+        ("wandb", "wandb", SimpleNamespace(init=no_key), "cannot start: no API key: log in first"),
+        ("trackio", "trackio", SimpleNamespace(init=no_key), "cannot start: no API key: log in first"),
+    ],
+)
+def test_nothing_is_moved_for_a_run_without_its_tracker(
+    tracker: str, module: str, found: Any, error: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    module = "torch.utils.tensorboard" if tracker == "tensorboard" else tracker
-    monkeypatch.setitem(sys.modules, module, None)  # importing it then fails
+    monkeypatch.setitem(sys.modules, module, found)  # importing None fails
     before = files(folder / "runs")
     assert train_here(arguments(folder / "data.jsonl", folder / "runs/tiny", report_to=tracker, **SHORT), folder) == 2
-    assert f"error: report_to {tracker} is not installed" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: report_to {tracker} {error}")
     assert files(folder / "runs") == before
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_nothing_is_moved_aside_for_a_run_whose_tracker_cannot_start(
-    tracker: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def init(**_: Any) -> None:
-        raise RuntimeError("no API key:\n  log in first")
-
-    monkeypatch.setitem(sys.modules, tracker, SimpleNamespace(init=init))
-    before = files(folder / "runs")
-    assert train_here(arguments(folder / "data.jsonl", folder / "runs/tiny", report_to=tracker, **SHORT), folder) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"error: report_to {tracker} cannot start: no API key: log in first"
-    assert files(folder / "runs") == before
-
-
-def test_starting_from_an_adapter_says_what_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_starting_from_an_adapter_is_refused_with_a_remedy(folder: Path, capsys: Capture) -> None:
     command = arguments(folder / "data.jsonl", folder / "new", init_from="runs/adapter", **SHORT)
     assert train_here(command, folder) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -147,9 +142,7 @@ def test_an_adapter_names_its_base_and_peft_opens_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "merge", "resume"])
-def test_an_adapter_whose_base_was_retrained_is_refused(
-    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_whose_base_was_retrained_is_refused(command: str, folder: Path, capsys: Capture) -> None:
     retrain(folder / "runs/tiny/checkpoints/step-000001")
     main, words = {
         "chat": (chat.main, ["runs/adapter", "--prompt", "Hi"]),
@@ -178,18 +171,21 @@ def test_a_base_is_found_from_anywhere_and_after_both_have_moved(
         assert load_model_and_tokenizer(folder / "runs/adapter")[0](TOKENS).equal(before)
         (folder / "runs").rename(tmp_path / "elsewhere")
         assert load_model_and_tokenizer(tmp_path / "elsewhere/adapter")[0](TOKENS).equal(before)
+        weights = tmp_path / "elsewhere/tiny/checkpoints/step-000001/model.safetensors"
+        weights.write_bytes(weights.read_bytes())  # with a new time
+        assert load_model_and_tokenizer(tmp_path / "elsewhere/adapter")[0](TOKENS).equal(before)
 
 
-def test_an_adapters_run_goes_on_wherever_both_have_moved(
+def test_the_run_of_an_adapter_is_resumed_after_both_have_moved(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the same run does in its place; what it saves then names the base where that is now."""
+    """Exactly as at the old place; the new checkpoint names the new place of the base."""
     shutil.copytree(folder / "runs/adapter", folder / "runs/reference")
-    assert train_here(goes_on(folder / "runs/reference"), folder) == 0
+    assert train_here(resuming(folder / "runs/reference"), folder) == 0
     expected = final_tensors(folder / "runs/reference")
     (folder / "runs").rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    assert train_here(goes_on(Path("elsewhere/adapter")), folder) == 0
+    assert train_here(resuming(Path("elsewhere/adapter")), folder) == 0
     assert differing(final_tensors(tmp_path / "elsewhere/adapter"), expected) == []
     before, after = (tmp_path / f"elsewhere/adapter/checkpoints/step-00000{step}" for step in (3, 4))
     assert read_json(after / "base.json")["weights"] == read_json(before / "base.json")["weights"]
@@ -197,46 +193,32 @@ def test_an_adapters_run_goes_on_wherever_both_have_moved(
     assert name == str(tmp_path / "elsewhere/tiny/checkpoints/step-000001")
 
 
-@pytest.mark.parametrize("flags", [[], ["--add-control-tokens", "--chat-template", "llama3"]])
-def test_a_full_run_needs_its_base_no_longer(
-    flags: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_run_is_resumed_without_its_base(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own checkpoint has weights, shape and tokenizer; here a tokenizer with tokens that the base's lacks, too."""
+    flags = ("--add-control-tokens", "--chat-template", "llama3")
     command = arguments(folder / "data.jsonl", Path("runs/full"), *flags, init_from="runs/tiny", **SHORT)
     assert train_here(command, folder) == 0
     shutil.copytree(folder / "runs/full", folder / "runs/reference")
-    assert train_here(goes_on(folder / "runs/reference"), folder) == 0
+    assert train_here(resuming(folder / "runs/reference"), folder) == 0
     shutil.rmtree(folder / "runs/tiny")
     monkeypatch.chdir(tmp_path)
-    assert train_here(goes_on(folder / "runs/full"), folder) == 0
+    assert train_here(resuming(folder / "runs/full"), folder) == 0
     assert differing(final_tensors(folder / "runs/full"), final_tensors(folder / "runs/reference")) == []
-
-
-def test_a_base_of_another_time_with_the_same_weights_is_the_same(folder: Path) -> None:
-    weights = folder / "runs/tiny/checkpoints/step-000001/model.safetensors"
-    shutil.copyfile(weights, folder / "copy")
-    shutil.move(folder / "copy", weights)
-    load_model_and_tokenizer(folder / "runs/adapter")
 
 
 # ---------------------------------------------------------------- a record from someone else
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "../outside", "link"])
-def test_a_record_names_files_of_the_base_alone(name: str, tmp_path: Path) -> None:
-    """Not files elsewhere, which may have no end."""
+def test_a_record_is_followed_inside_the_base_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files elsewhere may be endless. One of another size is not read."""
     (tmp_path / "outside").write_bytes(bytes(8))
     (tmp_path / "base").mkdir()
     (tmp_path / "base/link").symlink_to(tmp_path / "outside")
-    with pytest.raises(UserError, match="lies outside of the directory"):
-        changed_weights(tmp_path / "base", {name: {"size": 8, "sha256": "0"}})
-
-
-def test_a_file_of_another_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model.safetensors").write_bytes(bytes(8))
+    for name in ("/dev/zero", "../outside", "link"):
+        with pytest.raises(UserError, match="lies outside of the directory"):
+            changed_weights(tmp_path / "base", {name: {"size": 8, "sha256": "0"}})
     monkeypatch.setattr(peft, "checksum", None)
-    recorded = {"model.safetensors": {"size": 9, "sha256": "0"}}
-    assert changed_weights(tmp_path, recorded) == ["model.safetensors"]
+    assert changed_weights(tmp_path, {"outside": {"size": 9, "sha256": "0"}}) == ["outside"]
 
 
 @pytest.mark.parametrize(

@@ -56,14 +56,9 @@ def test_a_batch_of_prompts_gets_the_answers_of_single_prompts(
         assert new[: len(alone)] == alone
 
 
-def test_the_saved_tokenizer_has_the_models_context_length(saved: Path) -> None:
+def test_saved_files_are_readable_by_everyone_and_state_the_context_length(saved: Path) -> None:
     assert AutoTokenizer.from_pretrained(saved).model_max_length == 256
-
-
-def test_saved_files_are_readable_by_everyone(saved: Path) -> None:
-    assert {file.name: oct(file.stat().st_mode)[-3:] for file in saved.iterdir()} == {
-        file.name: "644" for file in saved.iterdir()
-    }
+    assert {oct(file.stat().st_mode)[-3:] for file in saved.iterdir()} == {"644"}
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
@@ -89,14 +84,7 @@ def test_trl_prepares_the_same_ids_masks_and_labels(
     rows = [{"messages": in_parts(each) if parts else each} for each in messages]
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(saved),
-        SFTConfig(
-            output_dir=str(tmp_path),
-            assistant_only_loss=True,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            max_length=None,
-        ),
+        SFTConfig(str(tmp_path), assistant_only_loss=True, report_to="none", use_cpu=True, bf16=False, max_length=None),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(saved),
     )

@@ -84,7 +84,7 @@ def test_every_template_and_role_is_rendered_as_by_transformers(chitchat, small,
     # transformers merges white space at the start of an answer with the header's line break
     conversations = [c for c in chitchat["train"] if not any(m["content"][:1].isspace() for m in c[1::2])]
     assert len(conversations) > 3500
-    conversations = conversations[:: 5 if name == "chatml" and handwritten else 30]
+    conversations = conversations[:: 10 if name == "chatml" and handwritten else 30]
     texts = [message["content"] for message in conversations[0]]
     rng = random.Random(0)
     for _ in range(100):
