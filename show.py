@@ -134,12 +134,10 @@ def show_data(words: list[str]) -> None:
 
 @dataclass
 class Rows:
-    """A dataset's first packed rows, one block per conversation, and the first conversation in colour."""
+    """The packed rows of a dataset's first split, one block per conversation, and the first conversation in colour."""
 
     # As in train_sft.py.
     dataset: Annotated[Positional[str], arg(metavar="DATASET")] = "chitchat"
-    # "": its first.
-    split: Annotated[Positional[str], arg(metavar="SPLIT")] = ""
     # Tokens per row.
     max_seq_len: int = 2048
     # chatml, llama3 or deepseek.
@@ -153,7 +151,7 @@ class Rows:
         from view.terminal import LEGEND, colour, draw_row, on_screen
 
         tokenizer = Tokenizer(chat_template=self.chat_template)
-        split = self.split or next(iter(open_source(self.dataset).splits))
+        split = next(iter(open_source(self.dataset).splits))
         data, report = load_dataset_split(self.dataset, split, tokenizer, self.max_seq_len)
         rows = RowStream(data, DataCollator(self.max_seq_len, tokenizer.pad_token_id))
         print(on_screen(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *rows.piece(0))}\n"))

@@ -33,7 +33,7 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
 
 
 def continuations(model: DeepSeekV2, prompts: list[list[int]], max_new_tokens: int, **options) -> list[list[int]]:
-    """The new tokens of each prompt."""
+    """Return the new tokens of each prompt."""
     steps = list(generate(model, prompts, max_new_tokens, **options))
     return [list(tokens) for tokens in zip(*steps, strict=True)]
 
@@ -187,7 +187,7 @@ def test_logits_that_are_not_finite_are_reported(bad: float, temperature: float)
         ({"top_k": -1}, "top_k is -1"),
     ],
 )
-def test_values_that_nothing_can_be_drawn_with_are_errors(options: dict, message: str) -> None:
+def test_impossible_sampling_options_are_errors(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         continuations(small_model(), random_prompts(6), 4, **options)
 

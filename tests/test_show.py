@@ -1,4 +1,4 @@
-"""What show.py prints and draws is what the code trains on."""
+"""show.py prints and draws the data that a run trains on. Oracles: counts over the rendered conversations."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What a command prints, without its colours; an error as the line it is."""
+    """Return a function that runs show.py and returns what it prints, or its error, without colours."""
 
     def run(*arguments: object) -> str:
         code = run_main(show.main, [str(argument) for argument in arguments], tmp_path)
@@ -89,7 +89,7 @@ def test_colours_are_for_terminals(
     assert terminal.on_screen(terminal.LEGEND) == (terminal.LEGEND if coloured else " trained  on   only  read ")
 
 
-def test_what_goes_into_a_pipe_has_no_colours(
+def test_output_to_a_pipe_has_no_colours(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
@@ -103,7 +103,6 @@ def test_rows_are_shown_as_they_are_packed(shown: Callable[..., str], data: Path
     printed = shown("rows", data)
     assert "9 conversations" in printed and "<|im_start|>user" in printed and "1 rows of 2,048 tokens" in printed
     assert "<|start_header_id|>user" in shown("rows", data, "--chat-template", "llama3")
-    assert shown("rows", data, "nope") == f"error: {data} has no split 'nope', only train (or parts: train[:95%])\n"
 
 
 def test_a_drawn_row_is_as_wide_as_the_row() -> None:
@@ -111,7 +110,7 @@ def test_a_drawn_row_is_as_wide_as_the_row() -> None:
     assert blocks == ["\x1b[30;42m    50    ", "\x1b[30;46m 25  ", "·" * 5]
 
 
-def test_the_models_table_adds_up(shown: Callable[..., str]) -> None:
+def test_the_parts_of_the_model_add_up(shown: Callable[..., str]) -> None:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in DeepSeekV2(PRESETS["base"].model).parameters())
     numbers = {
@@ -163,7 +162,7 @@ def test_runs_are_compared_in_a_table_and_a_picture(runs: list[str], shown: Call
     assert printed.endswith(f"wrote {tmp_path}/runs.csv\nwrote {tmp_path}/runs.png\n")
 
 
-def test_what_is_not_a_run_or_a_metric_is_named(runs: list[str], shown: Callable[..., str], tmp_path: Path) -> None:
+def test_an_error_names_what_is_no_run_or_no_metric(runs: list[str], shown: Callable[..., str], tmp_path: Path) -> None:
     assert str(tmp_path) in shown("runs", tmp_path)
     assert shown("runs") == "error: name a run's directory, or several\n"
     assert shown("runs", runs[0], "--metrics", "lust").startswith(
@@ -207,7 +206,7 @@ def test_pictures_of_numbers_are_written(tmp_path: Path) -> None:
 
 
 def numbers_of(table: str) -> dict[str, list[str]]:
-    """The table's lines: name to columns."""
+    """Return the columns of the table by the name of their line."""
     lines = [re.split(r"  +", line.strip()) for line in table.splitlines() if re.search(r"\w  +[\d,]+", line)]
     return {name: columns for name, *columns in lines}
 
@@ -230,7 +229,7 @@ def test_the_table_counts_what_a_run_sees(shown: Callable[..., str], tmp_path: P
     assert "10 steps of 2 rows are " in printed
 
 
-def test_rows_that_fill_no_step_are_refused_in_training_and_shown_by_a_dry_run_and_here(
+def test_too_few_rows_for_a_step_are_an_error_in_training_and_reported_by_a_dry_run_and_show_data(
     data: Path, shown: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The dry run prints the same table as show.py, then what the run takes."""
@@ -268,7 +267,7 @@ def test_any_row_can_be_shown(shown: Callable[..., str], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("flags", [("--lora-alpha", "8"), ("--model.hidden-size", "64")])
-def test_what_training_refuses_is_refused(
+def test_an_invalid_run_is_the_same_error_as_in_training(
     flags: tuple[str, ...], data: Path, shown: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train_here(["tiny", "--dataset", str(data), *flags, "--device", "cpu"], tmp_path) == 2
@@ -276,7 +275,7 @@ def test_what_training_refuses_is_refused(
     assert shown("data", data, "tiny", *flags, "--device", "cpu") == error
 
 
-def test_without_a_preset_it_is_the_one_that_training_takes(
+def test_the_default_preset_is_that_of_training(
     data: Path, shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--num-proc", 1, "--device", "cpu")
@@ -322,7 +321,7 @@ def test_the_spread_is_the_percentiles() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["tokens", "word " * 1000]])
 def test_a_closed_pipe_ends_quietly(arguments: list[str]) -> None:
-    """What is printed is less than what Python writes at a time, and more."""
+    """Output below and above the size of Python's buffer."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, ROOT / "show.py", *arguments]

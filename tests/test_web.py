@@ -1,4 +1,4 @@
-"""The page in the browser, and what it shows of the inside. Oracles: full forward passes, chat.py.
+"""The page in the browser, and the trace of the model that it shows. Oracles: full forward passes, chat.py.
 
 One test uses Debian's chromium and is skipped where that is not installed; the others call the page or its server.
 """
@@ -59,10 +59,10 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-# ---------------------------------------------------------------- what is seen inside
+# ---------------------------------------------------------------- the trace
 
 
-def test_what_is_seen_is_what_a_full_pass_computes(model: DeepSeekV2, tokenizer: Tokenizer) -> None:
+def test_the_trace_equals_a_full_forward_pass(model: DeepSeekV2, tokenizer: Tokenizer) -> None:
     prompt, _ = tokenizer.render(user(QUESTION), add_generation_prompt=True)
     generator = torch.Generator().manual_seed(0)
     *_, (_, seen) = trace(model, tokenizer, user(QUESTION), 20, temperature=1.5, generator=generator)
@@ -102,7 +102,9 @@ def test_tracing_changes_nothing_and_leaves_no_hooks(model: DeepSeekV2, tokenize
     assert all(longer.startswith(text[:-1]) for text, longer in itertools.pairwise(texts))
 
 
-def test_the_stop_token_is_seen_but_is_not_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stop_token_is_traced_but_not_part_of_the_text(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for stop in tokenizer.stop_ids:
         monkeypatch.setattr(generation, "generate", scripted([*tokenizer.encode("Yes é"), stop]))
         *_, (answer, seen) = trace(small_model(vocab_size=512), tokenizer, "Once", 20)
@@ -119,7 +121,7 @@ def scripted(tokens: list[int]) -> Callable[..., Iterator[list[int]]]:
     return speak
 
 
-def test_every_token_can_be_told_apart(tokenizer: Tokenizer) -> None:
+def test_every_token_has_its_own_name(tokenizer: Tokenizer) -> None:
     names = [visible(tokenizer, token) for token in range(tokenizer.vocab_size)]
     assert len(set(names)) == tokenizer.vocab_size
     assert not any(" · " not in name or "\n" in name or "\N{REPLACEMENT CHARACTER}" in name for name in names)
@@ -217,7 +219,7 @@ def test_an_emptied_number_has_its_first_value(model: DeepSeekV2, tokenizer: Tok
         (QUESTION, {"system": "a " * 600}, "tokens, but the model's context is 512"),
     ],
 )
-def test_what_cannot_be_answered_is_an_error_with_words(
+def test_impossible_settings_and_long_prompts_are_errors(
     question: str, typed: dict[str, Any], message: str, model: DeepSeekV2, tokenizer: Tokenizer
 ) -> None:
     page = web.Page([(model, tokenizer)], ["model"], SETTINGS)
@@ -263,7 +265,7 @@ def test_other_websites_and_large_requests_are_refused(serve: Callable[..., str]
         assert client.post(f"{url}gradio_api/queue/join", content=iter([b"x"])).status_code == 413  # of unknown length
 
 
-def test_a_password_is_asked_for(serve: Callable[..., str]) -> None:
+def test_a_password_is_required(serve: Callable[..., str]) -> None:
     url = serve(auth="user:secret")
     with httpx.Client() as client:
         assert client.get(f"{url}config").status_code == 401
@@ -311,7 +313,7 @@ def test_a_flood_is_refused_and_everyone_in_the_queue_is_answered(
     assert all(event["success"] for event in finished)
 
 
-# ---------------------------------------------------------------- what a person sees
+# ---------------------------------------------------------------- in a real browser
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),

@@ -58,9 +58,8 @@ def plot_runs(runs: dict[str, Metrics], out: str | Path, metrics: Sequence[str] 
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
+    for axis in axes.flat:
         axis.set_visible(len(axis.lines) > 0)  # a run may have no evaluations
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
     handles = [Line2D([], [], color=f"C{number % 10}") for number in range(len(runs))]
     # matplotlib leaves out names that start with an underscore.
     figure.legend(handles, [f" {name}" for name in runs], loc="outside lower center", ncols=4)
