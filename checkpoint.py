@@ -142,13 +142,10 @@ def stored_weights(directory: Path, config: ModelConfig) -> dict[str, tuple[Tens
     directory stores for it. Raises one UserError that lists what does not fit. The configuration is compared with the
     files' headers before a model is built, since a small file can describe a model that does not fit any memory."""
     stored = {name: tensor for path in weight_files(directory) for name, tensor in stored_tensors(path).items()}
-    expert_layers = config.num_hidden_layers - config.first_k_dense_replace
-    tensors = max(config.num_hidden_layers, 3 * config.n_routed_experts * expert_layers)
-    if tensors > len(stored):
-        raise UserError(
-            f"{directory}: config.json describes a model of {config.num_hidden_layers} layers with "
-            f"{config.n_routed_experts} routed experts, but the weight files hold only {len(stored)} tensors"
-        )
+    layers, experts = config.num_hidden_layers, config.n_routed_experts
+    if max(layers, 3 * experts * (layers - config.first_k_dense_replace)) > len(stored):
+        described = f"config.json describes a model of {layers} layers with {experts} routed experts"
+        raise UserError(f"{directory}: {described}, but the weight files hold only {len(stored)} tensors")
     with torch.device("meta"):
         expected = dict(DeepSeekV2(config).named_parameters())
     found: dict[str, list[StoredTensor]] = {name: [] for name in expected}

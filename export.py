@@ -1,6 +1,6 @@
 """Export a model for other programs.
 
-python export.py merge ADAPTER OUT                       # a LoRA adapter and its base as a plain model directory
+python export.py merge RUN OUT                           # a LoRA adapter and its base as a plain model directory
 python export.py hub RUN OUT [--base-name ORG/MODEL]     # a directory to publish, with a model card
 python export.py gguf RUN OUT.gguf                       # a file that llama.cpp, Ollama and LM Studio run
 """
@@ -37,25 +37,28 @@ PUBLISHED = re.compile(
 
 
 @dataclass
-class Merge:
-    """Add an adapter to the weights that it was trained on, as a model directory."""
+class Export:
+    """Paths that every command takes."""
 
-    # The adapter's directory, or its run's.
-    adapter: Annotated[Positional[str], arg(metavar="ADAPTER")]
-    # The directory to write.
+    # A run, or one of its checkpoints.
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    # What to write; it must not exist yet.
     out: Annotated[Positional[str], arg(metavar="OUT")]
 
-    def export(self) -> None:
-        merge_adapter(Path(self.adapter), Path(self.out))
+
+class Merge(Export):
+    """Add an adapter to the weights that it was trained on, as a model directory."""
+
+    def export(self, out: Path) -> None:
+        merge_adapter(Path(self.run), out)
 
 
 def merge_adapter(adapter: Path, out: Path) -> None:
     """Write an adapter's base model with the adapter merged into its weights.
 
     Memory: the adapter and one weight. Raises UserError, and leaves nothing, if `adapter` is not an adapter or does not
-    fit its base, or if `out` exists.
+    fit its base.
     """
-    check_new(out)
     directory = checkpoint.resolve_checkpoint(adapter)
     if not (directory / peft.ADAPTER_CONFIG).is_file():
         raise UserError(f"{directory} is not an adapter (it has no {peft.ADAPTER_CONFIG}): there is nothing to merge")
@@ -84,22 +87,16 @@ def merge_adapter(adapter: Path, out: Path) -> None:
 
 
 @dataclass
-class Hub:
+class Hub(Export):
     """Copy a model or an adapter for publication, with a model card and without anything private."""
 
-    # A run, or one of its checkpoints.
-    run: Annotated[Positional[str], arg(metavar="RUN")]
-    # The directory to write.
-    out: Annotated[Positional[str], arg(metavar="OUT")]
     # The Hub name of the model that this one was trained from. Required for an adapter, which would otherwise name a
     # local directory.
     base_name: str = ""
     # The card's license; one of the Hub's identifiers, such as mit or apache-2.0.
     license: str = "unknown"
 
-    def export(self) -> None:
-        out = Path(self.out)
-        check_new(out)
+    def export(self, out: Path) -> None:
         source = checkpoint.resolve_checkpoint(self.run)
         is_adapter = (source / peft.ADAPTER_CONFIG).is_file()
         if is_adapter and not self.base_name:
@@ -132,18 +129,10 @@ def publish(file: Path, copy: Path) -> None:
         shutil.copyfile(file, copy)
 
 
-@dataclass
-class Gguf:
+class Gguf(Export):
     """Write a GGUF file, with its vocabulary and chat template. An adapter is merged into its base."""
 
-    # A run, or a checkpoint.
-    run: Annotated[Positional[str], arg(metavar="RUN")]
-    # The file to write.
-    out: Annotated[Positional[str], arg(metavar="OUT.gguf")]
-
-    def export(self) -> None:
-        out = Path(self.out)
-        check_new(out)
+    def export(self, out: Path) -> None:
         if find_spec("gguf") is None:
             raise UserError("GGUF needs a package: pip install -r requirements-gguf.txt")
         from hub.gguf import write_gguf  # the package is optional
@@ -154,18 +143,16 @@ class Gguf:
             write_gguf(unfinished, model, tokenizer, out.stem)
 
 
-def check_new(out: Path) -> None:
-    if out.exists():
-        raise UserError(f"{out} exists already; choose a new name")
-
-
 COMMANDS: Any = Merge | Hub | Gguf
 
 
 def main() -> None:
     with one_line_errors():
         command = parse_flags(COMMANDS, sys.argv[1:], "export.py", __doc__)
-        command.export()
+        out = Path(command.out)
+        if out.exists():
+            raise UserError(f"{out} exists already; choose a new name")
+        command.export(out)
         print(f"wrote {command.out}")
 
 

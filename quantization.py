@@ -118,14 +118,11 @@ def dequantize(codes: Tensor, absmax: Tensor, pairs: Tensor, dtype: torch.dtype)
     if tuning(codes).fused:
         return fused_dequantize(codes, absmax, dtype)
     output = torch.empty(2 * len(codes), dtype=dtype, device=codes.device)
-    size = min(tuning(codes).chunk, output.numel())
-    index = torch.empty(size // 2, dtype=torch.int32, device=codes.device)
-    found = torch.empty(size // 2, dtype=torch.int64, device=codes.device)
+    size = tuning(codes).chunk
     chunks = zip(codes.split(size // 2), absmax.split(size // BLOCK), output.split(size), strict=True)
     for chunk, scale, numbers in chunks:
-        i, values = index[: len(chunk)].copy_(chunk), found[: len(chunk)]
-        torch.index_select(pairs, 0, i, out=values)
-        numbers.copy_(values.view(torch.float32).view(-1, BLOCK).mul_(scale[:, None]).view(-1))
+        values = pairs.index_select(0, chunk.int()).view(torch.float32)
+        numbers.copy_(values.view(-1, BLOCK).mul_(scale[:, None]).view(-1))
     return output
 
 

@@ -101,7 +101,9 @@ def command(config: dict[str, Any], base_name: str) -> list[str]:
 
     def changes(preset: str) -> dict[str, Any]:
         default = PRESETS[preset].flat()
-        default["model"] = shape_of(start or default["init_from"]) or default["model"]
+        shape = Path(start or default["init_from"] or "", "config.json")
+        if shape.is_file():
+            default["model"] = asdict(parse_config(shape, read_json(shape)))
         known = flatten(json.loads(json.dumps(default)))
         return {name: value for name, value in ours.items() if known.get(name, value) != value}
 
@@ -109,17 +111,10 @@ def command(config: dict[str, Any], base_name: str) -> list[str]:
     words = ["python", "train_sft.py", preset]
     for name, value in changes(preset).items():
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-            continue
         values = [str(item) for item in (value if isinstance(value, list) else [value])]
         if name in ("dataset", "tokenizer", "init_from"):
             values = [public_name(item, f"YOUR_{name.upper()}") for item in values]
-        words += [f"--{flag}", *([base_name] if name == "init_from" and base_name else values)]
+        if name == "init_from" and base_name:
+            values = [base_name]
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", *values]
     return words
-
-
-def shape_of(model: str | None) -> dict[str, Any]:
-    """Return the configuration in a model directory; {} if there is none."""
-    path = Path(model or "", "config.json")
-    return asdict(parse_config(path, read_json(path))) if model and path.is_file() else {}

@@ -49,15 +49,11 @@ def check_runnable(config: ModelConfig, tokenizer: Tokenizer) -> None:
     if config.topk_method != "greedy":
         raise UserError(f"llama.cpp lacks DeepSeek-V2's group-limited routing: topk_method is {config.topk_method}")
     if rope and rope.mscale != rope.mscale_all_dim:
-        raise UserError(
-            f"llama.cpp needs YaRN's mscale ({rope.mscale}) equal to mscale_all_dim ({rope.mscale_all_dim})"
-        )
+        raise UserError(f"llama.cpp needs mscale ({rope.mscale}) equal to mscale_all_dim ({rope.mscale_all_dim})")
     if config.rms_norm_eps != 1e-6:
         raise UserError(f"llama.cpp has one rms_norm_eps for all norms, 1e-6, not {config.rms_norm_eps}")
     if json.dumps(CL100K_PATTERN) not in tokenizer.to_json():
-        raise UserError(
-            "the vocabulary is not cl100k_base's: use llama.cpp's convert_hf_to_gguf.py, which knows others"
-        )
+        raise UserError("the vocabulary is not cl100k_base's: use llama.cpp's convert_hf_to_gguf.py")
 
 
 def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:

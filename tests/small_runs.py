@@ -131,30 +131,6 @@ def train_here(arguments: list[str], directory: Path) -> int:
     return run_main(train_sft.main, arguments, directory)
 
 
-def run_python(script: str, *arguments: object) -> str:
-    """What a new process prints that runs the script."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def peak_memory(preparation: str, work: str, *arguments: object) -> int:
-    """Bytes of resident memory that `work` takes at its peak, over what a new process has after `preparation`."""
-    script = f"""
-import sys, torch
-def memory(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-{preparation}
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-before = memory("VmRSS")
-{work}
-print(memory("VmHWM") - before)
-"""
-    return int(run_python(script, *arguments))
-
-
 # ---------------------------------------------------------------- in a child
 
 Fault = Callable[[], None]

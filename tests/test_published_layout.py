@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import lora
 from checkpoint import load_model_and_tokenizer, load_pretrained, newest_checkpoint
 from config import LoraConfig
@@ -21,22 +20,14 @@ from export import merge_adapter
 from files import read_json
 from generation import answers
 from launch.run_directory import read_metrics
-from model import DeepSeekV2
-from small_models import relative_difference, small_config, small_model, transformers_model
-from small_runs import arguments, conversations, optimizer_tensors, peak_memory, train_here, write_jsonl
+from small_models import relative_difference, small_model, transformers_model
+from small_runs import arguments, conversations, optimizer_tensors, train_here, write_jsonl
 from tokenizer import Tokenizer
 
 # More entries than the tokenizer has, as published; YaRN far beyond its original context.
 SHAPE: dict[str, Any] = {"vocab_size": 512, "moe_intermediate_size": 24, "max_position_embeddings": 640}
-YARN = {
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "factor": 40,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-    "original_max_position_embeddings": 16,
-    "type": "yarn",
-}
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1}
+YARN |= {"mscale": 0.707, "mscale_all_dim": 0.707}
 # As transformers has it for DeepSeek-V2-Chat, with {% generation %} around what is trained on.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -77,11 +68,8 @@ def write_tokenizer(directory: Path) -> None:
     bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, bytes_])
     backend.decoder = tokenizers.decoders.ByteLevel()
-    bpe = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([message["content"] for messages in TEXTS for message in messages], bpe)
     backend.add_special_tokens(["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"])
     names = ["<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜User｜>", "<｜Assistant｜>", "<|EOT|>"]
@@ -102,25 +90,13 @@ def run(request: pytest.FixtureRequest, published: Path, tmp_path_factory: pytes
     """A few LoRA steps through train_sft.py, each on all of TRAINED; in bf16, the routed experts' too."""
     directory = tmp_path_factory.mktemp(request.param)
     experts = ("experts.gate_up_proj", "experts.down_proj") if request.param == "bfloat16" else ()
-    command = arguments(
-        write_jsonl(directory / "small.jsonl", TEXTS + TRAINED),
-        directory / "run",
-        *("--no-packing", "--lora-target-modules", *LoraConfig.lora_target_modules, *experts),
-        init_from=published,
-        chat_template="deepseek",
-        dtype=request.param,
-        lora_rank=4,
-        lora_alpha=6.0,
-        learning_rate=3e-2,
-        batch_size=len(TRAINED),
-        max_seq_len=200,
-        max_steps=6,
-        save_steps=0,
-        eval_steps=6,
-        train_split=f"train[{len(TEXTS)}:]",
-        eval_split=f"train[:{len(TEXTS)}]",
-    )
-    assert train_here(command, directory) == 0
+    targets = ("--no-packing", "--lora-target-modules", *LoraConfig.lora_target_modules, *experts)
+    changes = {"dtype": request.param, "lora_rank": 4, "lora_alpha": 6.0, "learning_rate": 3e-2, "max_seq_len": 200}
+    changes |= {"batch_size": len(TRAINED), "max_steps": 6, "save_steps": 0, "eval_steps": 6}
+    changes |= {"train_split": f"train[{len(TEXTS)}:]", "eval_split": f"train[:{len(TEXTS)}]"}
+    data = write_jsonl(directory / "small.jsonl", TEXTS + TRAINED)
+    start = {"init_from": published, "chat_template": "deepseek"}
+    assert train_here(arguments(data, directory / "run", *targets, **start, **changes), directory) == 0
     return directory / "run"
 
 
@@ -252,27 +228,3 @@ def test_it_answers_as_pefts_model_does(run: Path) -> None:
     model, our_tokenizer = load_model_and_tokenizer(run, torch.float32)
     (answer,) = answers(model.eval(), our_tokenizer, [messages], 30)
     assert answer.text.strip() == tokenizer.decode(reply, skip_special_tokens=True).strip()
-
-
-# ---------------------------------------------------------------- memory
-
-
-def test_a_lora_run_takes_little_more_memory_than_its_base(tmp_path: Path) -> None:
-    """What train_sft.py builds from a directory, in a process of its own: the peak over what was held before."""
-    sizes = {"hidden_size": 480, "num_hidden_layers": 16, "n_routed_experts": 16, "moe_intermediate_size": 256}
-    with torch.device("meta"):
-        model = DeepSeekV2(small_config(vocab_size=512, **sizes)).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    checkpoint.save_pretrained(tmp_path, model, Tokenizer(vocab_size=512))
-    preparation = """
-from pathlib import Path
-import lora, model, parallel
-from checkpoint import load_config
-from config import TrainConfig
-from parallel import World
-from launch.build import build_model
-changes = {"lora_rank": 4, "dtype": "bfloat16", "init_from": sys.argv[1], "model": load_config(sys.argv[1])}
-config = TrainConfig().changed(**changes)
-"""
-    work = 'model = build_model(config, Path(sys.argv[1]), World(0, 1, torch.device("cpu")))'
-    assert peak_memory(preparation, work, tmp_path) < 1.2 * sum(parameter.nbytes for parameter in model.parameters())
