@@ -181,9 +181,8 @@ class SourceSplit:
 
     def texts(self, name: str) -> dict[str, int]:
         """Return the texts in a column of the pieces that are used, the most frequent first, and how often each is."""
-        counts = pc.value_counts(self.pieces.data.column(name).take(pa.array(self.used))).to_pylist()
-        counts.sort(key=lambda entry: -entry["counts"])
-        return {entry["values"]: entry["counts"] for entry in counts if entry["values"]}
+        counts = Counter(self.pieces.data.column(name).take(pa.array(self.used)).to_pylist())
+        return {text: count for text, count in counts.most_common() if text}
 
     @property
     def conversations(self) -> int:

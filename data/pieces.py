@@ -69,8 +69,6 @@ def tokenize(
     settings = {"max_seq_len": max_seq_len, "long_conversations": long_conversations, "columns": columns}
     code = [Path(str(sys.modules[name].__file__)).read_bytes() for name in CODE]
     fingerprint = Hasher.hash([rows.table._fingerprint, tokenizer.fingerprint(), settings, *code])
-    cache = Path(datasets.config.HF_DATASETS_CACHE, "sft-from-scratch")
-    cache.mkdir(parents=True, exist_ok=True)
     return rows.table.map(
         tokenize_batch,
         batched=True,
@@ -80,7 +78,7 @@ def tokenize(
         num_proc=num_proc if len(rows) > 5000 and num_proc > 1 else None,  # processes take a second to start
         features=PIECE,
         new_fingerprint=fingerprint,
-        cache_file_name=str(cache / f"{fingerprint}.arrow"),
+        cache_file_name=str(Path(datasets.config.HF_DATASETS_CACHE, f"sft-from-scratch-{fingerprint}.arrow")),
         desc="Tokenising",
     )
 
@@ -95,7 +93,7 @@ def tokenize_batch(
             pieces = tokenize_row(parse(dict(zip(batch, values, strict=True))), **settings)
         except RowError as problem:
             pieces = [malformed(problem)]
-        except UserError as problem:
+        except UserError as problem:  # raised by the tokenizer
             pieces = [malformed(RowError("text", "not encodable", str(problem)))]
         for number, piece in enumerate(pieces):
             for column, value in (piece | {"row": index, "piece": number}).items():
@@ -110,11 +108,8 @@ def tokenize_row(
     long_conversations: str = "split",
     columns: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the pieces of a row, or an empty one that says why there are none."""
-    try:
-        content, read_as, unused = read_row(row, columns)
-    except RowError as problem:
-        return [malformed(problem)]
+    """Return the pieces of a row, or an empty one that says why there are none. Raises RowError for a malformed row."""
+    content, read_as, unused = read_row(row, columns)
     if isinstance(content, str):
         pieces, texts = document_pieces(content, tokenizer, max_seq_len), [content]
     else:

@@ -54,20 +54,13 @@ class Rows:
         """Return the function that makes a row of the table a row as people wrote it. It may raise RowError."""
         return without_nulls if self.spans else parse_line
 
-    def select(self, wanted: range) -> "Rows":
-        spans, start = [], 0
-        for name, rows in self.spans:
-            spans.append((name, rows[max(wanted.start - start, 0) : max(wanted.stop - start, 0)]))
-            start += len(rows)
-        return Rows(self.table.select(wanted), spans)
-
     def known_columns(self, named: Mapping[str, str]) -> tuple["Rows", list[str]]:
         """Return the rows with no columns of a table but those that may play a part, and the names of the others, which
         are never decoded. Raises UserError for tables of no known format, and for pictures or sound."""
-        names = self.table.column_names if self.spans else []
-        known = [name for name in names if name.lower() in KNOWN_COLUMNS or name in named.values()]
-        if not names:
+        if not self.spans:
             return self, []
+        names = self.table.column_names
+        known = [name for name in names if name.lower() in KNOWN_COLUMNS or name in named.values()]
         if not known:
             raise UserError(str(unknown_columns(names)))
         kinds = set(re.findall(r"\b([A-Z]\w*)\(", str([self.table.features[name] for name in known])))
@@ -105,9 +98,14 @@ class Source(NamedTuple):
         except (ValueError, AssertionError) as error:
             known = f"only {', '.join(sizes)} (or parts: train[:95%])"
             raise UserError(f"{self.name} has no split {split!r}, {known}") from error
-        parts = [self.splits[part.splitname].select(range(part.from_, part.to)) for part in wanted]
-        table = datasets.concatenate_datasets([part.table for part in parts])
-        return Rows(table, [span for part in parts for span in part.spans])
+        tables, spans = [], []
+        for part in wanted:
+            rows, start = self.splits[part.splitname], 0
+            tables.append(rows.table.select(range(part.from_, part.to)))
+            for name, numbers in rows.spans:
+                spans.append((name, numbers[max(part.from_ - start, 0) : max(part.to - start, 0)]))
+                start += len(numbers)
+        return Rows(datasets.concatenate_datasets(tables), spans)
 
 
 def open_split(name: str, split: str) -> Rows:
@@ -258,17 +256,17 @@ def split_of(path: Path) -> str:
 def open_files(path: Path, files: list[Path]) -> Rows:
     """Return the rows of all files, one after another."""
     names = ["" if file == path else f"{file.relative_to(path)}, " for file in files]
-    tables = [str(file) for file in files if file_kind(file) == ".parquet"]
-    if tables and len(tables) < len(files):
+    is_table = [file_kind(file) == ".parquet" for file in files]
+    if any(is_table) and not all(is_table):
         raise UserError(f"{path} has .parquet and other files; take one kind")
-    if tables:
-        table = datasets.load_dataset("parquet", data_files=[escape(os.path.abspath(file)) for file in tables])["train"]
-        counts = [range(parquet.read_metadata(file).num_rows) for file in tables]
+    absolute = [os.path.abspath(file) for file in files]
+    if all(is_table):
+        table = datasets.load_dataset("parquet", data_files=list(map(escape, absolute)))["train"]
+        counts = [range(parquet.read_metadata(file).num_rows) for file in files]
         return Rows(table, list(zip(names, counts, strict=True)))
     if not any(map(has_rows, files)):
         raise UserError(f"{path} has no rows")
     changed = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    absolute = [os.path.abspath(file) for file in files]
     return Rows(from_generator(read_files, {"files": absolute, "names": names, "changed": changed}, LINES))
 
 

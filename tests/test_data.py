@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from config import UserError
 from data import formats, text_files
 from data.formats import RowError
-from data.pieces import PIECE, tokenize_row
+from data.pieces import PIECE, malformed, tokenize_row
 from dataset import column, lottery, parse_source
 from small_data import (
     GOOD,
@@ -589,7 +589,10 @@ def test_any_row_is_read_or_reported_as_malformed(
     row: dict[str, Any], columns: tuple[str, ...], filling: Any, max_seq_len: int
 ) -> None:
     for value in (row, {name: row.get(name, filling) for name in columns} | row):
-        pieces = tokenize_row(value, TOKENIZER, max_seq_len)
+        try:
+            pieces = tokenize_row(value, TOKENIZER, max_seq_len)
+        except RowError as problem:
+            pieces = [malformed(problem)]
         table = [piece | {"row": 0, "piece": 0} for piece in pieces]
         assert pa.Table.from_pylist(table, PIECE.arrow_schema).to_pylist() == table
         assert all(piece["targets"] > 0 for piece in pieces) or [bool(piece["reason"]) for piece in pieces] == [True]
