@@ -89,15 +89,11 @@ class ModelConfig:
             check_ranges(self.rope_scaling, "model.rope_scaling.")
             if self.rope_scaling.beta_fast < self.rope_scaling.beta_slow:
                 raise UserError("model.rope_scaling.beta_fast is below beta_slow")
-        for name in ("qk_nope_head_dim", "kv_lora_rank"):
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"):
             if getattr(self, name) % 2:
-                raise UserError(f"model.{name} must be even: transformers refuses such a checkpoint")
+                raise UserError(f"model.{name} must be even: RoPE rotates pairs, and transformers expects it")
         chosen, routed, groups = self.num_experts_per_tok, self.n_routed_experts, self.n_group
         width, heads = self.hidden_size, self.num_attention_heads
-        if self.qk_rope_head_dim % 2:
-            raise UserError("model.qk_rope_head_dim must be even: RoPE rotates pairs")
-        if chosen > routed:
-            raise UserError(f"model.num_experts_per_tok is {chosen}, but there are {routed} routed experts")
         if routed % groups:
             raise UserError(f"model.n_group ({groups}) must divide model.n_routed_experts ({routed})")
         if self.topk_group > groups:
@@ -106,7 +102,7 @@ class ModelConfig:
             raise UserError(f"model.num_attention_heads ({heads}) must divide model.hidden_size ({width})")
         reachable = self.topk_group * routed // groups if self.topk_method == "group_limited_greedy" else routed
         if chosen > reachable:
-            raise UserError(f"model.num_experts_per_tok is {chosen}, but topk_group leaves {reachable} experts")
+            raise UserError(f"model.num_experts_per_tok is {chosen}, but a token can reach {reachable} routed experts")
 
 
 @dataclass
@@ -221,9 +217,7 @@ class WatchConfig:
     """Reports of a run: evaluations, metrics, dry run."""
 
     eval_steps: int = 250  # steps between evaluations; 0: none
-    # Held-out rows per evaluation; 0: all. The last evaluation always uses all; save_best and early_stopping_patience
-    # compare it with the others only if they did, too.
-    eval_max_rows: int = 0
+    eval_max_rows: int = 0  # held-out rows per evaluation; 0: all
     logging_steps: int = 1  # steps between lines in metrics.jsonl
     # Prompts answered at each evaluation, to see the model learn.
     sample_prompts: tuple[str, ...] = ("Hello! How are you?", "What did you do today?", "Do you like music?")
@@ -289,18 +283,16 @@ class TrainConfig:
 
     def validate_adaptation(self) -> None:
         """Raise UserError if LoRA, 4 bits or new control tokens cannot be combined with the rest."""
-        lora, from_scratch = self.lora, self.checkpoint.init_from is None
+        lora = self.lora
+        for name in ("lora_rank", "add_control_tokens", "evaluate_only"):
+            if self.flat()[name] and self.checkpoint.init_from is None:
+                raise UserError(f"{name} needs init_from, a trained model")
         if lora.quantize and not lora.lora_rank:
             raise UserError("quantize needs lora_rank: with 4-bit weights only adapters can be trained")
         if lora.quantize and (self.compute.parallel != "ddp" or self.compute.compile):
             raise UserError("quantize works only with parallel ddp and without compile")
-        if lora.lora_rank and from_scratch:
-            raise UserError("lora_rank needs init_from: adapters adapt a trained model")
-        if self.data.add_control_tokens and (from_scratch or lora.lora_rank):
-            reason = "there is none" if from_scratch else "adapters do not train them"
-            raise UserError(f"add_control_tokens adds rows to embedding and head of init_from's model; {reason}")
-        if self.watch.evaluate_only and from_scratch:
-            raise UserError("evaluate_only needs a model: set init_from")
+        if self.data.add_control_tokens and lora.lora_rank:
+            raise UserError("add_control_tokens adds rows to embedding and head, which adapters do not train")
 
     def flat(self) -> dict[str, Any]:
         """Return what a run's config.json holds: all fields by their own unique names, and the dict `model`."""

@@ -47,12 +47,7 @@ TORCHRUN = (
     "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE",
 )  # fmt: skip
 # What Gloo and NCCL report on the surviving ranks when another one has died.
-PEER_DIED = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "remote process exited",
-    "communicator was aborted",
-)
+PEER_DIED = ("closed by peer", "reset by peer", "remote process exited", "communicator was aborted")
 
 
 class World(NamedTuple):
@@ -177,11 +172,19 @@ def recorded(function: Callable[..., None]) -> Callable[..., None]:
     return in_one_line
 
 
+def begun_file() -> Path | None:
+    """Return the file that marks that this torchrun job has begun its run. torchrun keeps its directory while it
+    restarts ranks; a new job has another one. None without torchrun."""
+    if not dist.is_torchelastic_launched():
+        return None
+    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2] / "begun"
+
+
 def note_failure(text: str) -> None:
     """Leave torchrun a text to print in place of a traceback."""
     details = {"py_callstack": text, "timestamp": str(int(time.time()))}
-    note = {"message": {"message": text, "extraInfo": details}}
-    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(note))
+    message = {"message": text, "extraInfo": details}
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
 
 
 # ---------------------------------------------------------------- engines
@@ -301,6 +304,12 @@ def from_all_ranks(value: Value, world: World) -> list[Value]:
     if world.size > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def refuse_ranks(wrong: bool, problem: str, world: World) -> None:
+    """Raise UserError on all ranks, which names those that are wrong."""
+    if ranks := [str(rank) for rank, is_wrong in enumerate(from_all_ranks(wrong, world)) if is_wrong]:
+        raise UserError(f"rank {', '.join(ranks)} {problem}")
 
 
 WAITS = itertools.count()  # all ranks wait in the same order, so that these numbers agree

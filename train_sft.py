@@ -11,32 +11,42 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from config import TrainConfig, UserError
 from launch.command_line import Arguments, lasting_output, one_line_errors, parse_arguments
 
-if TYPE_CHECKING:
-    from datacollator import RowStream
-    from launch.start import Start
-    from parallel import World
-    from tokenizer import Tokenizer
-    from trainer import Trainer
-
-# --help should not wait for torch: what needs it is imported where it is used.
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # before torch is imported, which takes seconds
+    with one_line_errors():
+        parse_arguments(sys.argv[1:], __doc__)
 # On CPU, torch takes large tensors from huge pages if this is set before it starts; small pages would take a tenth of a
 # step.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # On CPU, oneDNN generates code for each shape and caches it. Packed batches hardly ever repeat a shape.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+
+import torch
+
+import parallel
+from checkpoint import load_model_and_tokenizer
+from data.report import too_few_rows, write_skipped
+from datacollator import DataCollator, RowStream
+from dataset import load_data
+from launch.build import build_model, parameter_summary
+from launch.dry_run import fit_to_memory, report
+from launch.run_directory import NO_TRACKER, open_run, read_metrics, run_lock, start_tracker
+from launch.start import Start, find_start
+from parallel import World
+from tokenizer import Tokenizer
+from trainer import Trainer
+from view.plots import plot_runs
+from view.terminal import table
 
 
-def train(arguments: Arguments, world: "World") -> None:
+def train(arguments: Arguments, world: World) -> None:
     """Resolve the command line into a `Start`, and do what it asks for."""
-    from launch.run_directory import run_lock
-    from launch.start import find_start
-
     watch, output_dir = arguments.config.watch, arguments.config.checkpoint.output_dir
     writes = world.is_main and not (watch.dry_run or watch.evaluate_only)
     with run_lock(output_dir) if writes else contextlib.nullcontext():
@@ -44,78 +54,54 @@ def train(arguments: Arguments, world: "World") -> None:
         work(find_start(arguments, world), world)
 
 
-def run(start: "Start", world: "World") -> None:
+def run(start: Start, world: World) -> None:
     """Configuration -> tokenizer -> data -> model -> trainer, each made by one call."""
-    import torch
-
-    from data.report import write_skipped
-    from launch.build import build_model
-    from launch.run_directory import NO_TRACKER, open_run, read_metrics, start_tracker
-    from launch.start import agents
-    from parallel import replicate
-    from trainer import Trainer
-    from view.plots import plot_runs
-
     tokenizer, source, checkpoint = start.tokenizer, start.source, start.checkpoint
     train_rows, held_out, skipped = load_rows(start.config, tokenizer, world)
-    config = fit_to_device(fit_steps(start, train_rows.rows_per_epoch, world), world)
+    config = fit_steps(start, train_rows.rows_per_epoch, world)
+    if world.device.type == "cuda":
+        config, note = fit_to_memory(config, torch.cuda.mem_get_info(world.device)[1])
+        if note and world.is_main:
+            print(note)
 
     torch.manual_seed(config.compute.seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.use_deterministic_algorithms(config.compute.deterministic)
     model = build_model(config, source or checkpoint, world, checkpoint, tokenizer.new_ids)
-    wrapped = replicate(model, config.compute.parallel, world)
+    wrapped = parallel.replicate(model, config.compute.parallel, world)
     trainer = Trainer(config, wrapped, tokenizer, train_rows, held_out, world, source)
     if checkpoint:
         trainer.resume(checkpoint)
 
-    directory, job, tracker = config.checkpoint.output_dir, agents(world), NO_TRACKER
+    directory, tracker = config.checkpoint.output_dir, NO_TRACKER
     if trainer.step > trainer.total_steps:
         raise UserError(f"{directory} is at step {trainer.step}, past the last one, {trainer.total_steps}")
     if world.is_main:
         tracker = start_tracker(config, trainer.step)
-        open_run(config, job, tracker)
+        open_run(config, tracker)
         if skipped:
             print(write_skipped(directory, skipped))
         announce(trainer)
+    parallel.wait_for_first_rank(world)
+    if begun := parallel.begun_file():
+        begun.touch()  # if torchrun restarts the ranks, they continue this run
     trainer.train(tracker)
     if world.is_main:
         plot_runs({directory: read_metrics(directory)}, Path(directory, "loss.png"))
 
 
-def fit_to_device(config: TrainConfig, world: "World") -> TrainConfig:
-    """Return the configuration with micro-batches that fit into the GPU's memory. Raises UserError if one row does
-    not."""
-    if world.device.type != "cuda":
-        return config
-    import torch
-
-    from launch.dry_run import fit_to_memory
-
-    config, note = fit_to_memory(config, torch.cuda.mem_get_info(world.device)[1])
-    if note and world.is_main:
-        print(note)
-    return config
-
-
 def load_rows(
-    config: TrainConfig, tokenizer: "Tokenizer", world: "World"
-) -> tuple["RowStream", "RowStream | None", list[dict[str, Any]]]:
+    config: TrainConfig, tokenizer: Tokenizer, world: World
+) -> tuple[RowStream, RowStream | None, list[dict[str, Any]]]:
     """Return the rows to train on, the held-out rows, and the malformed rows that were skipped. Raises UserError if
     ranks read different rows."""
-    from datacollator import DataCollator, RowStream
-    from dataset import load_data
-    from parallel import first_process_first, from_all_ranks
-    from view.terminal import table
-
     options, seed = config.data, config.compute.seed
-    with first_process_first(world):
+    with parallel.first_process_first(world):
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
     collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
     rows = RowStream(data.train, collator, seed, options.shuffle)
-    if len(set(from_all_ranks(rows.fingerprint, world))) > 1:
-        names = ", ".join(options.dataset)
-        raise UserError(f"{names}: not all ranks have read the same rows; give all nodes the same data")
+    differs = rows.fingerprint != parallel.from_first_rank(rows.fingerprint, world)
+    problem = f"has read other rows of {', '.join(options.dataset)} than the first rank; give all nodes the same data"
+    parallel.refuse_ranks(differs, problem, world)
     if world.is_main:
         reports = [table(data, rows, config, world.size)] if config.watch.dry_run else data.reports
         print(*data.notes, *reports, sep="\n")
@@ -123,15 +109,12 @@ def load_rows(
     return rows, RowStream(data.held_out, collator, seed) if data.held_out else None, data.skipped
 
 
-def fit_steps(start: "Start", rows_per_epoch: int, world: "World") -> TrainConfig:
+def fit_steps(start: Start, rows_per_epoch: int, world: World) -> TrainConfig:
     """Return the configuration with a warm-up of at most a tenth of a new run, unless the flag sets it. Raises
     UserError if that is longer than the run, or if there is no whole step per epoch."""
-    from data.report import too_few_rows
-
     config, warmup = start.config, start.config.optimizer.warmup_steps
     steps = config.batch.max_steps or config.batch.remaining_steps(rows_per_epoch, world.size)
-    problem = too_few_rows(config, rows_per_epoch, config.batch.rows_per_step(world.size))
-    if problem:
+    if problem := too_few_rows(config, rows_per_epoch, config.batch.rows_per_step(world.size)):
         raise UserError(problem)
     if "warmup_steps" in start.given and warmup > steps:
         raise UserError(f"warmup_steps is {warmup}, but there are {steps} steps: the rate would not reach its peak")
@@ -140,10 +123,8 @@ def fit_steps(start: "Start", rows_per_epoch: int, world: "World") -> TrainConfi
     return config.changed(warmup_steps=max(steps // 10, 1))
 
 
-def announce(trainer: "Trainer") -> None:
+def announce(trainer: Trainer) -> None:
     """Print what is about to be trained, for how long, on what and where."""
-    from launch.build import parameter_summary
-
     config, world, rows = trainer.config, trainer.world, trainer.rows_per_step
     left = (trainer.total_steps - trainer.step) * rows
     epochs = (trainer.rows_seen + left) / trainer.train_rows.rows_per_epoch
@@ -157,13 +138,8 @@ def announce(trainer: "Trainer") -> None:
         print(f"warning: {epochs:.3g} epochs may overfit; --save-best keeps the checkpoint with the lowest eval_loss")
 
 
-def evaluate(start: "Start", world: "World") -> None:
+def evaluate(start: Start, world: World) -> None:
     """Print eval_loss and eval_bpb of a checkpoint on the dataset's eval_split, or on all of it if there is none."""
-    import torch
-
-    from checkpoint import load_model_and_tokenizer
-    from trainer import Trainer
-
     config, place = start.config, str(start.config.checkpoint.init_from)
     dtype = torch.float32 if config.compute.dtype == "float32" else None
     model, tokenizer = load_model_and_tokenizer(place, dtype, world.device)
@@ -173,11 +149,9 @@ def evaluate(start: "Start", world: "World") -> None:
         print("{}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(place, **metrics))
 
 
-def plan(start: "Start", world: "World") -> None:
+def plan(start: Start, world: World) -> None:
     """Print what a run would read, and its memory, traffic and time, for which no data is needed: an unreachable Hub is
     only noted. Raises UserError for data that no run can have."""
-    from launch.dry_run import report
-
     try:
         load_rows(start.config, start.tokenizer, world)
     except UserError as error:
@@ -190,13 +164,10 @@ def plan(start: "Start", world: "World") -> None:
 
 def main() -> None:
     with one_line_errors("--debug" in sys.argv), lasting_output():
-        arguments = parse_arguments(sys.argv[1:], __doc__)
-
-        from parallel import join_world, leave_world, recorded
-
-        world = join_world(arguments.config.compute.device, arguments.config.watch.dry_run)
-        recorded(train)(arguments, world)
-        leave_world()
+        arguments = parse_arguments(sys.argv[1:])
+        world = parallel.join_world(arguments.config.compute.device, arguments.config.watch.dry_run)
+        parallel.recorded(train)(arguments, world)
+        parallel.leave_world()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ number. The mean of the micro-batches' means would be another number, unless all
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from files import read_json, write_json
 from generation import answers
 from hub.peft import describe_base, record_base, save_adapter
 from hub.tokenizer_json import save_tokenizer
-from launch.command_line import STOP_SIGNALS, StopSignal
+from launch.command_line import StopSignal
 from launch.cost import measure_peak, training_cost
 from launch.run_directory import NO_EVALUATION, NO_TRACKER, RunLog, Tracker, lowest
 from model import DeepSeekV2, LossOutput
@@ -65,9 +66,8 @@ class Trainer:
         self.plain_model = cast(DeepSeekV2, getattr(model, "module", model))
         self.dtype = getattr(torch, config.compute.dtype)
         self.optimizers = make_optimizers(model, config.optimizer, self.dtype)
-        fixed_length = config.compute.compile
-        self.batches = StepLoader(train, config.batch, world, fixed_length)
-        self.held_out = StepLoader(held_out, config.batch, world, fixed_length) if held_out else None
+        self.batches = StepLoader(train, config.batch, world, config.compute.compile)
+        self.held_out = StepLoader(held_out, config.batch, world, config.compute.compile) if held_out else None
         self.rows_per_step = self.batches.rows_per_step
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
         self.best = NO_EVALUATION
@@ -79,7 +79,7 @@ class Trainer:
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
         self.cost = training_cost(self.plain_model)
         self.peak = measure_peak(world.device, self.dtype) * world.size
-        self.signal, self.stop = StopSignal(world.is_main), 0
+        self.signal, self.stop = StopSignal(world.is_main), False
 
     @property
     def place(self) -> tuple[float, float]:
@@ -99,7 +99,7 @@ class Trainer:
     # ---------------------------------------------------------------- the loop
 
     def train(self, tracker: Tracker = NO_TRACKER) -> None:
-        """Run to the last step. After one of STOP_SIGNALS, finish the step, save, and exit with 128 + signal.
+        """Run to the last step. After a signal to stop, finish the step, save, and exit with 128 + signal.
 
         tracker: also gets the first rank's metrics.
         """
@@ -118,7 +118,7 @@ class Trainer:
                 if last or self.due(watch.logging_steps):
                     log.write(metrics)
                 if self.held_out and (last or self.due(watch.eval_steps)):
-                    improved = self.report_evaluation(log, last)
+                    improved = self.report_evaluation(log)
                     last = last or 0 < patience <= self.best["evaluations_since"]
                 if last or self.stop or self.due(saving.save_steps) or (improved and saving.save_best):
                     self.save()
@@ -127,7 +127,7 @@ class Trainer:
             log.finish(self.last_checkpoint, self.best, stopped=not last)
             if self.stop:
                 parallel.leave_world()
-                raise SystemExit(128 + self.stop)
+                raise SystemExit(128 + (self.signal.number or signal.SIGTERM))
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -142,7 +142,7 @@ class Trainer:
         rate = learning_rate(self.step, self.config.optimizer, end, progress)
         # forward, backward
         sums, experts = self.accumulate(step)
-        losses, expert_counts, signals = sums.split([2, experts.numel(), len(STOP_SIGNALS)])
+        losses, expert_counts = sums.split([3, experts.numel()])
         loads = expert_counts.view_as(experts)  # (MoE layers, E)
         expert_load = (loads.amax(dim=1) / loads.mean(dim=1)).mean()
         # clip, step
@@ -151,9 +151,9 @@ class Trainer:
         finite = losses[0].isfinite() & grad_norm.isfinite()
         self.update_weights(finite, rate)
         # read back
-        values = torch.cat((losses, torch.stack((expert_load, grad_norm, finite.float())), signals)).tolist()
-        loss_sum, balance_sum, load, norm, was_finite, *received = values
-        self.stop = self.stop or next((n for n, times in zip(STOP_SIGNALS, received, strict=True) if times), 0)
+        values = torch.cat((losses, torch.stack((expert_load, grad_norm, finite.float())))).tolist()
+        loss_sum, balance_sum, interrupted, load, norm, was_finite = values
+        self.stop = self.stop or interrupted > 0
         self.count_bad_step(bool(was_finite))
         self.step += 1
         self.rows_seen += self.rows_per_step
@@ -176,7 +176,7 @@ class Trainer:
 
     def accumulate(self, step: Step) -> tuple[Tensor, Tensor]:
         """Add up the gradients of a step's micro-batches. Returns sums over micro-batches and ranks (loss, balance
-        loss, tokens per expert, one number per stop signal), and a tensor in the shape of the experts' part."""
+        loss, number of signals to stop, tokens per expert), and a tensor in the shape of the experts' part."""
         config, counts = self.config, step.counts
         # seeds dropout; torch takes 64 bits
         torch.manual_seed(((config.compute.seed << 40) + self.step * self.world.size + self.world.rank) % 2**64)
@@ -186,10 +186,10 @@ class Trainer:
                 output = self.forward(micro_batch)
                 loss = output.loss_sum / counts.targets + output.balance_loss / counts.documents
                 (loss * self.world.size).backward()  # engines average over ranks, we need the sum
-            losses = torch.stack((output.loss_sum, output.balance_loss)).detach()
             # All ranks stop after the same step: their signals are summed with the rest.
-            signals = [losses.new_full((1,), float(number == self.signal.number)) for number in STOP_SIGNALS]
-            sums.append(torch.cat((losses, output.expert_counts.flatten(), *signals)))
+            interrupted = output.loss_sum.new_full((), float(self.signal.number > 0))
+            losses = torch.stack((output.loss_sum, output.balance_loss, interrupted)).detach()
+            sums.append(torch.cat((losses, output.expert_counts.flatten())))
         return parallel.sum_over_ranks(torch.stack(sums).sum(dim=0)), output.expert_counts
 
     def forward(self, micro_batch: MicroBatch) -> LossOutput:
@@ -227,22 +227,14 @@ class Trainer:
 
     # ---------------------------------------------------------------- evaluation
 
-    def report_evaluation(self, log: RunLog, last: bool) -> bool:
+    def report_evaluation(self, log: RunLog) -> bool:
         """Evaluate, and print samples. Returns whether eval_loss is the lowest so far."""
         evaluation = self.evaluate()
         log.print("step {step}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(**evaluation))
         self.print_samples(log.print)
         log.write(evaluation)
-        if last and self.evaluates_part and self.best["step"]:  # it used more rows than the others
-            return False
         self.best = lowest(self.best, evaluation)
         return self.best["evaluations_since"] == 0
-
-    @property
-    def evaluates_part(self) -> bool:
-        """Whether every evaluation but the last uses only some of the held-out rows."""
-        assert self.held_out is not None
-        return 0 < self.config.watch.eval_max_rows < self.held_out.rows.rows_per_epoch
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -251,8 +243,7 @@ class Trainer:
         assert self.held_out is not None
         self.model.eval()
         rows, size = self.held_out.rows.rows_per_epoch, self.config.batch.batch_size
-        if self.evaluates_part and self.step < self.total_steps:
-            rows = self.config.watch.eval_max_rows
+        rows = min(rows, self.config.watch.eval_max_rows or rows)
         losses, counted = [], torch.zeros(2, dtype=torch.int64)  # targets, and their bytes
         for start in range(0, rows, size * self.world.size):
             first = start + self.world.rank * size
@@ -270,28 +261,26 @@ class Trainer:
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
     def print_samples(self, show: Callable[[str], None]) -> None:
-        """Print sample answers. A model that cannot be sampled from does not end the run."""
+        """Print sample answers. A model that cannot answer does not end the run."""
         questions = self.config.watch.sample_prompts
         if not questions or not self.world.is_main:
             return
-        if parallel.is_sharded(self.model):
-            show("  no samples: under fsdp no rank has the whole model")
-            return
+        asked = [[{"role": "user", "content": question}] for question in questions]
         rng = torch.Generator(self.world.device).manual_seed(self.config.compute.seed)
         self.model.eval()
-        # Blocks are compiled for rows of one length in bf16. Answers would be compiled anew at each length, and in
-        # fp32, whose grouped product torch cannot trace.
-        with torch.compiler.set_stance("force_eager"):
-            try:
-                asked = [[{"role": "user", "content": question}] for question in questions]
-                settings = {"temperature": 0.7, "top_p": 0.9, "generator": rng}
-                replies = answers(self.plain_model, self.tokenizer, asked, 40, **settings)
-                lines = [f"  {q!r} -> {reply.text.strip()!r}" for q, reply in zip(questions, replies, strict=True)]
-            except (UserError, RuntimeError) as error:  # e.g. logits are NaN, or memory is full
-                lines = [f"  no samples: {error}"]
+        try:
+            if parallel.is_sharded(self.model):
+                raise UserError("under fsdp no rank has the whole model")
+            # Blocks are compiled for rows of one length in bf16. Answers would be compiled anew at each length, and in
+            # fp32, whose grouped product torch cannot trace.
+            with torch.compiler.set_stance("force_eager"):
+                model, tokenizer = self.plain_model, self.tokenizer
+                replies = answers(model, tokenizer, asked, 40, temperature=0.7, top_p=0.9, generator=rng)
+            lines = [f"  {q!r} -> {reply.text.strip()!r}" for q, reply in zip(questions, replies, strict=True)]
+        except (UserError, RuntimeError) as error:  # e.g. logits are NaN, or memory is full
+            lines = [f"  no samples: {error}"]
         self.model.train()
-        for line in lines:
-            show(line)
+        show("\n".join(lines))
 
     # ---------------------------------------------------------------- save, resume
 
@@ -325,11 +314,8 @@ class Trainer:
         if wrong:
             raise UserError(f"{directory / STATE} is not a run's state: {', '.join(wrong)} missing or of another type")
         if state.get("data") != self.train_rows.fingerprint:
-            names = ", ".join(self.config.data.dataset)
-            changed = (
-                "these are not the rows that the run was trained on (changed data, or evaluation turned on or off)"
-            )
-            raise UserError(f"{names}: {changed}, so it cannot be resumed")
+            changed = "these are not the rows that the run was trained on (changed data, or other evaluation)"
+            raise UserError(f"{', '.join(self.config.data.dataset)}: {changed}, so it cannot be resumed")
         load_optimizer(directory, self.plain_model, self.optimizers, self.world)
         for name in COUNTERS:
             setattr(self, name, state[name])

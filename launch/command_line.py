@@ -1,7 +1,6 @@
 """The command line: config.py's dataclasses as flags, errors as one line, signals, lost terminals."""
 
 import contextlib
-import difflib
 import hashlib
 import io
 import math
@@ -12,14 +11,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import tyro
 
-from config import PRESETS, ModelConfig, RopeScaling, TrainConfig, UserError
+from config import PRESETS, RopeScaling, TrainConfig, UserError
 from files import printable
 
 Config = TypeVar("Config")
@@ -40,7 +38,7 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and stdout_is_closed():
+        if isinstance(error, BrokenPipeError) and reader_has_left():
             sys.exit(141)
         if debug:
             raise
@@ -51,27 +49,24 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             os._exit(2)
         sys.exit(2)
     finally:
-        stdout_is_closed()  # otherwise Python flushes once more, and reports the error
+        flush_or_discard(sys.stdout)
+        flush_or_discard(sys.stderr)
 
 
-def stdout_is_closed() -> bool:
-    """Return whether the reader of standard output has left, and if so, discard what is still to be written."""
-    closed = False
+def reader_has_left() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def flush_or_discard(stream: Any) -> None:
+    """Flush a stream. If its reader has left or the disk is full, discard what it holds: Python would try again at
+    exit, and report the error."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        closed = True
-    if hasattr(select, "poll"):  # not on Windows
-        poll = select.poll()
-        poll.register(1, 0)
-        closed |= any(event & select.POLLERR for _, event in poll.poll(0))
-    if closed:
-        discard(sys.stdout)
-    return closed
-
-
-def discard(stream: Any) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class LastingStream:
@@ -85,16 +80,13 @@ class LastingStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        self.try_to(lambda: self.stream.write(text))
+        try:
+            self.stream.write(text)
+        except OSError:
+            self.flush()
 
     def flush(self) -> None:
-        self.try_to(self.stream.flush)
-
-    def try_to(self, write: Any) -> None:
-        try:
-            write()
-        except OSError:
-            discard(self.stream)
+        flush_or_discard(self.stream)
 
 
 @contextlib.contextmanager
@@ -102,11 +94,7 @@ def lasting_output() -> Iterator[None]:
     """Wrap standard output and standard error as LastingStreams."""
     out, err = LastingStream(sys.stdout), LastingStream(sys.stderr)
     with contextlib.redirect_stdout(cast(Any, out)), contextlib.redirect_stderr(cast(Any, err)):
-        try:
-            yield
-        finally:
-            out.flush()
-            err.flush()
+        yield
 
 
 def is_first_report(message: str) -> bool:
@@ -164,14 +152,10 @@ class StopSignal:
 
 # Names of our fields in other trainers.
 ALIASES = {
-    "bf16": "dtype bfloat16", "bs": "batch-size", "dataset-name": "dataset", "epochs": "num-train-epochs",
-    "fp32": "dtype float32", "grad-accum": "gradient-accumulation-steps", "lora-r": "lora-rank", "lr": "learning-rate",
-    "lr-min": "min-learning-rate-ratio", "max-length": "max-seq-len", "model-name-or-path": "init-from",
-    "per-device-eval-batch-size": "batch-size", "per-device-train-batch-size": "batch-size",
+    "bf16": "dtype bfloat16", "dataset_name": "dataset", "epochs": "num-train-epochs", "fp32": "dtype float32",
+    "lora_r": "lora-rank", "lr": "learning-rate", "max_length": "max-seq-len", "model_name_or_path": "init-from",
+    "per_device_eval_batch_size": "batch-size", "per_device_train_batch_size": "batch-size",
 }  # fmt: skip
-FIELDS = [name for name in TrainConfig().flat() if name != "model"]
-FIELDS += [f"model.{field.name}" for field in fields(ModelConfig)]
-FIELDS += [f"model.rope_scaling.{field.name}" for field in fields(RopeScaling)]
 
 
 class Arguments(NamedTuple):
@@ -201,10 +185,9 @@ def parse_arguments(words: list[str], description: str | None = None) -> Argumen
         preset = flags.pop(0)
         if preset not in PRESETS:
             raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    mistakes = list(find_mistakes(flags))
-    if mistakes:
-        raise UserError("; ".join(mistakes))
     given = given_fields(flags)
+    if foreign := sorted(given & ALIASES.keys()):
+        raise UserError("; ".join(f"--{name} is --{ALIASES[name]} here" for name in foreign))
     if {"-h", "--help"} & set(flags):
         parse_flags(TrainConfig, flags, "train_sft.py", description, default=PRESETS[preset or "tiny"])
     if not preset and (not given >= {"resume", "output_dir"} or {"auto", "--resume=auto"} & set(flags)):
@@ -221,35 +204,16 @@ def parse_arguments(words: list[str], description: str | None = None) -> Argumen
 
 
 def with_resume_value(flags: list[str]) -> list[str]:
-    """Return the flags with a value after `--resume`, whose default is True: tyro needs one, since it may be auto."""
-    values = {"--resume": ["--resume", "True"], "--no-resume": ["--resume", "False"]}
-    return [
-        word
-        for flag, following in pairwise([*flags, "--"])
-        for word in (values.get(flag, [flag]) if following.startswith("-") else [flag])
-    ]
+    """Return the flags with a value for `--resume`, whose default is True: tyro needs one, since it may be auto."""
+    values = {"--resume": "--resume=True", "--no-resume": "--resume=False"}
+    following = [*flags, "--"][1:]
+    return [values.get(f, f) if then.startswith("-") else f for f, then in zip(flags, following, strict=True)]
 
 
 def given_fields(flags: list[str]) -> frozenset[str]:
     """Return the fields that the flags set, e.g. {"packing", "model.hidden_size"}, whatever their values."""
     names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
     return frozenset(re.sub(r"(^|\.)no_", r"\1", name) for name in names)
-
-
-def find_mistakes(flags: list[str]) -> Iterator[str]:
-    """Explain flags that do not exist, and values of switches."""
-    words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
-    switches = {name for name, value in TrainConfig().flat().items() if isinstance(value, bool)} - {"resume"}
-    for word, value in pairwise([*words, ""]):
-        (name,) = given_fields([word]) or [""]
-        flag, known = name.replace("_", "-"), [field.replace("_", "-") for field in FIELDS]
-        if flag in ALIASES:
-            yield f"{word} is --{ALIASES[flag]} here"
-        elif flag and flag not in [*known, "help"]:
-            similar = difflib.get_close_matches(flag, known, 1)
-            yield f"unknown option {word}; " + (f"did you mean --{similar[0]}?" if similar else "see --help")
-        elif name in switches and value.lower() in ("true", "false"):
-            yield f"a switch has no value: use --{flag} or --no-{flag}"
 
 
 def parse_flags(

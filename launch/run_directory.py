@@ -1,7 +1,6 @@
 """A run's directory: its lock, its configuration and its metrics; its progress, on the terminal and in a tracker."""
 
 import contextlib
-import errno
 import functools
 import importlib
 import json
@@ -11,11 +10,11 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import IO, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
 
@@ -23,7 +22,6 @@ from config import TrainConfig, UserError, flatten
 from files import disk_errors, read_json, replace_file
 
 CONFIG, METRICS, TRACKER_ID = "config.json", "metrics.jsonl", "tracker_id"
-AGENTS = ".job"  # names of the torchrun processes that started the run, one per line
 # What a resumed run cannot change, because its weights or its place in the data would no longer fit. Data may move: its
 # content is compared when the trainer resumes.
 FIXED_FIELDS = {
@@ -58,30 +56,18 @@ def run_lock(run: str | Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     with os.fdopen(descriptor, "r+") as file:
         try:
-            lock_file(file)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                holder = file.read().strip() or "another process"
-                raise UserError(f"{run} is in use by {holder}; stop it, or choose another --output-dir") from None
+            import fcntl  # Windows has none
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked children do not hold it
+        except (BlockingIOError, PermissionError):
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{run} is in use by {holder}; stop it, or choose another --output-dir") from None
+        except (OSError, ImportError) as error:
             print(f"warning: {path} cannot be locked ({error}); do not start a second run in {run}", file=sys.stderr)
         file.truncate(0)
         file.write(f"{this_process()}\n")
         file.flush()
         yield
-
-
-def lock_file(file: IO[str]) -> None:
-    """Lock an open file until this process closes it or ends; forked children do not hold the lock. Raises OSError."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        file.seek(2**20)  # a locked byte cannot be read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        file.seek(0)
-    else:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # ---------------------------------------------------------------- its configuration
@@ -173,11 +159,8 @@ def start_tracker(config: TrainConfig, step: int) -> Tracker:
         return NO_TRACKER
     tracker = import_tracker(name)
     if name == "tensorboard":
-
-        @functools.cache
-        def writer() -> Any:
-            """Created when first needed, since it writes into the run's directory. It hides what came after `step`."""
-            return tracker.SummaryWriter(run, purge_step=step + 1)
+        # Created when first needed, since it writes into the run's directory. It hides what came after `step`.
+        writer = functools.cache(lambda: tracker.SummaryWriter(run, purge_step=step + 1))
 
         def write(metrics: dict[str, float]) -> None:
             for key in metrics.keys() - {"step"}:
@@ -214,8 +197,8 @@ def check_start(config: TrainConfig) -> None:
         raise UserError(f"output_dir {directory} holds {', '.join(inside)}, which this run needs: choose another")
 
 
-def open_run(config: TrainConfig, agents: Iterable[str] = (), tracker: Tracker = NO_TRACKER) -> None:
-    """Make the run's directory and write its configuration, agents (launch/start.py) and tracker's id.
+def open_run(config: TrainConfig, tracker: Tracker = NO_TRACKER) -> None:
+    """Make the run's directory and write its configuration and its tracker's id.
 
     An earlier run that is not resumed moves to a free name: nothing is overwritten. Raises UserError if the directory
     contains a link, through which files elsewhere would be overwritten.
@@ -229,7 +212,6 @@ def open_run(config: TrainConfig, agents: Iterable[str] = (), tracker: Tracker =
         if path.is_symlink():
             raise UserError(f"{path} is a link; remove it: a run's directory must not contain links")
     replace_file(directory / CONFIG, json.dumps(config.flat(), indent=2) + "\n")
-    replace_file(directory / AGENTS, "".join(f"{agent}\n" for agent in agents))
     if tracker.run_id:
         replace_file(directory / TRACKER_ID, tracker.run_id)
 
@@ -319,13 +301,13 @@ class RunLog:
 
     def finish(self, checkpoint: Path | None, best: dict[str, float], stopped: bool) -> None:
         """Print what was saved, how to chat with it, and how to continue a run that was stopped."""
-        hint = "; the same command with --resume continues from there" if stopped else ""
-        lines = [f"saved {checkpoint}{hint}", f"talk to it: python chat.py {self.run}"]
-        since, steps = best["evaluations_since"], f"{self.step} of {self.total_steps} steps"
+        lines = [f"saved {checkpoint}{'; the same command with --resume continues from there' if stopped else ''}"]
+        lines += [f"talk to it: python chat.py {self.run}"]
+        since, place = best["evaluations_since"], self.run / f"checkpoints/step-{best['step']:06d}"
         if self.step < self.total_steps and not stopped:
+            steps = f"{self.step} of {self.total_steps} steps"
             lines += [f"ended after {steps}: {since} evaluations without a lower eval_loss"]
         if since:
-            place = self.run / f"checkpoints/step-{best['step']:06d}"
             kept = f"{place} has it" if place.exists() else "--save-best would have kept that checkpoint"
             lines += [f"eval_loss was lowest after step {best['step']}, {best['eval_loss']:.4f}: {kept}"]
         self.bar.close()

@@ -4,14 +4,10 @@ preset or saved run ──flags──▶ what checkpoint, tokenizer and device d
 """
 
 import hashlib
-import os
-import socket
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
-
-import torch.distributed as dist
 
 from checkpoint import checkpoints, load_config, newest_checkpoint, resolve_base, resolve_checkpoint, resolve_model
 from config import PRESETS, ModelConfig, TrainConfig, UserError
@@ -20,7 +16,7 @@ from hub.config_json import changed_config
 from launch import run_directory
 from launch.command_line import Arguments
 from launch.run_directory import changes_between, fixed_changes, lock_path, saved_configuration, this_process
-from parallel import World, choose_dtype, first_process_first, from_all_ranks, from_first_rank
+from parallel import World, begun_file, choose_dtype, first_process_first, from_all_ranks, from_first_rank, refuse_ranks
 from tokenizer import Tokenizer
 
 
@@ -38,7 +34,7 @@ def find_start(arguments: Arguments, world: World) -> Start:
     run = Path(asked.checkpoint.output_dir)
     if not (asked.watch.dry_run or asked.watch.evaluate_only):
         check_shared_files(run, world)
-    resume = asked.checkpoint.resume or is_own_run(run, world)
+    resume = asked.checkpoint.resume or is_restarted(world)
     new = None if resume is True else resolve(asked.changed(resume=False), arguments.given, preset, None, world)
     if new and not (resume == "auto" and from_first_rank(run_directory.holds_a_run(run), world)):
         return new
@@ -116,23 +112,20 @@ def model_shape(config: TrainConfig, preset: str, source: Path | None) -> ModelC
 
 def refuse_useless_flags(config: TrainConfig, given: Collection[str]) -> None:
     """Raise UserError if flags have no effect, so that something else would be learned than the user thinks."""
-    start, model, tokenizer, steps = (
-        config.checkpoint.init_from,
-        config.model,
-        config.data.tokenizer,
-        config.batch.max_steps,
-    )
+    start, model, tokenizer = config.checkpoint.init_from, config.model, config.data.tokenizer
     balanced = model.device_aux_loss_alpha or model.communication_aux_loss_alpha
-    ungrouped = model.topk_method == "greedy" and not balanced
-    by_group = "model.topk_group model.device_aux_loss_alpha model.communication_aux_loss_alpha"
+    grouped = model.n_group > 1 and (model.topk_method != "greedy" or balanced)
+    by_group = "model.n_group model.topk_group model.device_aux_loss_alpha model.communication_aux_loss_alpha"
+    of_model = " ".join(name for name in given if name.startswith("model."))
+    steps = config.batch.max_steps
     reasons = [
+        (of_model, config.watch.evaluate_only, "evaluate_only takes the model as it is"),
         ("tokenizer", start, f"init_from brings its own tokenizer, that of {start}"),
         ("model.vocab_size", not start and tokenizer != "cl100k_base", f"{tokenizer} brings its own vocabulary"),
         ("lora_alpha lora_dropout lora_target_modules", not config.lora.lora_rank, "lora_rank is 0"),
         ("eval_fraction", not config.watch.eval_steps, "eval_steps is 0: all conversations are trained on"),
         ("num_train_epochs", steps, f"max_steps is {steps} and takes precedence; leave one of them out"),
-        (by_group, model.n_group == 1, "model.n_group is 1: there is only one group of experts"),
-        ("model.n_group", ungrouped, "model.topk_method is greedy, and no balance loss over groups is set"),
+        (by_group, not grouped, "it needs n_group > 1, with topk_method group_limited_greedy or a loss over groups"),
     ]
     useless = [
         f"{n} has no effect: {why}" for names, applies, why in reasons if applies for n in names.split() if n in given
@@ -144,20 +137,10 @@ def refuse_useless_flags(config: TrainConfig, given: Collection[str]) -> None:
 # ---------------------------------------------------------------- several ranks
 
 
-def agents(world: World) -> set[str]:
-    """Return names of the torchrun processes, one per node, that started the ranks. They stay the same when torchrun
-    restarts the ranks; a new job has others. Empty without torchrun."""
-    if not dist.is_torchelastic_launched():
-        return set()
-    directory = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2]  # temporary, one per torchrun process
-    return set(from_all_ranks(f"{socket.gethostname()} {directory}", world))
-
-
-def is_own_run(run: str | Path, world: World) -> bool:
-    """Return whether this torchrun job started the run, and so continues it after a restart."""
-    own, file = agents(world), Path(run, run_directory.AGENTS)
-    written = file.read_text().splitlines() if world.is_main and file.is_file() else []
-    return not own.isdisjoint(from_first_rank(written, world))
+def is_restarted(world: World) -> bool:
+    """Return whether torchrun has restarted the ranks of a job that had begun its run, which then continues."""
+    begun = begun_file()
+    return any(from_all_ranks(bool(begun and begun.exists()), world))
 
 
 def look_up(find: Callable[[], Path | None], world: World) -> Path | None:
@@ -166,38 +149,23 @@ def look_up(find: Callable[[], Path | None], world: World) -> Path | None:
     with first_process_first(world):  # it reads all of a large checkpoint
         found = find() if world.is_main else None
     path, expected = from_first_rank((found, fingerprint(found)), world)
-    same = from_all_ranks(fingerprint(path) == expected, world)
-    others = [str(rank) for rank, sees_it in enumerate(same) if not sees_it]
-    if others:
-        raise UserError(f"rank {', '.join(others)} sees other files at {path} than the first rank does")
+    refuse_ranks(fingerprint(path) != expected, f"sees other files at {path} than the first rank does", world)
     return path
 
 
 def fingerprint(directory: Path | None) -> str:
-    """Return a hash of the files' names and sizes, of JSON files (which hold checksums), and of the weights' ends."""
+    """Return a hash of the files' names and sizes, and of JSON files, which hold a checkpoint's checksums."""
     digest = hashlib.sha256()
     for file in sorted(directory.iterdir()) if directory and directory.is_dir() else []:
         if file.is_file():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             digest.update(file.read_bytes() if file.suffix == ".json" else b"")
-            digest.update(first_and_last_bytes(file) if file.suffix == ".safetensors" else b"")
     return digest.hexdigest()
-
-
-def first_and_last_bytes(file: Path, size: int = 2**16) -> bytes:
-    with file.open("rb") as opened:
-        first = opened.read(size)
-        opened.seek(max(file.stat().st_size - size, 0))
-        return first + opened.read()
 
 
 def check_shared_files(run: str | Path, world: World) -> None:
     """Raise UserError if a rank does not see the first rank's lock of the run, and so not what it will write."""
     place, expected = lock_path(run), from_first_rank(this_process(), world)
     sees_it = world.is_main or (place.is_file() and place.read_text().strip() == expected)
-    others = [str(rank) for rank, sees in enumerate(from_all_ranks(sees_it, world)) if not sees]
-    if others:
-        raise UserError(
-            f"rank {', '.join(others)} does not see what the first rank writes in {place.parent}: all nodes need a "
-            "shared file system; put output_dir there"
-        )
+    unseen = f"does not see what the first rank writes in {place.parent}"
+    refuse_ranks(not sees_it, f"{unseen}: all nodes need a shared file system; put output_dir there", world)

@@ -1,7 +1,6 @@
 """train_sft.py with a rank that fails: torchrun ... faulty_rank.py FAULTS train_sft.py's arguments
 
-FAULTS is begin:0,raise:4,kill:6, say: what befalls the last rank in which step, each time that torchrun starts it; with
-"begin" it fails before it has begun.
+FAULTS, e.g. raise:4,kill:6, has a fault of the last rank and its step for each time that torchrun starts the ranks.
 """
 
 import os
@@ -12,18 +11,11 @@ from typing import Any
 import train_sft
 import trainer
 from config import UserError
-from launch import start
-
-
-def fail(*_: object) -> Any:
-    raise UserError("out of bread")
 
 
 def main() -> None:
     faults = sys.argv.pop(1).split(",")
     kind, step = faults[int(os.environ["TORCHELASTIC_RESTART_COUNT"])].split(":")
-    if kind == "begin":
-        start.find_start = fail
     forward = trainer.Trainer.forward
 
     def faulty(self: trainer.Trainer, *arguments: Any) -> Any:

@@ -1,14 +1,8 @@
-"""What each rank of a torchrun job does in test_parallel.py: several runs, one after the other, all of them watched.
-
-Starting a process takes longer than any of these runs.
-
-torchrun ... tests/ranks.py RUNS.json   # a list of {"arguments": train_sft.py's, "continues": RUN or null}
-"""
+"""The work of each rank of a job in test_parallel.py: several runs, whose memory and traffic it records."""
 
 import gc
 import json
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,28 +20,30 @@ import train_sft
 import trainer
 from datacollator import MicroBatch, Step
 from hub import peft
+from launch import build
 from launch.cost import Traffic
 from model import LossOutput
+from parallel import World
 from small_runs import cheap_process
 
-# ---------------------------------------------------------------- watching
+# ---------------------------------------------------------------- records of training
 
 
 def local_bytes(tensors: Iterable[Any]) -> int:
-    """What this rank holds of them."""
+    """Return the bytes of tensors that this rank holds."""
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors if isinstance(t, Tensor))
 
 
 def new_bytes() -> int:
-    """Memory in tensors that have come to be since gc.freeze()."""
+    """Return the bytes of tensors created since gc.freeze()."""
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.device.type != "meta"]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
 class WatchedTrainer(trainer.Trainer):
-    """Records what this rank holds, and what it sends in each micro-batch of the last step. It ends up in the run's
-    directory, as rank-N.json."""
+    """Records the memory of this rank, and what it sends in each micro-batch of the last step, in the run's
+    rank-N.json."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -84,7 +80,7 @@ class WatchedTrainer(trainer.Trainer):
         )
 
     def save(self) -> None:
-        """Record the most memory in tensors beyond those that are there before, and the largest gathered tensor."""
+        """Record the peak memory of new tensors, and the largest gathered tensor."""
         gc.collect()
         gc.freeze()
         full_tensor = parallel.full_tensor
@@ -106,14 +102,14 @@ class WatchedTrainer(trainer.Trainer):
         path.write_text(json.dumps(self.seen | building))
 
 
-# ---------------------------------------------------------------- building a model
+# ---------------------------------------------------------------- records of building a model
 
 building: dict[str, int] = {}
 load_weights = parallel.load_weights
 
 
 def watch_loading(model: torch.nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """The most memory in tensors at once while a model is built, and the largest of its tensors."""
+    """Record the peak memory of tensors while a model is built, and the largest of its tensors."""
     building.update({"peak": 0, "largest": 0})
     gc.freeze()
 
@@ -130,30 +126,21 @@ def watch_loading(model: torch.nn.Module, weights: Iterable[tuple[str, Tensor]])
 
 
 def take_over(run: Path, to: Path, step: int = 2) -> None:
-    """Copy a run as it was when it had saved its checkpoint of that step."""
+    """Copy a run as it was after it had saved its checkpoint of a step."""
     name = f"checkpoints/step-{step:06d}"
     shutil.copytree(run / name, to / name)
     for file in ("config.json", "metrics.jsonl"):
         shutil.copy(run / file, to / file)
 
 
-def main() -> None:
-    runs = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    world = parallel.join_world("cpu")
-    world = world._replace(node_size=min(world.size, 2))
-    with cheap_process(Path(sys.argv[1]).parent) as patch:
-        patch.setattr(trainer, "Trainer", WatchedTrainer)
-        patch.setattr(parallel, "load_weights", watch_loading)
-        for run in runs:
-            output_dir = run["arguments"][run["arguments"].index("--output-dir") + 1]
-            if run["continues"] and world.is_main:
-                take_over(Path(run["continues"]), Path(output_dir))
+def train_runs(runs: list[tuple[list[str], Path, Path | None]], folder: Path, world: World) -> None:
+    """Train several runs: train_sft.py's arguments, the run's directory, and the run to take over, if any."""
+    with cheap_process(folder) as patch:
+        patch.setattr(train_sft, "Trainer", WatchedTrainer)
+        patch.setattr(build, "load_weights", watch_loading)
+        for arguments, output_dir, continued in runs:
+            if continued and world.is_main:
+                take_over(continued, output_dir)
             dist.barrier()
-            train_sft.train(train_sft.parse_arguments(run["arguments"]), world)
-    gc.unfreeze()  # or leave_world could not collect what the runs have left
-    parallel.leave_world()
-
-
-if __name__ == "__main__":
-    main()
+            train_sft.train(train_sft.parse_arguments(arguments), world)
+    gc.unfreeze()  # otherwise leave_world could not collect what the runs have left

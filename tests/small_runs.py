@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from tqdm import tqdm
@@ -32,16 +34,17 @@ import files
 import train_sft
 import trainer
 from checkpoint import newest_checkpoint
+from config import UserError
 from datacollator import MicroBatch
 from launch import run_directory
 from launch.command_line import STOP_SIGNALS
-from view import plots
+from parallel import TIMEOUT, World, leave_world
 
 WORDS = ("one", "three", "seven", "eleven", "the", "a", "is", "was", "not", "and", "or", "but", "there", "☂", "é")
 
 
 def conversations(number: int, seed: int = 0) -> list[list[dict[str, str]]]:
-    """Small talk of 2 or 4 messages and varied lengths."""
+    """Return conversations of 2 or 4 messages of various lengths."""
     rng = random.Random(seed)
     return [
         [
@@ -58,39 +61,20 @@ def write_jsonl(path: Path, rows: list[list[dict[str, str]]]) -> Path:
 
 
 SETTINGS = {
-    "init-from": "none",
-    "optimizer": "adamw",
-    "learning-rate": 3e-3,
-    "max-seq-len": 96,
-    "batch-size": 2,
-    "max-steps": 12,
-    "warmup-steps": 2,
-    "save-steps": 3,
-    "eval-steps": 4,
-    "train-split": "train[5:]",
-    "eval-split": "train[:5]",
-    "dtype": "float32",
-    "device": "cpu",
-    "num-proc": 1,
-    "model.vocab-size": 512,
-    "model.hidden-size": 32,
-    "model.num-hidden-layers": 2,
-    "model.num-attention-heads": 2,
-    "model.kv-lora-rank": 16,
-    "model.qk-nope-head-dim": 8,
-    "model.qk-rope-head-dim": 8,
-    "model.v-head-dim": 8,
-    "model.intermediate-size": 32,
-    "model.moe-intermediate-size": 16,
-    "model.n-routed-experts": 4,
-}
+    "init-from": "none", "optimizer": "adamw", "learning-rate": 3e-3, "max-seq-len": 96, "batch-size": 2,
+    "max-steps": 12, "warmup-steps": 2, "save-steps": 3, "eval-steps": 4, "train-split": "train[5:]",
+    "eval-split": "train[:5]", "dtype": "float32", "device": "cpu", "num-proc": 1,
+    "model.vocab-size": 512, "model.hidden-size": 32, "model.num-hidden-layers": 2, "model.num-attention-heads": 2,
+    "model.kv-lora-rank": 16, "model.qk-nope-head-dim": 8, "model.qk-rope-head-dim": 8, "model.v-head-dim": 8,
+    "model.intermediate-size": 32, "model.moe-intermediate-size": 16, "model.n-routed-experts": 4,
+}  # fmt: skip
 
 
 def arguments(dataset: Path, output_dir: Path, *flags: str, **changes: Any) -> list[str]:
-    """The command line of a run of 24 thousand parameters; changes in Python's spelling, model_x for model.x."""
+    """Return the command line of a run of 24 thousand parameters. changes: as keywords, model_x for --model.x."""
     named = {name.replace("model_", "model.").replace("_", "-"): value for name, value in changes.items()}
     settings = SETTINGS | {"dataset": dataset, "output-dir": output_dir} | named
-    if "init-from" in named:  # which has a shape
+    if "init-from" in named:  # it has its own shape
         settings = {name: value for name, value in settings.items() if name in named or not name.startswith("model.")}
     if settings["eval-steps"] == 0:
         settings.pop("eval-split")
@@ -105,11 +89,11 @@ def arguments(dataset: Path, output_dir: Path, *flags: str, **changes: Any) -> l
 
 @contextlib.contextmanager
 def cheap_process(directory: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Nothing is measured or drawn, the cache lies in `directory`, and signals are handled as before in the end."""
+    """Context without measurements and drawings, with the cache in `directory`; it restores signal handlers."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "measure_peak", lambda *_: 1.0)
-        patch.setattr(plots, "plot_runs", lambda runs, out, *_: Path(out).write_bytes(b"\x89PNG"))
+        patch.setattr(train_sft, "plot_runs", lambda runs, out, *_: Path(out).write_bytes(b"\x89PNG"))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory / "cache")
         yield patch
     for number, handler in handlers.items():
@@ -117,7 +101,7 @@ def cheap_process(directory: Path) -> Iterator[pytest.MonkeyPatch]:
 
 
 def run_main(main: Callable[[], None], arguments: list[str], directory: Path) -> int:
-    """The exit code of an entry point's main function."""
+    """Return the exit code of a command's main function."""
     with cheap_process(directory) as patch:
         patch.setattr(sys, "argv", ["program", *arguments])
         try:
@@ -147,26 +131,31 @@ def start_forkserver() -> ForkServerContext:
 
 
 def start(arguments: list[str], log: Path, fault: Fault | None = None) -> ForkServerProcess:
-    """Start train_sft.py in a child that appends to `log` what it prints; `fault` is called in it before it begins."""
+    """Start train_sft.py in a child that first calls `fault`, and appends its output to `log`."""
     child = start_forkserver().Process(target=run_child, args=(arguments, log, fault))
     child.start()
     return child
 
 
-def run_child(arguments: list[str], log: Path, fault: Fault | None) -> None:
+def print_to(log: Path) -> None:
+    """Append the output of this process to a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, and so inherited, where the tests run under nohup
+
+
+def run_child(arguments: list[str], log: Path, fault: Fault | None) -> None:
+    print_to(log)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and a child inherits that
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # instead of one for several processes, which a killed one would leave behind
+    tqdm.set_lock(threading.RLock())  # a killed process would not release a lock between processes
     if fault:
         fault()
     sys.exit(train_here(arguments, log.parent))
 
 
 def train_in_child(arguments: list[str], log: Path, fault: Fault | None = None) -> int:
-    """The exit code; minus the signal if one ended it."""
+    """Return the exit code, or minus the signal that ended the child."""
     child = start(arguments, log, fault)
     child.join(120)
     assert child.exitcode is not None, f"still running: {log.read_text()}"
@@ -174,13 +163,13 @@ def train_in_child(arguments: list[str], log: Path, fault: Fault | None = None) 
 
 
 def wait_for(text: str, log: Path, child: ForkServerProcess) -> None:
-    """Until the child has printed it, or has ended."""
+    """Wait until the child has printed the text, or has ended."""
     while not (log.exists() and text in log.read_text()) and child.is_alive():
         time.sleep(0.001)
 
 
 def kill_after(seconds: float, arguments: list[str], log: Path) -> int:
-    """SIGKILL that long after the child has begun to train. Its exit code: -9, or 0 if it was faster."""
+    """Send SIGKILL some seconds after the child has begun to train. Return -9, or 0 if it had finished."""
     log.unlink(missing_ok=True)
     child = start(arguments, log)
     wait_for("parameters, ", log, child)
@@ -188,6 +177,42 @@ def kill_after(seconds: float, arguments: list[str], log: Path) -> int:
     child.kill()
     child.join()
     return child.exitcode or 0
+
+
+# ---------------------------------------------------------------- on several ranks
+
+Work = Callable[[World], object]
+
+
+def run_ranks(number: int, work: Work, folder: Path, timeout: timedelta = TIMEOUT) -> list[str]:
+    """Call `work` in children that form a process group. Return the text of each one's result, or of its UserError.
+
+    Rank N works in the directory folder/N. All ranks append their output to folder/log.
+    """
+    server = start_forkserver()
+    ranks = [server.Process(target=be_rank, args=(rank, number, work, folder, timeout)) for rank in range(number)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(400)
+        assert process.exitcode == 0, (folder / "log").read_text()
+    return [(folder / str(rank) / "result").read_text() for rank in range(number)]
+
+
+def be_rank(rank: int, number: int, work: Work, folder: Path, timeout: timedelta) -> None:
+    print_to(folder / "log")
+    torch.set_num_threads(1)
+    place = folder / str(rank)
+    place.mkdir(exist_ok=True)
+    os.chdir(place)
+    store = dist.FileStore(str(folder / "store"), number)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=number, timeout=timeout)
+    try:
+        result = work(World(rank, number, torch.device("cpu"), min(number, 2), store))  # as nodes of two ranks
+    except UserError as error:
+        result = error
+    (place / "result").write_text(str(result))
+    leave_world()
 
 
 # ---------------------------------------------------------------- under torchrun
@@ -198,7 +223,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def start_job(
     folder: Path, log: Path, ranks: int, *words: object, launcher: tuple[str, ...] = (), **options: Any
 ) -> subprocess.Popen:
-    """torchrun on a script of ours, which with all its ranks appends to `log` what it prints."""
+    """Start torchrun on a script of ours; the output of all its ranks is appended to `log`."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
         "HF_DATASETS_CACHE": str(folder / "cache"),
@@ -210,7 +235,7 @@ def start_job(
 
 
 def finish_job(job: subprocess.Popen) -> int:
-    """Its exit code; nothing of it is left behind."""
+    """Return a job's exit code, or end it after 400 seconds."""
     try:
         return job.wait(400)
     except subprocess.TimeoutExpired:
@@ -222,7 +247,7 @@ def finish_job(job: subprocess.Popen) -> int:
 
 
 def die_at_flush(number: int) -> None:
-    """SIGKILL in the middle of saving: when a file is about to be flushed to disk for the number-th time."""
+    """Send SIGKILL while saving, when a file is about to be flushed to disk after `number` others."""
     flush, calls = files.flush_to_disk, iter(range(number))
 
     def flush_or_die(path: Path) -> None:
@@ -234,7 +259,7 @@ def die_at_flush(number: int) -> None:
 
 
 def fill_disk(step: int, size: int) -> None:
-    """From that step on, no file can grow beyond `size` bytes."""
+    """Limit files to `size` bytes, from a step on."""
     save = trainer.Trainer.save
 
     def save_on_full_disk(self: trainer.Trainer) -> None:
@@ -246,7 +271,7 @@ def fill_disk(step: int, size: int) -> None:
 
 
 def save_slowly() -> None:
-    """Saving takes a minute, and says so."""
+    """Make saving print a line and take a minute."""
 
     def save(self: trainer.Trainer) -> None:
         print("saving", flush=True)
@@ -256,7 +281,7 @@ def save_slowly() -> None:
 
 
 def nobody_reads(descriptors: tuple[int, ...]) -> None:
-    """From the first step on, whoever read what is printed there has left."""
+    """Close the other end of these descriptors' pipe before the first step."""
     train = trainer.Trainer.train
 
     def train_unread(self: trainer.Trainer, *arguments: Any) -> None:
@@ -271,7 +296,7 @@ def nobody_reads(descriptors: tuple[int, ...]) -> None:
 
 
 def signal_in_step(step: int, number: signal.Signals) -> None:
-    """That signal comes in the middle of the step, counted from 1."""
+    """Send a signal in the middle of a step, counted from 1."""
     forward = trainer.Trainer.forward
 
     def interrupted(self: trainer.Trainer, micro_batch: MicroBatch) -> Any:
@@ -283,7 +308,7 @@ def signal_in_step(step: int, number: signal.Signals) -> None:
 
 
 def signals_in_save() -> None:
-    """The first save gets SIGTERM, SIGHUP and SIGINT, each twice."""
+    """Send SIGTERM, SIGHUP and SIGINT, each twice, in the first save."""
     save = trainer.Trainer.save
 
     def bombarded(self: trainer.Trainer) -> None:
@@ -296,7 +321,7 @@ def signals_in_save() -> None:
 
 
 def lose_terminal(step: int) -> None:
-    """Everything goes to a terminal, which closes in the middle of that step."""
+    """Print to a terminal that closes in the middle of a step."""
     ours, terminal = pty.openpty()
     for descriptor in (1, 2):
         os.dup2(terminal, descriptor)
@@ -313,23 +338,23 @@ def lose_terminal(step: int) -> None:
 
 
 def drain(descriptor: int) -> None:
-    """Read what is printed, as terminals do."""
+    """Read all output, like a terminal."""
     with contextlib.suppress(OSError):
         while os.read(descriptor, 4096):
             pass
 
 
-# ---------------------------------------------------------------- what a run has come to
+# ---------------------------------------------------------------- results of a run
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
-    """Return metrics.jsonl without what depends on the clock."""
+    """Return metrics.jsonl without the fields that depend on the clock."""
     clock = ("tokens_per_second", "peak_share")
     return [{k: v for k, v in line.items() if k not in clock} for line in run_directory.read_metrics(run)]
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state of the newest checkpoint, by name."""
+    """Return weights and optimizer state of the newest checkpoint, by name."""
     newest = newest_checkpoint(run)
     assert newest is not None
     (weights,) = newest.glob("*.safetensors")
@@ -337,7 +362,7 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def optimizer_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Optimizer state, put together from all ranks' files by PyTorch's own reader."""
+    """Return the optimizer state, read from all ranks' files with PyTorch's own reader."""
     reader = HuggingFaceStorageReader(str(checkpoint / "optimizer"))
     stored = reader.read_metadata().state_dict_metadata
     state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
@@ -346,5 +371,5 @@ def optimizer_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that are not equal bit for bit."""
+    """Return the names of the tensors that are not equal bit for bit."""
     return [name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]

@@ -1,4 +1,4 @@
-"""Files that a crash, a link or a hostile name cannot harm; headers that are checked before memory is used."""
+"""Files are safe from crashes, links and hostile names; headers are checked before memory is used."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_windows_does_not_flush_directories(tmp_path: Path, monkeypatch: pytest.
 def test_a_directory_that_cannot_be_deleted_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was asked for is in place by then."""
+    """What was written is in place by then."""
 
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
@@ -102,14 +102,14 @@ def test_a_directory_that_cannot_be_deleted_is_a_warning(
     assert re.fullmatch(r"warning: .*\.place\.old cannot be deleted .*\n", capsys.readouterr().err)
 
 
-def test_a_save_deletes_no_files_of_others(tmp_path: Path) -> None:
+def test_a_save_deletes_no_unrelated_files(tmp_path: Path) -> None:
     for name in (".place.swp", ".place.0123.tmp", ".placeholder.old"):
         (tmp_path / name).mkdir()
     write_directory(tmp_path / "place", lambda directory: None)
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_checksums_cover_directories_and_name_no_other_files(tmp_path: Path) -> None:
+def test_checksums_cover_subdirectories_and_nothing_outside(tmp_path: Path) -> None:
     def write(directory: Path) -> dict[str, str]:
         (directory / "sub").mkdir()
         (directory / "sub/file").write_text("a")
@@ -125,14 +125,14 @@ def test_checksums_cover_directories_and_name_no_other_files(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "", "{", "9" * 5000, "[1]"])
-def test_what_is_not_a_json_object_is_one_line(content: str, tmp_path: Path) -> None:
+def test_a_file_without_a_json_object_is_an_error_in_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text(content)
     with pytest.raises(UserError, match=r"file\.json (is not JSON|does not contain a JSON object)") as caught:
         read_json(tmp_path / "file.json")
     assert "\n" not in str(caught.value)
 
 
-def test_control_characters_never_reach_a_terminal() -> None:
+def test_printable_replaces_control_characters() -> None:
     assert printable("a\tb\nc") == "a\tb\nc"
     assert printable("\x1b]0;title\x07\x9b2J\x7f\r\0ä今") == "\ufffd]0;title\ufffd\ufffd2J\ufffd\ufffd\ufffdä今"
 
@@ -140,7 +140,7 @@ def test_control_characters_never_reach_a_terminal() -> None:
 # ---------------------------------------------------------------- tensors
 
 
-def test_tensors_are_read_as_safetensors_reads_them(tmp_path: Path) -> None:
+def test_tensors_are_read_like_safetensors_reads_them(tmp_path: Path) -> None:
     tensors = {
         "matrix": torch.randn(3, 5).T,
         "rounded": torch.randn(4, 2).bfloat16(),
@@ -161,21 +161,21 @@ def test_tensors_are_read_as_safetensors_reads_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_other_than_floating_point_numbers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_tensors_of_other_than_floating_point_numbers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"a\x1b[2J": torch.zeros(4).to(dtype)}, tmp_path / "file")
     with pytest.raises(UserError, match=r"file: a\ufffd\[2J is stored as \w+, not as floating-point numbers"):
         stored_tensors(tmp_path / "file")
 
 
 @pytest.mark.parametrize("content", [b"", b"x", (10**9).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"[]"])
-def test_a_damaged_header_is_one_line(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_header_is_an_error_in_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match="file cannot be read") as caught:
         stored_tensors(tmp_path / "file")
     assert "\n" not in str(caught.value)
 
 
-def test_the_header_says_what_its_reader_needs(tmp_path: Path) -> None:
+def test_the_header_is_aligned_and_names_the_format(tmp_path: Path) -> None:
     one_tensor(tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
     size = int.from_bytes(content[:8], "little")

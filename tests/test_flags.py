@@ -1,4 +1,4 @@
-"""A flag has an effect in the run that it starts, or it is refused with the reason; what is misspelt gets a hint."""
+"""Each flag has an effect in the run that it starts, or is refused with the reason."""
 
 import json
 import shutil
@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 import train_sft
 from checkpoint import load_config, load_model_and_tokenizer, load_pretrained, newest_checkpoint
@@ -19,7 +18,7 @@ from launch.command_line import given_fields, parse_arguments
 from launch.run_directory import read_metrics
 from launch.start import find_start
 from optimizer import learning_rate
-from parallel import World
+from parallel import ALONE
 from small_models import small_model
 from small_runs import arguments, conversations, train_here, write_jsonl
 
@@ -31,14 +30,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(data: Path) -> Path:
-    """A run whose model others start from; its context is 1024."""
+    """A run whose model other runs start from; its context is 1024."""
     assert train_here(arguments(data, data.parent / "base", max_steps=1, eval_steps=0), data.parent) == 0
     return data.parent / "base"
 
 
 @pytest.fixture
 def refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The error with which a run is refused, before it has written anything."""
+    """Return a function that starts a run and returns the error that refuses it, before anything is written."""
 
     def train(*flags: str, **changes: Any) -> str:
         command = arguments(data, tmp_path / "run", *flags, **({"max_steps": 1, "eval_steps": 0} | changes))
@@ -49,10 +48,10 @@ def refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> C
     return train
 
 
-# ---------------------------------------------------------------- the model's, where it is loaded
+# ---------------------------------------------------------------- fields of a loaded model
 
 
-def test_what_weights_allow_is_changed_in_a_loaded_model(data: Path, base: Path, tmp_path: Path) -> None:
+def test_flags_change_a_loaded_model_where_its_weights_allow_it(data: Path, base: Path, tmp_path: Path) -> None:
     flags = ["--model.aux-loss-alpha", "0", "--model.routed-scaling-factor=2", "--model.rope_scaling.factor", "4"]
     command = arguments(
         data, tmp_path / "run", *flags, init_from=base, batch_size=1, max_seq_len=2000, max_steps=1, eval_steps=0
@@ -68,24 +67,20 @@ def test_what_weights_allow_is_changed_in_a_loaded_model(data: Path, base: Path,
     assert load_pretrained(newest_checkpoint(tmp_path / "run") or "").config == model
 
 
-def test_a_switch_of_the_models_is_turned_off_in_a_loaded_model(data: Path, base: Path, tmp_path: Path) -> None:
+def test_a_switch_is_turned_off_in_a_loaded_model(data: Path, base: Path, tmp_path: Path) -> None:
+    """--no-resume and a repeated shape are allowed."""
     shutil.copytree(newest_checkpoint(base) or base, tmp_path / "normed")
     config = json.loads((tmp_path / "normed/config.json").read_text())
     write_json(tmp_path / "normed/config.json", config | {"norm_topk_prob": True})
     changes = {"init_from": tmp_path / "normed", "max_steps": 1, "eval_steps": 0}
-    for flags, expected in (([], True), (["--model.no-norm-topk-prob"], False)):
+    repeated = ["--no-resume", "--model.hidden-size", "32"]
+    for flags, expected in ((repeated, True), (["--model.no-norm-topk-prob"], False)):
         run = tmp_path / f"run-{expected}"
         assert train_here(arguments(data, run, *flags, **changes), tmp_path) == 0
         assert load_pretrained(newest_checkpoint(run) or run).config.norm_topk_prob == expected
 
 
-def test_a_run_that_is_told_not_to_be_resumed_has_its_bases_shape(data: Path, base: Path, tmp_path: Path) -> None:
-    """The preset's fields are not what the command line asks for."""
-    command = arguments(data, tmp_path / "run", "--no-resume", init_from=base, max_steps=1, eval_steps=0)
-    assert train_here(command, tmp_path) == 0
-
-
-def test_an_adapter_is_used_with_the_model_that_it_was_trained_with(data: Path, base: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_with_the_model_that_it_was_trained_with(data: Path, base: Path, tmp_path: Path) -> None:
     flags = ["--model.rope-scaling.factor", "4"]
     changes = {"init_from": base, "lora_rank": 2, "max_steps": 1, "eval_steps": 0}
     assert train_here(arguments(data, tmp_path / "run", *flags, **changes), tmp_path) == 0
@@ -100,27 +95,20 @@ def test_an_adapter_is_used_with_the_model_that_it_was_trained_with(data: Path, 
         ({"model_n_routed_experts": 8}, "model.n_routed_experts is 4, not 8"),
         ({"model_vocab_size": 600}, "model.vocab_size is 512, not 600"),
         ({"tokenizer": "cl100k_base"}, "tokenizer has no effect: init_from brings its own tokenizer, that of "),
-        ({"model_num_experts_per_tok": 5}, "model.num_experts_per_tok is 5, but there are 4 routed experts"),
+        ({"model_num_experts_per_tok": 5}, "model.num_experts_per_tok is 5, but a token can reach 4 routed experts"),
     ],
 )
-def test_what_weights_do_not_allow_is_refused_with_both_values(
+def test_a_flag_that_contradicts_the_weights_is_refused_with_both_values(
     changes: dict[str, Any], message: str, base: Path, refused: Callable[..., str]
 ) -> None:
     assert message in refused(init_from=base, **changes)
 
 
-def test_a_value_that_the_checkpoint_has_may_be_repeated(data: Path, base: Path, tmp_path: Path) -> None:
-    changes = {"init_from": base, "model_hidden_size": 32, "max_steps": 1, "eval_steps": 0}
-    assert train_here(arguments(data, tmp_path / "run", **changes), tmp_path) == 0
-
-
 # ---------------------------------------------------------------- config.py
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def model_of(monkeypatch: pytest.MonkeyPatch, preset: TrainConfig, *flags: str) -> ModelConfig:
-    """Return the model of a run whose preset somebody has written into config.py."""
+    """Return the model of a run of a new preset in config.py."""
     monkeypatch.setitem(PRESETS, "mine", preset)
     arguments = parse_arguments(["mine", "--dry-run", "--device", "cpu", *flags])
     return find_start(arguments, ALONE).config.model
@@ -149,14 +137,14 @@ def test_a_shape_in_config_py_that_contradicts_the_weights_is_refused(
         model_of(monkeypatch, TINY.changed(hidden_size=width))
 
 
-def test_a_preset_need_not_state_its_checkpoints_shape(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_takes_its_checkpoints_shape(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = str(newest_checkpoint(base))
     for preset in (MINI.changed(init_from=place), TINY.changed(init_from=place)):
         assert model_of(monkeypatch, preset, "--max-seq-len", "64").hidden_size == 32
     assert model_of(monkeypatch, TINY, "--init-from", place).hidden_size == 32
 
 
-def test_from_scratch_a_preset_has_its_checkpoints_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_from_scratch_keeps_its_checkpoints_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_config(TINY.checkpoint.init_from or "")
     assert model_of(monkeypatch, TINY, "--init-from", "none") == base
     deeper = model_of(monkeypatch, TINY, "--init-from", "none", "--model.num-hidden-layers", "3")
@@ -166,8 +154,8 @@ def test_from_scratch_a_preset_has_its_checkpoints_shape(monkeypatch: pytest.Mon
 # ---------------------------------------------------------------- others
 
 
-def test_own_data_is_trained_on_for_epochs() -> None:
-    """A preset's number of steps is for its own data."""
+def test_a_given_dataset_is_trained_on_for_epochs() -> None:
+    """A preset's number of steps is for its own dataset."""
 
     def batch(*flags: str) -> tuple[int, float]:
         config = parse_arguments(["tiny", *flags]).config
@@ -196,13 +184,9 @@ def test_more_than_ten_epochs_are_warned_about(steps: int, warns: bool, capsys: 
         ({"lora_alpha": 8}, "lora_alpha has no effect: lora_rank is 0"),
         ({"lora_dropout": 0.1}, "lora_dropout has no effect: lora_rank is 0"),
         ({"num_train_epochs": 2}, "num_train_epochs has no effect: max_steps is 1"),
-        ({"model_topk_group": 1}, "model.topk_group has no effect: model.n_group is 1"),
-        ({"model_device_aux_loss_alpha": 0.1}, "model.device_aux_loss_alpha has no effect: model.n_group is 1"),
-        (
-            {"model_communication_aux_loss_alpha": 0.1},
-            "model.communication_aux_loss_alpha has no effect: model.n_group is 1",
-        ),
-        ({"model_n_group": 2}, "model.n_group has no effect: model.topk_method is greedy"),
+        ({"model_topk_group": 1}, "model.topk_group has no effect: it needs n_group > 1"),
+        ({"model_device_aux_loss_alpha": 0.1}, "model.device_aux_loss_alpha has no effect: it needs n_group > 1"),
+        ({"model_n_group": 2}, "model.n_group has no effect: it needs n_group > 1, with topk_method"),
         ({"eval_fraction": 0.1}, "eval_fraction has no effect: eval_steps is 0"),
         ({"warmup_steps": 4, "max_steps": 3}, "warmup_steps is 4, but there are 3 steps"),
     ],
@@ -219,12 +203,12 @@ def test_a_flag_without_effect_is_refused(changes: dict[str, Any], message: str,
         {"eval_fraction": 0.3, "eval_split": "test", "eval_steps": 1},
     ],
 )
-def test_a_flag_with_effect_is_taken(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
+def test_a_flag_with_an_effect_is_accepted(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
     command = arguments(data, tmp_path / "run", **({"max_steps": 1, "eval_steps": 0} | changes))
     assert train_here(command, tmp_path) == 0
 
 
-def test_a_vocabulary_beside_another_tokenizers_is_refused(base: Path, refused: Callable[..., str]) -> None:
+def test_the_size_of_a_loaded_vocabulary_cannot_be_given(base: Path, refused: Callable[..., str]) -> None:
     place = newest_checkpoint(base)
     error = f"model.vocab_size has no effect: {place} brings its own vocabulary"
     assert error in refused(tokenizer=place, model_vocab_size=600)
@@ -236,8 +220,8 @@ def without(flag: str, command: list[str]) -> list[str]:
     return command[:at] + command[at + 2 :]
 
 
-def test_a_presets_warmup_fits_into_a_short_run(data: Path, tmp_path: Path) -> None:
-    """It takes a tenth of the run; a run that is resumed keeps it, whatever its new length."""
+def test_a_presets_warmup_is_at_most_a_tenth_of_the_run(data: Path, tmp_path: Path) -> None:
+    """A resumed run keeps its warm-up if its length changes."""
     command = without("--warmup-steps", arguments(data, tmp_path / "run", max_steps=20, eval_steps=0))
     assert train_here(command, tmp_path) == 0
     assert [line["learning_rate"] for line in read_metrics(tmp_path / "run")[:3]] == [1.5e-3, 3e-3, 3e-3]
@@ -250,7 +234,7 @@ def saved_field(run: Path, name: str) -> Any:
     return json.loads((run / "config.json").read_text())[name]
 
 
-def test_epochs_take_the_place_of_the_presets_steps(
+def test_epochs_replace_the_presets_number_of_steps(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = arguments(data, tmp_path / "run", "--no-packing", "--num-train-epochs", "1.5", eval_steps=0)
@@ -260,8 +244,7 @@ def test_epochs_take_the_place_of_the_presets_steps(
 
 
 @pytest.mark.parametrize("peak", ["1e-5", "0.1"])
-def test_the_rate_falls_from_its_peak_whatever_that_is(peak: str) -> None:
-    """tiny's own floor, 3e-5, was above the first."""
+def test_the_rate_falls_from_any_peak(peak: str) -> None:
     config = parse_arguments(["tiny", "--learning-rate", peak]).config.optimizer
     rates = [learning_rate(step, config, 1000) for step in range(config.warmup_steps, 1001)]
     assert rates == sorted(rates, reverse=True)
@@ -270,53 +253,44 @@ def test_the_rate_falls_from_its_peak_whatever_that_is(peak: str) -> None:
     assert OptimizerConfig().learning_rate * OptimizerConfig().min_learning_rate_ratio == pytest.approx(2e-6)
 
 
-def test_a_floor_above_the_peak_is_refused(refused: Callable[..., str]) -> None:
-    assert "min_learning_rate_ratio must be at most 1" in refused(min_learning_rate_ratio=1.5)
-
-
-def test_the_command_line_knows_what_was_given() -> None:
+def test_the_command_line_records_which_fields_are_given() -> None:
     flags = ["--no-packing", "--model.hidden-size", "3", "--seed=4", "--lora_rank", "2", "--sample-prompts", "--no!"]
     flags = ["--model.no-norm-topk-prob", *flags]
     named = {"model.norm_topk_prob", "packing", "model.hidden_size", "seed", "lora_rank", "sample_prompts"}
     assert given_fields(flags[:-1]) == named
 
 
-# ---------------------------------------------------------------- hints
-
-
 @pytest.mark.parametrize(
     ("flags", "hint"),
     [
         (["--lr", "1e-3"], "--lr is --learning-rate here"),
-        (["--lr=1e-3"], "--lr is --learning-rate here"),
-        (["--epochs", "3"], "--epochs is --num-train-epochs here"),
+        (["--epochs=3"], "--epochs is --num-train-epochs here"),
         (["--per_device_train_batch_size", "3"], "--per_device_train_batch_size is --batch-size here"),
-        (["--packing", "False"], "a switch has no value: use --packing or --no-packing"),
-        (["--packing=true"], "a switch has no value: use --packing or --no-packing"),
-        (["--max-seq-leng", "4"], "unknown option --max-seq-leng; did you mean --max-seq-len?"),
-        (["--batchsize=4"], "unknown option --batchsize; did you mean --batch-size?"),
-        (["--model.hidden-sizes", "4"], "unknown option --model.hidden-sizes; did you mean --model.hidden-size?"),
-        (["--model.rope-scaling.factr", "4"], "did you mean --model.rope-scaling.factor?"),
-        (["--qqq"], "unknown option --qqq; see --help"),
+        (["--bf16"], "--bf16 is --dtype bfloat16 here"),
     ],
 )
-def test_what_is_not_understood_gets_a_hint(flags: list[str], hint: str, refused: Callable[..., str]) -> None:
+def test_another_trainers_name_of_a_field_gets_a_hint(flags: list[str], hint: str, refused: Callable[..., str]) -> None:
     assert hint in refused(*flags)
 
 
-# ---------------------------------------------------------------- a run that goes on
+def test_evaluation_refuses_changes_to_the_model(base: Path, refused: Callable[..., str]) -> None:
+    error = refused("--evaluate-only", init_from=base, model_aux_loss_alpha=0.5)
+    assert "model.aux_loss_alpha has no effect: evaluate_only takes the model as it is" in error
+
+
+# ---------------------------------------------------------------- a resumed run
 
 
 @pytest.fixture
 def run(data: Path, tmp_path: Path) -> Path:
-    """Stopped at step 3 of 3."""
+    """Return a run that has finished its three steps."""
     command = arguments(data, tmp_path / "run", max_steps=3, eval_steps=0, weight_decay=0.25, adam_beta2=0.9)
     assert train_here(command, tmp_path) == 0
     return tmp_path / "run"
 
 
-def test_the_directory_is_all_that_resuming_needs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No preset, no flags: everything is as it was, but for what is given."""
+def test_resuming_needs_only_the_directory(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a preset or flags, all fields keep their values; a given flag changes its field."""
     before = json.loads((run / "config.json").read_text())
     capsys.readouterr()
     assert train_here(["--resume", "--output-dir", str(run), "--max-steps", "5"], run.parent) == 0
@@ -336,7 +310,7 @@ def test_a_directory_without_a_run_is_not_resumed(run: Path, base: Path, capsys:
     assert "is not the configuration of a run of this version: " in capsys.readouterr().err
 
 
-def test_an_end_that_lies_behind_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_last_step_in_the_past_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "config.json").read_text()
     assert train_here(["--resume", "--output-dir", str(run), "--max-steps", "2"], run.parent) == 2
     assert f"error: {run} is at step 3, past the last one, 2" in capsys.readouterr().err

@@ -1,61 +1,36 @@
-"""A job of several ranks: what they have to have in common. Two processes in a real group, whose timeout is shrunk."""
+"""What the ranks of a job must have in common: two processes in a real group, with a short timeout."""
 
+import contextlib
 import functools
-import os
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 import train_sft
-from config import TrainConfig, UserError
-from launch.run_directory import AGENTS
-from launch.start import agents, fingerprint, is_own_run, look_up
-from parallel import World, first_process_first, from_all_ranks
-from small_runs import cheap_process, conversations, start_forkserver, write_jsonl
+from config import TrainConfig
+from launch.run_directory import run_lock
+from launch.start import check_shared_files, is_restarted, look_up
+from parallel import ALONE, World, begun_file, first_process_first, from_all_ranks
+from small_runs import Work, cheap_process, conversations, run_ranks, write_jsonl
 from tokenizer import Tokenizer
 
 TIMEOUT = 2  # seconds, of every collective
-ALONE = World(0, 1, torch.device("cpu"))
-Work = Callable[[World], object]
 
 
 def two_ranks(work: Work, folder: Path) -> list[str]:
-    """What each of them returns, or the UserError that it raises; each has a working directory of its own."""
-    server = start_forkserver()
-    ranks = [server.Process(target=as_rank, args=(rank, work, folder)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
-    return [(folder / f"result-{rank}").read_text() for rank in range(2)]
-
-
-def as_rank(rank: int, work: Work, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT))
-    os.chdir(folder / str(rank))
-    try:
-        result = work(World(rank, 2, torch.device("cpu"), 1, store))
-    except UserError as error:
-        result = error
-    (folder / f"result-{rank}").write_text(str(result))
-    dist.destroy_process_group()
+    return run_ranks(2, work, folder, timedelta(seconds=TIMEOUT))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With the two working directories, in which files of the same name differ in content but not in size."""
+    """Return a directory with two working directories, in which files of the same name have different content."""
     for rank in range(2):
         base = tmp_path / str(rank) / "base"
         base.mkdir(parents=True)
-        (base / "model.safetensors").write_bytes(bytes([rank]) * 200_000)
+        (base / "config.json").write_text(str(rank))
         write_jsonl(base.with_name("data.jsonl"), conversations(20, seed=rank))
     return tmp_path
 
@@ -79,6 +54,11 @@ def look_up_base(world: World) -> object:
     return look_up(functools.partial(Path, "base"), world)
 
 
+def share_a_run(world: World) -> object:
+    with run_lock("run") if world.is_main else contextlib.nullcontext():
+        return check_shared_files("run", world)
+
+
 def load_rows(world: World) -> object:
     config = TrainConfig().changed(dataset=("data.jsonl",), train_split="train", eval_steps=0, num_proc=1)
     with cheap_process(Path.cwd()):
@@ -86,42 +66,41 @@ def load_rows(world: World) -> object:
 
 
 @pytest.mark.parametrize(("work", "result"), [(wait_for_the_first, "[0, 1]"), (look_for_long, "None")])
-def test_what_the_first_rank_does_alone_may_outlast_a_collective(work: Work, result: str, folder: Path) -> None:
+def test_work_of_the_first_rank_may_exceed_the_timeout(work: Work, result: str, folder: Path) -> None:
     assert two_ranks(work, folder) == [result, result]
 
 
-def test_a_rank_that_sees_other_files_is_named(folder: Path) -> None:
-    message = "rank 1 sees other files at base than the first rank does"
-    assert two_ranks(look_up_base, folder) == [message, message]
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (look_up_base, "rank 1 sees other files at base than the first rank does"),
+        (load_rows, "rank 1 has read other rows of data.jsonl than the first rank; give all nodes the same data"),
+        (
+            share_a_run,
+            "rank 1 does not see what the first rank writes in {}: all nodes need a shared file system; put ",
+        ),
+    ],
+)
+def test_ranks_with_different_files_are_refused(work: Work, message: str, folder: Path) -> None:
+    for rank, result in enumerate(two_ranks(work, folder)):
+        assert result.startswith(message.format(folder / str(rank)))
 
 
-def test_ranks_with_other_data_are_refused(folder: Path) -> None:
-    message = "data.jsonl: not all ranks have read the same rows; give all nodes the same data"
-    assert two_ranks(load_rows, folder) == [message, message]
-
-
-@pytest.mark.parametrize("place", [0, 199_999])
-def test_other_weights_of_the_same_size_are_other_files(place: int, folder: Path) -> None:
-    base = folder / "0/base"
-    before = fingerprint(base)
-    weights = bytearray((base / "model.safetensors").read_bytes())
-    weights[place] = 7
-    (base / "model.safetensors").write_bytes(weights)
-    assert fingerprint(base) != before
-
-
-def test_a_run_stays_its_jobs_when_nodes_come_or_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Agents start the ranks again under another attempt; those of a later job have other directories."""
+def test_a_restarted_job_recognises_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun counts its restarts in the last directory but one; another job has another directory."""
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
 
-    def started(agent: str, attempt: int) -> None:
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / agent / f"attempt_{attempt}" / "0" / "error.json"))
+    def start(job: str, attempt: int) -> None:
+        place = tmp_path / job / f"attempt_{attempt}" / "0"
+        place.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place / "error.json"))
 
-    started("first", 0)
-    gone = "another-node /tmp/second"
-    (tmp_path / AGENTS).write_text("\n".join([gone, *agents(ALONE)]))
-    assert is_own_run(tmp_path, ALONE)
-    started("first", 1)
-    assert is_own_run(tmp_path, ALONE)
-    started("third", 0)
-    assert not is_own_run(tmp_path, ALONE)
+    start("first", 0)
+    assert not is_restarted(ALONE)
+    file = begun_file()
+    assert file
+    file.touch()
+    start("first", 1)
+    assert is_restarted(ALONE)
+    start("second", 0)
+    assert not is_restarted(ALONE)

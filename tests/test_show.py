@@ -263,7 +263,6 @@ def test_any_row_can_be_shown(shown: Callable[..., str], tmp_path: Path) -> None
     )
     assert shown("data", path, *flags, "--random", 3).count(" of them trained on\n") == 3
     assert shown("data", path, *flags).count(" of them trained on\n") == 1
-    assert "--rwo" in shown("data", path, *flags, "--rwo", 3)
 
 
 @pytest.mark.parametrize("flags", [("--lora-alpha", "8"), ("--model.hidden-size", "64")])
