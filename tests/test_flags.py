@@ -12,12 +12,11 @@ import pytest
 
 import train_sft
 from checkpoint import load_config, load_model_and_tokenizer, load_pretrained, newest_checkpoint
-from config import MINI, PRESETS, TINY, ModelConfig, OptimizerConfig, RopeScaling, TrainConfig, UserError
+from config import MINI, PRESETS, TINY, ModelConfig, RopeScaling, TrainConfig, UserError
 from files import write_json
 from launch.command_line import given_fields, parse_arguments
 from launch.run_directory import read_metrics
 from launch.start import find_start
-from optimizer import learning_rate
 from parallel import ALONE
 from small_models import small_model
 from small_runs import arguments, conversations, train_here, write_jsonl
@@ -208,7 +207,10 @@ def test_a_flag_with_an_effect_is_accepted(changes: dict[str, Any], data: Path, 
     assert train_here(command, tmp_path) == 0
 
 
-def test_the_size_of_a_loaded_vocabulary_cannot_be_given(base: Path, refused: Callable[..., str]) -> None:
+def test_flags_that_contradict_a_loaded_model_are_refused(base: Path, refused: Callable[..., str]) -> None:
+    """The size of its vocabulary, and any change to a model that is only evaluated."""
+    error = refused("--evaluate-only", init_from=base, model_aux_loss_alpha=0.5)
+    assert "model.aux_loss_alpha has no effect: evaluate_only takes the model as it is" in error
     place = newest_checkpoint(base)
     error = f"model.vocab_size has no effect: {place} brings its own vocabulary"
     assert error in refused(tokenizer=place, model_vocab_size=600)
@@ -243,16 +245,6 @@ def test_epochs_replace_the_presets_number_of_steps(
     assert read_metrics(tmp_path / "run")[-1]["step"] == 12
 
 
-@pytest.mark.parametrize("peak", ["1e-5", "0.1"])
-def test_the_rate_falls_from_any_peak(peak: str) -> None:
-    config = parse_arguments(["tiny", "--learning-rate", peak]).config.optimizer
-    rates = [learning_rate(step, config, 1000) for step in range(config.warmup_steps, 1001)]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[0] == float(peak)
-    assert rates[-1] == pytest.approx(0.01 * float(peak))
-    assert OptimizerConfig().learning_rate * OptimizerConfig().min_learning_rate_ratio == pytest.approx(2e-6)
-
-
 def test_the_command_line_records_which_fields_are_given() -> None:
     flags = ["--no-packing", "--model.hidden-size", "3", "--seed=4", "--lora_rank", "2", "--sample-prompts", "--no!"]
     flags = ["--model.no-norm-topk-prob", *flags]
@@ -273,11 +265,6 @@ def test_another_trainers_name_of_a_field_gets_a_hint(flags: list[str], hint: st
     assert hint in refused(*flags)
 
 
-def test_evaluation_refuses_changes_to_the_model(base: Path, refused: Callable[..., str]) -> None:
-    error = refused("--evaluate-only", init_from=base, model_aux_loss_alpha=0.5)
-    assert "model.aux_loss_alpha has no effect: evaluate_only takes the model as it is" in error
-
-
 # ---------------------------------------------------------------- a resumed run
 
 
@@ -292,7 +279,9 @@ def run(data: Path, tmp_path: Path) -> Path:
 def test_resuming_needs_only_the_directory(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a preset or flags, all fields keep their values; a given flag changes its field."""
     before = json.loads((run / "config.json").read_text())
-    capsys.readouterr()
+    assert train_here(["--resume", "--output-dir", str(run), "--max-steps", "2"], run.parent) == 2
+    assert f"error: {run} is at step 3, past the last one, 2" in capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text()) == before
     assert train_here(["--resume", "--output-dir", str(run), "--max-steps", "5"], run.parent) == 0
     printed = capsys.readouterr().out
     assert f"resuming {run} with changes: max_steps 3 -> 5\n" in printed
@@ -302,16 +291,11 @@ def test_resuming_needs_only_the_directory(run: Path, capsys: pytest.CaptureFixt
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5]
 
 
-def test_a_directory_without_a_run_is_not_resumed(run: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_here(["--resume", "--output-dir", str(run.parent / "rum")], run.parent) == 2
-    assert f"error: {run.parent}/rum holds no run to resume: there is no" in capsys.readouterr().err
-    assert not (run.parent / "rum").exists()
-    assert train_here(["--resume", "--output-dir", str(newest_checkpoint(base))], run.parent) == 2
+def test_a_directory_without_a_run_is_not_resumed(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(["--resume", "--output-dir", str(tmp_path / "rum")], tmp_path) == 2
+    assert f"error: {tmp_path}/rum holds no run to resume: there is no" in capsys.readouterr().err
+    assert not (tmp_path / "rum").exists()
+    assert train_here(["--resume", "--output-dir", str(newest_checkpoint(base))], tmp_path) == 2
     assert "is not the configuration of a run of this version: " in capsys.readouterr().err
-
-
-def test_a_last_step_in_the_past_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (run / "config.json").read_text()
-    assert train_here(["--resume", "--output-dir", str(run), "--max-steps", "2"], run.parent) == 2
-    assert f"error: {run} is at step 3, past the last one, 2" in capsys.readouterr().err
-    assert (run / "config.json").read_text() == before
