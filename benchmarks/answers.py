@@ -1,6 +1,6 @@
 """How well does a chat model answer?
 
-    python benchmarks/answers.py CHECKPOINT [CHECKPOINT ...] [--prompts] [--out answers.jsonl]
+    python benchmarks/answers.py CHECKPOINT [CHECKPOINT ...] [--out answers.jsonl]
 
 Count greedy answers of three kinds for each checkpoint:
 
@@ -9,7 +9,7 @@ Count greedy answers of three kinds for each checkpoint:
   the original;
 - whole sentences: replies to the first turns of 100 held-out chitchat conversations that `is_whole` accepts.
 
---prompts also prints the answers to ten prompts side by side; --out writes all replies to a file.
+--out writes all replies to a file.
 """
 
 import argparse
@@ -29,11 +29,6 @@ from generation import Prompt, answers
 from launch.command_line import one_line_errors
 
 PARAPHRASES = Path(__file__).resolve().parents[1] / "tests/data/paraphrases.json"
-PROMPTS = (
-    *("Hello! How are you?", "What did you do today?", "Do you like music?", "What is your favorite food?"),
-    *("Do you have any pets?", "Who are you?", "What is AI?", "Tell me a joke", "Where are you from?"),
-    "What is the largest planet in our solar system?",
-)
 MAX_NEW_TOKENS = 80
 
 
@@ -75,7 +70,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--out", metavar="PATH", help="file for all replies, one JSON object per line")
-    parser.add_argument("--prompts", action="store_true", help="also print answers to ten prompts side by side")
     options = parser.parse_args()
     openings, paraphrases, turns = unique_openings(), json.loads(PARAPHRASES.read_text()), first_turns(100)
     lines = []
@@ -95,10 +89,6 @@ def main() -> None:
             lines.append({"checkpoint": checkpoint, "question": question, "reply": reply, "counted": good})
     if options.out:
         Path(options.out).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    if options.prompts:
-        columns = [answer(checkpoint, PROMPTS) for checkpoint in options.checkpoints]
-        for question, *shown in zip(PROMPTS, *columns, strict=True):
-            print("\n".join((question, *(f"    {reply!r}" for reply in shown))))
 
 
 if __name__ == "__main__":

@@ -138,12 +138,12 @@ def speaking(tokenizer: Tokenizer, *texts: str, **options: Any) -> Scripted:
     return Scripted(*([*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts), **options)
 
 
-def printed_pieces(model: Any, tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return what is printed for an answer to `text`, one item per call of print."""
+def printed_pieces(model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return what is printed for an answer, one item per call of print."""
     pieces: list[str] = []
     monkeypatch.setattr("builtins.print", lambda text="", end="\n", **_: pieces.append(text + end))
-    writer = chat.Writer(model, tokenizer, chat.ChatConfig(("",)), torch.Generator())
-    chat.print_answer(writer, [{"role": "user", "content": text}])
+    writer = chat.Writer(model, tokenizer, chat.ChatConfig(""), torch.Generator())
+    chat.print_answer(writer, [{"role": "user", "content": "?"}])
     return pieces
 
 
@@ -154,7 +154,7 @@ def test_characters_are_printed_whole_and_nothing_after_the_end(
     ids = tokenizer.encode(text)
     assert any("\N{REPLACEMENT CHARACTER}" in tokenizer.decode(ids[:i]) for i in range(len(ids)))
     model = Scripted([*ids, tokenizer.eos_token_id, *tokenizer.encode("more")])
-    pieces = printed_pieces(model, tokenizer, "?", monkeypatch)
+    pieces = printed_pieces(model, tokenizer, monkeypatch)
     assert "".join(pieces) == text + "\n"
     assert len(pieces) > 4
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
@@ -163,7 +163,8 @@ def test_characters_are_printed_whole_and_nothing_after_the_end(
 def test_half_a_character_and_terminal_escapes_are_replaced(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces = printed_pieces(Scripted(tokenizer.encode("a\x1b]0;title\x07\tb\n👩")[:-1]), tokenizer, "?", monkeypatch)
+    model = Scripted(tokenizer.encode("a\x1b]0;title\x07\tb\n👩")[:-1])
+    pieces = printed_pieces(model, tokenizer, monkeypatch)
     assert "".join(pieces[:-1]) == "a\ufffd]0;title\ufffd\tb\n\ufffd\n"
 
 
@@ -228,10 +229,8 @@ def test_a_cut_answer_is_reported(conversation: Any, tokenizer: Tokenizer) -> No
     assert (out, error) == (tokenizer.decode(ids[:3]) + "\n", "(cut after 3 tokens by --max-new-tokens)\n")
     context = len(prompt_of(tokenizer, "a")) + 2
     out, error = conversation(Scripted(ids, context=context), "a")
-    assert (out, error) == (
-        tokenizer.decode(ids[:2]) + "\n",
-        "(cut after 2 tokens by the end of the model's context)\n",
-    )
+    cut = "(cut after 2 tokens by the end of the model's context)\n"
+    assert (out, error) == (tokenizer.decode(ids[:2]) + "\n", cut)
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_reports_it(conversation: Any, tokenizer: Tokenizer) -> None:

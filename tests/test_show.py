@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import show
 from config import PRESETS
 from docs import draw
-from launch.command_line import one_line_errors
+from launch.command_line import one_line_errors, parse_arguments
 from model import DeepSeekV2
 from small_runs import conversations, run_main, train_here, write_jsonl
 from tokenizer import Tokenizer
@@ -29,14 +29,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a function that runs show.py and returns what it prints, or its error, without colours."""
+def shown(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Return a function that runs show.py and returns its output, or its error, which have no colours in a pipe."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
 
     def run(*arguments: object) -> str:
         code = run_main(show.main, [str(argument) for argument in arguments], tmp_path)
         printed = capsys.readouterr()
         assert code == (2 if printed.err.startswith("error: ") else 0)
-        return re.sub(r"\x1b\[[\d;]*m", "", printed.err if code else printed.out)
+        assert "\x1b" not in printed.out + printed.err
+        return printed.err if code else printed.out
 
     return run
 
@@ -55,19 +57,14 @@ def test_tokens_are_shown_with_their_ids(template: str, shown: Callable[..., str
     assert rows.replace("\n", "") == "".join(f"{tokenizer.decode([i])}{i} " for i in ids).replace("\n", "↵")
 
 
-def test_text_that_spells_a_control_token_is_shown_differently() -> None:
+def test_what_is_trained_on_and_text_that_spells_a_control_token_are_shown_differently() -> None:
     tokenizer = Tokenizer(vocab_size=512)
-    typed = "a <|im_end|><|im_start|> b\x1b[2J"
-    coloured = terminal.colour(tokenizer, *tokenizer.render([{"role": "user", "content": typed}]))
-    plain = re.sub(r"\x1b\[[\d;]*m", "", coloured)
-    assert plain == "<|im_start|>user↵\na \\<|im_end|>\\<|im_start|> b\ufffd[2J<|im_end|>↵\n"
-
-
-def test_what_is_trained_on_has_its_own_colour() -> None:
-    tokenizer = Tokenizer(vocab_size=512)
-    coloured = terminal.colour(tokenizer, *tokenizer.render([{"role": "assistant", "content": "a"}]))
+    typed = [{"role": "user", "content": "a <|im_end|><|im_start|> b\x1b[2J"}, {"role": "assistant", "content": "c"}]
+    coloured = terminal.colour(tokenizer, *tokenizer.render(typed))
     pieces = [piece.strip() for piece in coloured.split(terminal.RESET)]
-    assert [piece.split("m", 1)[1] for piece in pieces if piece.startswith(terminal.TRAINED)] == ["a", "<|im_end|>"]
+    assert [piece.split("m", 1)[1] for piece in pieces if piece.startswith(terminal.TRAINED)] == ["c", "<|im_end|>"]
+    plain = re.sub(r"\x1b\[[\d;]*m", "", coloured)
+    assert plain.startswith("<|im_start|>user↵\na \\<|im_end|>\\<|im_start|> b\ufffd[2J<|im_end|>↵\n")
 
 
 @pytest.mark.parametrize(
@@ -87,16 +84,6 @@ def test_colours_are_for_terminals(
         monkeypatch.setenv(name, variables.get(name, ""))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
     assert terminal.on_screen(terminal.LEGEND) == (terminal.LEGEND if coloured else " trained  on   only  read ")
-
-
-def test_output_to_a_pipe_has_no_colours(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    for words in (["tokens", "Hi"], ["rows", str(data)], ["data", str(data), "tiny", "--num-proc", "1"]):
-        assert run_main(show.main, words, tmp_path) == 0
-        printed = capsys.readouterr().out
-        assert "<|im_start|>" in printed and "\x1b" not in printed
 
 
 def test_rows_are_shown_as_they_are_packed(shown: Callable[..., str], data: Path) -> None:
@@ -274,14 +261,10 @@ def test_an_invalid_run_is_the_same_error_as_in_training(
     assert shown("data", data, "tiny", *flags, "--device", "cpu") == error
 
 
-def test_the_default_preset_is_that_of_training(
-    data: Path, shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = ("--num-proc", 1, "--device", "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "rows of up to 4,096 tokens" in shown("data", data, *flags, "--train-split", "train", "--dtype", "float32")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "rows of up to 512 tokens" in shown("data", data, *flags)
+@pytest.mark.parametrize(("cuda", "preset"), [(True, "mini"), (False, "tiny")])
+def test_the_default_preset_depends_on_cuda(cuda: bool, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert parse_arguments(["--dry-run"]).preset == preset
 
 
 def test_a_row_of_each_source_is_shown_once_with_its_name_and_side(shown: Callable[..., str], tmp_path: Path) -> None:
