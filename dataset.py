@@ -54,7 +54,8 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
     columns = formats.parse_columns(data.columns)
     named = [parse_source(source) for source in data.dataset]
     shown = short_names([name for name, _ in named])
-    trained, held_out, to_divide, notes = [], [], [], []
+    notes: list[str] = []
+    trained, held_out, to_divide = [], [], []
     for name, weight in named:
         source = sources.open_source(name)
         train_split, eval_split = choose_splits(source, data, want_eval)

@@ -102,8 +102,8 @@ def choose_columns(names: tuple[str, ...]) -> dict[str, str]:
     questions = [name for name in names if name.lower() in QUESTIONS and name not in context]
     answers = [name for name in names if name.lower() in ANSWERS]
     if len(questions) == len(answers) == 1:
-        found = {"prompt": questions[0], "completion": answers[0], **extras}
-        return found | {"context": context[0]} if context else found
+        parts = {"prompt": questions[0], "completion": answers[0], **extras}
+        return parts | {"context": context[0]} if context else parts
     if questions and answers:
         found = f"the question may be {', '.join(questions)}, the answer {', '.join(answers)}"
         raise RowError("columns", "ambiguous", f"{found}; {columns_hint([questions[0], answers[0]])}")

@@ -41,7 +41,12 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def load(*places: object, seed: int = 0, want_eval: bool = False, **settings: Any) -> RunData:
-    fields = {"train_split": "train", "eval_split": "test", "max_seq_len": 512, "num_proc": 1} | settings
+    fields: dict[str, Any] = {
+        "train_split": "train",
+        "eval_split": "test",
+        "max_seq_len": 512,
+        "num_proc": 1,
+    } | settings
     data = DataConfig(dataset=tuple(map(str, places)), **fields)
     return load_data(data, TOKENIZER, seed, want_eval)
 
