@@ -361,24 +361,21 @@ def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [UserError("logits are NaN"), RuntimeError("logits are NaN")])
-def test_a_model_that_cannot_be_sampled_from_is_trained_on(
+def test_a_model_without_samples_is_still_trained(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Because it cannot answer, or because no rank has the whole model."""
+
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(trainer_module, "answers", fail)
-    trainer, printed = make_trainer(tmp_path, sample_prompts=("a",)), list[str]()
+    trainer, printed = make_trainer(tmp_path, sample_prompts=("a", "b")), list[str]()
     trainer.print_samples(printed.append)
-    assert printed == ["  no samples: logits are NaN"]
-    assert trainer.model.training
-
-
-def test_a_sharded_model_prints_no_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module.parallel, "is_sharded", lambda model: True)
-    printed: list[str] = []
-    make_trainer(tmp_path, sample_prompts=("a", "b")).print_samples(printed.append)
-    assert printed == ["  no samples: under fsdp no rank has the whole model"]
+    trainer.print_samples(printed.append)
+    assert printed == ["  no samples: logits are NaN", "  no samples: under fsdp no rank has the whole model"]
+    assert trainer.model.training
 
 
 # ---------------------------------------------------------------- the loop
