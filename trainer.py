@@ -314,8 +314,10 @@ class Trainer:
         if wrong:
             raise UserError(f"{directory / STATE} is not a run's state: {', '.join(wrong)} missing or of another type")
         if state.get("data") != self.train_rows.fingerprint:
-            changed = "these are not the rows that the run was trained on (changed data, or other evaluation)"
-            raise UserError(f"{', '.join(self.config.data.dataset)}: {changed}, so it cannot be resumed")
+            raise UserError(
+                f"{', '.join(self.config.data.dataset)}: these are not the rows that the run was trained on (changed "
+                "data, or evaluation turned on or off), so it cannot be resumed"
+            )
         load_optimizer(directory, self.plain_model, self.optimizers, self.world)
         for name in COUNTERS:
             setattr(self, name, state[name])
