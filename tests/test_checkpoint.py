@@ -154,7 +154,7 @@ def test_a_model_that_transformers_computes_differently_is_a_warning(
     assert error.count("\n") == differs
 
 
-def test_a_token_that_is_trained_on_is_not_the_padding_of_the_embedding(tmp_path: Path) -> None:
+def test_tokens_that_are_trained_on_get_gradients_in_transformers(tmp_path: Path) -> None:
     """transformers gives the embedding of pad_token_id no gradient. A tokenizer without <|endoftext|> pads with the end
     of a turn."""
     tokenizer = Tokenizer(vocab_size=512)
@@ -378,7 +378,7 @@ def test_an_index_that_is_broken_or_leads_outside_is_refused(content: object, sa
         load_pretrained(directory)
 
 
-def test_links_lead_to_the_hubs_cache_and_nowhere_else(saved: tuple[Path, DeepSeekV2], tmp_path: Path) -> None:
+def test_links_are_followed_only_within_a_hub_cache(saved: tuple[Path, DeepSeekV2], tmp_path: Path) -> None:
     directory, model = saved
     outside = tmp_path / "outside.safetensors"
     (directory / "model.safetensors").rename(outside)
@@ -580,7 +580,7 @@ def test_a_failing_rename_costs_no_checkpoint(
     assert stored_value(place) == 1
 
 
-def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_weights_have_the_permissions_of_other_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
     before = os.umask(0o027)
     try:
         model = small_model(vocab_size=512)
@@ -623,7 +623,7 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_optimizer_state_is_given_back_to_the_bit(optimizer: Literal["adamw", "muon"], tmp_path: Path) -> None:
+def test_optimizer_state_is_restored_bit_for_bit(optimizer: Literal["adamw", "muon"], tmp_path: Path) -> None:
     """Moments and step counts. Weights stay as they are, and the configured decay and betas count."""
     model, trained = trained_briefly(optimizer)
     checksums = save_optimizer(tmp_path, model, trained, ALONE)
@@ -647,7 +647,7 @@ def trained_briefly(optimizer: Literal["adamw", "muon"]) -> tuple[DeepSeekV2, li
 
 
 @pytest.mark.parametrize("damage", ["another model", "a tensor less", "no files", "a broken file", "a broken header"])
-def test_optimizer_state_of_something_else_is_one_line(damage: str, tmp_path: Path) -> None:
+def test_optimizer_state_that_does_not_fit_is_one_line(damage: str, tmp_path: Path) -> None:
     model, optimizers = trained_briefly("adamw")
     save_optimizer(tmp_path, model, optimizers, ALONE)
     (file,) = (tmp_path / "optimizer").iterdir()

@@ -58,6 +58,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path.write_text(json.dumps(config))
     write_tokenizer(directory)
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 3
+    assert "model.layers.1.mlp.experts.7.gate_proj.weight" in index
     return directory
 
 
@@ -121,19 +124,6 @@ def transformers_loss(model: torch.nn.Module, tokenizer: Any, texts: list[list[d
 # ---------------------------------------------------------------- before training
 
 
-def test_the_directory_is_laid_out_as_published(published: Path) -> None:
-    """What the tests below rest on."""
-    index = json.loads((published / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(set(index.values())) > 3
-    assert "model.layers.1.mlp.experts.7.gate_proj.weight" in index
-    shards = [tensor for shard in set(index.values()) for tensor in load_file(published / shard).values()]
-    assert {tensor.dtype for tensor in shards} == {torch.bfloat16}
-    assert {file.name for file in published.iterdir()} == {
-        *index.values(),
-        *("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),
-    }
-
-
 @torch.no_grad()
 def test_logits_before_training_are_transformers(published: Path) -> None:
     """To 1e-5 in fp32; in the bf16 of the files, as near to that as transformers comes."""
@@ -145,7 +135,7 @@ def test_logits_before_training_are_transformers(published: Path) -> None:
     assert (ours - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean()
 
 
-def test_its_conversations_are_tokenised_as_transformers_does(published: Path) -> None:
+def test_conversations_are_tokenised_as_in_transformers(published: Path) -> None:
     ours, theirs = Tokenizer(str(published)), AutoTokenizer.from_pretrained(published)
     assert ours.chat_template == "deepseek"
     for messages in TEXTS:
@@ -153,8 +143,8 @@ def test_its_conversations_are_tokenised_as_transformers_does(published: Path) -
         assert ours.render(messages) == (rendered["input_ids"], rendered["assistant_masks"])
 
 
-def test_its_control_tokens_cannot_be_written_special_or_not(published: Path) -> None:
-    """transformers' tokenizer takes a text's word for them."""
+def test_text_never_becomes_a_control_token_special_or_not(published: Path) -> None:
+    """In transformers' tokenizer it does."""
     ours, theirs = Tokenizer(str(published)), AutoTokenizer.from_pretrained(published)
     for name in ours.control_ids:
         assert ours.control_ids[name] in theirs.encode(f"a{name}b")
@@ -165,31 +155,36 @@ def test_its_control_tokens_cannot_be_written_special_or_not(published: Path) ->
 # ---------------------------------------------------------------- after training
 
 
-def test_the_run_begins_at_transformers_loss_and_ends_at_pefts(run: Path, published: Path) -> None:
-    """The whole path: files, tokens, mask, training, adapter's files. PEFT finds the base by itself."""
+@pytest.fixture(scope="module")
+def with_peft(run: Path) -> tuple[Any, Any]:
+    """The trained model in fp32 and its tokenizer, opened by PEFT and transformers; PEFT finds the base by itself."""
+    checkpoint = newest_checkpoint(run)
+    model = AutoPeftModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(checkpoint)
+
+
+def test_losses_before_and_after_training_are_those_of_transformers_and_peft(
+    run: Path, published: Path, with_peft: tuple[Any, Any]
+) -> None:
+    """The whole path: files, tokens, mask, training, adapter's files."""
     first, *_, last, evaluation = read_metrics(run)
-    dtype = read_json(run / "config.json")["dtype"]
-    tolerance = 1e-5 if dtype == "float32" else 2e-3
+    tolerance = 1e-5 if read_json(run / "config.json")["dtype"] == "float32" else 2e-3
     before = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
-    after = AutoPeftModelForCausalLM.from_pretrained(newest_checkpoint(run), dtype=torch.float32)
-    assert first["loss"] == pytest.approx(
-        transformers_loss(before, AutoTokenizer.from_pretrained(published), TRAINED), rel=tolerance
-    )
-    assert evaluation["eval_loss"] == pytest.approx(
-        transformers_loss(after, AutoTokenizer.from_pretrained(newest_checkpoint(run)), TEXTS), rel=tolerance
-    )
+    wanted = transformers_loss(before, AutoTokenizer.from_pretrained(published), TRAINED)
+    assert first["loss"] == pytest.approx(wanted, rel=tolerance)
+    assert evaluation["eval_loss"] == pytest.approx(transformers_loss(*with_peft, TEXTS), rel=tolerance)
     assert max(evaluation["eval_loss"], last["loss"]) < first["loss"] - 0.5
 
 
 @torch.no_grad()
-def test_logits_after_training_are_pefts(run: Path, published: Path) -> None:
-    theirs = AutoPeftModelForCausalLM.from_pretrained(newest_checkpoint(run), dtype=torch.float32)(tokens()).logits
+def test_logits_after_training_are_pefts(run: Path, published: Path, with_peft: tuple[Any, Any]) -> None:
+    theirs = with_peft[0](tokens()).logits
     ours, _ = load_model_and_tokenizer(run, torch.float32)
     assert relative_difference(ours(tokens()), theirs) < 1e-5
     assert relative_difference(load_pretrained(published, torch.float32)(tokens()), theirs) > 1e-2
 
 
-def test_its_checkpoint_holds_adapters_alone(run: Path, published: Path) -> None:
+def test_the_checkpoint_holds_adapters_only(run: Path, published: Path) -> None:
     newest = newest_checkpoint(run)
     assert {file.name for file in newest.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
@@ -205,7 +200,7 @@ def test_its_checkpoint_holds_adapters_alone(run: Path, published: Path) -> None
 
 
 @torch.no_grad()
-def test_merged_it_is_a_model_like_the_published_one(run: Path, tmp_path: Path) -> None:
+def test_the_merged_model_is_like_the_published_one(run: Path, tmp_path: Path) -> None:
     merge_adapter(run, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.bfloat16
@@ -217,11 +212,10 @@ def test_merged_it_is_a_model_like_the_published_one(run: Path, tmp_path: Path) 
     assert relative_difference(ours(tokens()), merged.float()(tokens()).logits) < 1e-5
 
 
-def test_it_answers_as_pefts_model_does(run: Path) -> None:
-    """Greedily, from the cache: the prompt, the adapter and the end of a turn are those of transformers and PEFT."""
+def test_answers_are_those_of_pefts_model(run: Path, with_peft: tuple[Any, Any]) -> None:
+    """Greedy, from the cache: the prompt, the adapter and the end of a turn are those of transformers and PEFT."""
     messages = [{"role": "user", "content": "one three"}]
-    theirs = AutoPeftModelForCausalLM.from_pretrained(newest_checkpoint(run), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(newest_checkpoint(run))
+    theirs, tokenizer = with_peft
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     options = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     reply = theirs.generate(**prompt, max_new_tokens=30, **options)[0, prompt.input_ids.shape[1] :]

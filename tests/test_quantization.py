@@ -145,7 +145,7 @@ def test_a_number_goes_to_the_nearest_level_of_its_block() -> None:
     assert (chosen <= distances.amin(dim=2) + 1e-7).all()
 
 
-def test_every_number_beside_a_midpoint_goes_to_its_side() -> None:
+def test_numbers_next_to_a_midpoint_are_rounded_as_in_bitsandbytes() -> None:
     levels = torch.tensor(LEVELS)
     midpoints = (levels[1:] + levels[:-1]) / 2
     near = torch.stack([midpoints, *(torch.nextafter(midpoints, torch.tensor(side)) for side in (2.0, -2.0))])
@@ -154,7 +154,7 @@ def test_every_number_beside_a_midpoint_goes_to_its_side() -> None:
     assert torch.equal(quantization.quantize(weight)[0], theirs.flatten())
 
 
-def test_a_stack_takes_4_13_bits_a_number() -> None:
+def test_a_stack_takes_4_13_bits_per_number() -> None:
     stack = packed(torch.randn(8, 128, 512))
     size = sum(tensor.nbytes for tensor in stack.state_dict().values())
     assert 8 * size / stack.shape.numel() == pytest.approx(4.127, abs=1e-3)
@@ -202,7 +202,7 @@ def test_a_stack_is_multiplied_in_parts(at_a_time: int) -> None:
     assert largest.numbers == at_a_time * 128 * 64
 
 
-def test_a_few_rows_ask_for_their_own_experts_only() -> None:
+def test_a_few_rows_unpack_only_their_own_experts() -> None:
     stack = packed(torch.randn(8, 128, 64))
     product = RowProduct([5, 0, 5])
     x = torch.randn(3, 64)
@@ -256,14 +256,12 @@ def test_logits_are_those_of_the_rounded_weights(dtype: torch.dtype) -> None:
     assert relative_difference(ours, small_model(**WIDE)(tokens())) > 1e-2  # it does round
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_adapters_get_the_gradients_of_the_rounded_weights(checkpointing: bool) -> None:
+def test_adapters_get_the_gradients_of_the_rounded_weights() -> None:
     gradients = []
     for model in (quantized_model(), rounded_model()):
         torch.manual_seed(1)
         lora.add_lora(model, 4, 6.0, 0.0, (*DEFAULT, *EXPERTS))
         randomize(model)
-        model.model.gradient_checkpointing = checkpointing
         model(tokens(), labels=tokens(seed=1)).loss_sum.backward()
         assert {name for name, p in model.named_parameters() if p.grad is not None} == lora.adapters(model).keys()
         gradients.append({name: p.grad for name, p in lora.adapters(model).items()})
@@ -273,7 +271,7 @@ def test_adapters_get_the_gradients_of_the_rounded_weights(checkpointing: bool) 
 
 
 @torch.no_grad()
-def test_generation_takes_part() -> None:
+def test_generation_equals_that_of_the_rounded_model() -> None:
     """With few tokens and with many, and adapters in place: as the rounded model."""
     replies = []
     for model in (quantized_model(), rounded_model()):
@@ -285,10 +283,8 @@ def test_generation_takes_part() -> None:
     assert replies[0] == replies[1]
 
 
-def test_widths_that_are_no_multiple_of_64_are_refused() -> None:
-    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.kv_b_proj\.weight has rows of 20 numbers.*of 64"):
-        quantization.plan(small_model(**WIDE | {"kv_lora_rank": 20}))
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.down_proj has rows of 32 numbers"):
+def test_widths_that_are_not_a_multiple_of_64_are_refused() -> None:
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.down_proj has rows of 32 numbers; .*of 64"):
         quantization.plan(small_model(**WIDE | {"moe_intermediate_size": 32, "n_shared_experts": 2}))
 
 
@@ -329,7 +325,7 @@ def quantized_run(folder: Path, name: str, *flags: str, **changes: Any) -> list[
     return arguments(folder / "data.jsonl", folder / name, *more, **settings | changes)
 
 
-def test_a_run_says_what_is_quantised_and_learns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_what_is_quantised_and_learns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_here(quantized_run(folder, "said", max_steps=1, eval_steps=0), folder) == 0
     model = DeepSeekV2(checkpoint.load_config(newest_checkpoint(folder / "base")))
     in_4_bits = sum(model.get_parameter(name).numel() for name in block_matrices(model))
@@ -338,7 +334,7 @@ def test_a_run_says_what_is_quantised_and_learns(folder: Path, capsys: pytest.Ca
     assert adapted < base
 
 
-def test_resumed_is_the_same_bit_for_bit(folder: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(folder: Path) -> None:
     """From its second step on, and as a run whose blocks are not checkpointed."""
     take_over(folder / "adapted", folder / "resumed", step=2)
     assert train_here(quantized_run(folder, "resumed", "--resume"), folder) == 0
@@ -359,7 +355,7 @@ def test_a_run_cannot_be_resumed_with_its_base_in_4_bits(folder: Path, capsys: p
 
 
 @torch.no_grad()
-def test_its_adapter_opens_in_peft_on_the_original_base(folder: Path) -> None:
+def test_the_adapter_opens_in_peft_on_the_original_base(folder: Path) -> None:
     """What it was trained on is a directory with full weights, which it names."""
     adapter, base = newest_checkpoint(folder / "adapted"), newest_checkpoint(folder / "base")
     assert adapter is not None
