@@ -1,9 +1,9 @@
-"""Chat templates: a conversation as one sequence of tokens, and which of them are trained on.
+"""Chat templates: render a conversation as token ids, with a mask of those to train on.
 
 The control tokens (`<|im_start|>`, …) come from the tables below and from nowhere else: content is always encoded as
-ordinary text, so a message that contains "<|im_end|>" cannot end a turn. The mask is made while rendering, because
-searching the tokens for the assistant's turns would be fooled by content. ChatML is OpenAI's format
-(https://github.com/openai/openai-python/blob/v0.28.1/chatml.md); the mask is 1 on what generation has to produce:
+ordinary text, so a message that contains "<|im_end|>" cannot end a turn. The mask is made while rendering: where
+headers are plain text ("Assistant:"), content could fool a search. ChatML is OpenAI's format
+(https://github.com/openai/openai-python/blob/v0.28.1/chatml.md); the mask is 1 on what the model generates:
 
 >>> tokenizer = Tokenizer()
 >>> messages = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
@@ -26,23 +26,23 @@ from files import read_json
 from vocabulary import Vocabulary, load_cl100k, load_directory
 from vocabulary import add_control_tokens as add_tokens
 
-# In a template (never in content), this is a control token.
+# Matches a control token in a template (never in content).
 CONTROL_TOKEN = re.compile(r"(<[^<>\s]+>)")
-# The engines of tiktoken and of the tokenizers library fail on a run of a million blanks.
+# tiktoken and the tokenizers library fail on a million whitespace characters in a row.
 LONG_BLANK = re.compile(r"(?<!\s)\s{500001}")
 ROLES = ("system", "user", "assistant", "tool")
 
 
 class Turn(NamedTuple):
-    """How a role's turn is written: header, lead, content, end, footer."""
+    """Format of a role's turn: header, lead, content, end, footer."""
 
     # Opens the turn; never trained on. The assistant's is also the prompt for an answer.
     header: str = ""
-    # What the assistant writes before the content.
+    # Precedes the content, and is trained on if the content is.
     lead: str = ""
     # Closes the turn. The assistant's is trained on, and generation stops there: it must be one control token.
     end: str = ""
-    # Between this turn and the next; never trained on.
+    # Follows every turn, the last too; never trained on.
     footer: str = ""
 
 
@@ -53,7 +53,7 @@ class ChatTemplate(NamedTuple):
     start: str
     # One entry per role.
     turns: dict[str, Turn]
-    # Whether white space around content is removed, as in the authors' template.
+    # Whether whitespace around content is removed, as in the authors' template.
     trim: bool = False
 
     @property
@@ -96,19 +96,19 @@ class RenderedTurn(NamedTuple):
     ids: list[int]
     # 1: trained on.
     mask: list[int]
-    # The ids of the header alone, to repeat where a piece begins inside the turn.
+    # The header's ids, repeated where a long turn is continued in another row.
     header: list[int]
 
 
 class EncodedTurn(NamedTuple):
-    """A `Turn` with everything encoded that does not depend on content: before + encode(lead + content + trail) + …"""
+    """A `Turn`, encoded except for its content: before + encode(lead + content + trail) + end + footer."""
 
-    before: list[int]
+    before: list[int]  # the header, up to the text that is encoded together with the content
     lead: str
     trail: str
     end: list[int]
     footer: list[int]
-    header: list[int]
+    header: list[int]  # all of it: the prompt for an answer
 
 
 class Tokenizer:
@@ -119,13 +119,13 @@ class Tokenizer:
         last; a larger one leaves ids unused. None: as many as the vocabulary has.
     chat_template: a key of `CHAT_TEMPLATES`. None: the directory's own, or chatml for cl100k_base.
     add_control_tokens: add the control tokens that a directory's tokenizer lacks for the template; see `new_ids`.
-    Raises UserError for arguments that do not fit together.
+    Raises UserError if the arguments are incompatible.
 
-    Turns of system, user and tool get the ids of transformers' `apply_chat_template`: the text between two control
-    tokens is encoded in one go. The assistant's header and content are encoded separately, because generation starts
-    after the header; so where its content starts with white space, ids differ from `apply_chat_template` (for chatml,
-    "\\n" + "\\n" instead of "\\n\\n"). DeepSeek's template has no control token between a user's turn and the next: a
-    system turn there that starts with white space differs as well.
+    System, user and tool turns get the ids of transformers' `apply_chat_template`: text between two control tokens is
+    encoded in one call. The assistant's header and content are encoded separately, because generation starts
+    after the header; so where its content starts with whitespace, ids differ from `apply_chat_template` (for chatml,
+    "\\n" + "\\n" instead of "\\n\\n"). In DeepSeek's template no control token ends a user's turn, so a system turn
+    that follows and starts with whitespace differs, too.
     """
 
     def __init__(
@@ -135,18 +135,19 @@ class Tokenizer:
         chat_template: str | None = None,
         add_control_tokens: bool = False,
     ):
-        vocabulary, chat_template, missing = choose(name, vocab_size, chat_template, add_control_tokens)
+        vocabulary, chat_template, missing = resolve_vocabulary(name, vocab_size, chat_template, add_control_tokens)
         self.name, self.chat_template, self.template = name, chat_template, CHAT_TEMPLATES[chat_template]
         self._arguments = (name, vocab_size, chat_template, add_control_tokens)
         self.tokens, self.control_ids, self.to_json = vocabulary.tokens, vocabulary.control_ids, vocabulary.to_json
         self.vocab_size = len(self.tokens)
+        # Ids of the control tokens that were added: their rows of the embedding and the head are new.
         self.new_ids = [self.control_ids[token] for token in missing]
         self.eos_token = self.template.turns["assistant"].end
         self.eos_token_id = self.control_ids[self.eos_token]
-        # The collator masks padding, so any id serves.
+        # The collator masks padding, so any id will do.
         self.pad_token = "<|endoftext|>" if "<|endoftext|>" in self.control_ids else self.eos_token
         self.pad_token_id = self.control_ids[self.pad_token]
-        # Generation stops at the end of the assistant's turn, or of a document, where a base model writes one.
+        # Generation stops at the end of the assistant's turn, or at <|endoftext|>, which base models write.
         self.stop_ids = (self.eos_token_id, self.pad_token_id)
         control = set(self.control_ids.values())
         self.token_num_bytes = [0 if i in control else len(token) for i, token in enumerate(self.tokens)]
@@ -156,10 +157,10 @@ class Tokenizer:
         self._turns = {role: self._encode_turn(role, turn) for role, turn in self.template.turns.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Encode ordinary text; the ids contain no control token. Raises UserError for more than 500,000 blanks in a
-        row."""
+        """Encode ordinary text; the ids contain no control token. Raises UserError for more than 500,000 whitespace
+        characters in a row."""
         if len(text) > 500_000 and LONG_BLANK.search(text):
-            raise UserError("a run of more than 500,000 blanks cannot be encoded")
+            raise UserError("more than 500,000 whitespace characters in a row cannot be encoded")
         return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -174,7 +175,7 @@ class Tokenizer:
         messages: dicts with a role (system, user, assistant, tool) and a content. An assistant's message with a weight
         of 0 is not trained on.
         add_generation_prompt: end with the assistant's header, so that a model answers.
-        Raises UserError for another role.
+        Raises UserError for other roles.
         """
         ids, mask, _ = self.join(map(self.render_turn, messages))
         if add_generation_prompt:
@@ -184,13 +185,13 @@ class Tokenizer:
         return ids, mask
 
     def join(self, turns: Iterable[RenderedTurn]) -> tuple[list[int], list[int], list[int]]:
-        """Concatenate turns: (ids, mask, borders); borders are where each turn begins and where the last one ends."""
-        ids, mask, borders = list(self.start), [0] * len(self.start), [len(self.start)]
+        """Concatenate turns into (ids, mask, offsets); turn i is ids[offsets[i]:offsets[i + 1]]."""
+        ids, mask, offsets = list(self.start), [0] * len(self.start), [len(self.start)]
         for turn in turns:
             ids += turn.ids
             mask += turn.mask
-            borders.append(len(ids))
-        return ids, mask, borders
+            offsets.append(len(ids))
+        return ids, mask, offsets
 
     def render_turn(self, message: Mapping[str, Any]) -> RenderedTurn:
         """Render one message of a conversation. Raises UserError for an unknown role."""
@@ -200,7 +201,7 @@ class Tokenizer:
         before, lead, trail, end, footer, header = self._turns[role]
         content = message["content"].strip() if self.template.trim else message["content"]
         body = self.encode(lead + content + trail) + end
-        trained = int(role == "assistant" and message.get("weight", 1))
+        trained = int(role == "assistant" and bool(message.get("weight", 1)))
         mask = [0] * len(before) + [trained] * len(body) + [0] * len(footer)
         return RenderedTurn(before + body + footer, mask, header)
 
@@ -219,6 +220,8 @@ class Tokenizer:
         return ids
 
     def _encode_turn(self, role: str, turn: Turn) -> EncodedTurn:
+        # split keeps control tokens, since the pattern has a group; text outside the outer ones, maybe "", is encoded
+        # together with the content
         *before, lead = CONTROL_TOKEN.split(turn.header)
         trail, *end = CONTROL_TOKEN.split(turn.end)
         if role == "assistant":  # its header is a prompt, which is encoded before the content exists
@@ -228,7 +231,7 @@ class Tokenizer:
         return EncodedTurn(before_ids, lead + turn.lead, trail, end_ids, footer, header)
 
 
-def choose(
+def resolve_vocabulary(
     name: str, vocab_size: int | None, chat_template: str | None, add_control_tokens: bool
 ) -> tuple[Vocabulary, str, list[str]]:
     """Return the vocabulary and the chat template that `Tokenizer` asks for, and the control tokens that were added."""
@@ -247,19 +250,19 @@ def choose(
     missing = [token for token in template.control_tokens if token not in known]
     if missing and not add_control_tokens:
         raise UserError(
-            f"{name} lacks {', '.join(missing)}, which chat template {chat_template} needs; it fits "
-            f"{', '.join(fitting) or 'no template'} (--chat-template); --add-control-tokens adds them, with new "
-            "rows of the embedding and the head"
+            f"{name} lacks {', '.join(missing)}, which chat template {chat_template} needs: pass --chat-template "
+            f"({', '.join(fitting) or 'none fits'}), or --add-control-tokens to add rows of the embedding and the head"
         )
     if stripping := vocabulary.stripping.intersection(template.control_tokens):
-        raise UserError(f"{name} drops white space next to {', '.join(sorted(stripping))}, which alters messages")
+        raise UserError(f"{name} drops whitespace next to {', '.join(sorted(stripping))}, which alters messages")
     if template.turns["assistant"].end not in template.control_tokens:
         raise UserError(f"chat template {chat_template} does not end the assistant's turn with one control token")
     return add_tokens(vocabulary, missing) if missing else vocabulary, chat_template, missing
 
 
 def named_template(directory: Path) -> str | None:
-    """Return the template that a directory's tokenizer_config.json names, or None. Raises UserError."""
+    """Return the template that a directory's tokenizer_config.json names, or None. Raises UserError if it is
+    unknown."""
     path = directory / "tokenizer_config.json"
     name = read_json(path).get("chat_template_name") if path.is_file() else None
     if name not in [None, *CHAT_TEMPLATES]:

@@ -174,21 +174,21 @@ def conversation_pieces(
     Each piece of a split conversation repeats the opening: the template's start and the system message.
     """
     turns = [tokenizer.render_turn(message) for message in messages]
-    ids, mask, borders = tokenizer.join(turns)
+    ids, mask, offsets = tokenizer.join(turns)
     opening: list[int] = []
     windows, cut = [Window(0, 0, max_seq_len)], len(ids) > max_seq_len
     if split and cut:
         leading = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-        opening = ids[: min(borders[leading], max_seq_len // 2)]
+        opening = ids[: min(offsets[leading], max_seq_len // 2)]
         trained = [i for i, turn in enumerate(turns) if 1 in turn.mask]
-        windows = list(split_at_turns(borders, leading, trained, max_seq_len - len(opening)))
-        inside = {position for start, _, end in windows for position in (start, end)} - set(borders)
-        cut = bool(inside) or len(opening) < borders[leading]
+        windows = list(split_at_turns(offsets, leading, trained, max_seq_len - len(opening)))
+        inside = {position for start, _, end in windows for position in (start, end)} - set(offsets)
+        cut = bool(inside) or len(opening) < offsets[leading]
     pieces = []
     for start, new, end in windows:
-        tokens, turn = ids[start:end], bisect_right(borders, start) - 1
+        tokens, turn = ids[start:end], bisect_right(offsets, start) - 1
         header = turns[turn].header
-        if start > borders[turn] and len(header) < new - start:  # inside a turn: give it a speaker
+        if start > offsets[turn] and len(header) < new - start:  # inside a turn: give it a speaker
             tokens[: len(header)] = header
         marked = [0] * (len(opening) + new - start) + mask[new:end]
         if targets := marked.count(1) - marked[0]:
@@ -199,7 +199,7 @@ def conversation_pieces(
     return pieces
 
 
-def split_at_turns(borders: list[int], leading: int, answers: list[int], room: int) -> Iterator[Window]:
+def split_at_turns(offsets: list[int], leading: int, answers: list[int], room: int) -> Iterator[Window]:
     """Yield windows of at most `room` tokens that end with an answer, in which every answer is new exactly once.
 
     An exchange is an answer that is trained on, with all that leads to it since the one before. A window has as many
@@ -207,17 +207,17 @@ def split_at_turns(borders: list[int], leading: int, answers: list[int], room: i
     there is room for. One that is longer than a window is cut: the end of its question with as much of the answer as
     fits, then the rest of the answer, each time after a quarter of context.
 
-    borders: where each turn begins, and where the last one ends. leading: number of turns in the opening. answers:
+    offsets: where each turn begins, and where the last one ends. leading: number of turns in the opening. answers:
     indices of the turns that are trained on.
     """
-    ends = [borders[turn + 1] for turn in answers]
-    starts = [borders[leading], *ends[:-1]]
+    ends = [offsets[turn + 1] for turn in answers]
+    starts = [offsets[leading], *ends[:-1]]
     read = min(max(room // CONTEXT, 1), room - 1)  # a piece's first token is never a target
     at = 0
     while at < len(answers):
         goal = room - room // CONTEXT if at else room
         until = max(bisect_right(ends, starts[at] + goal), at + 1)
-        start, new, end = starts[at], borders[answers[at]], ends[until - 1]
+        start, new, end = starts[at], offsets[answers[at]], ends[until - 1]
         if end - start <= room:
             yield Window(starts[bisect_left(starts, end - room)], start, end)
         else:

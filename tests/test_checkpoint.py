@@ -451,9 +451,8 @@ def test_a_base_model_is_given_the_control_tokens_that_it_lacks(
     command = arguments(data, tmp_path / "run", init_from=base, **flags)
     assert train_here(command, tmp_path) == 2
     assert capsys.readouterr().err == (
-        f"error: {base} lacks <|im_start|>, <|im_end|>, which chat template chatml needs; it fits no template "
-        "(--chat-template); "
-        "--add-control-tokens adds them, with new rows of the embedding and the head\n"
+        f"error: {base} lacks <|im_start|>, <|im_end|>, which chat template chatml needs: pass --chat-template "
+        "(none fits), or --add-control-tokens to add rows of the embedding and the head\n"
     )
     command.append("--add-control-tokens")
     assert train_here(command, tmp_path) == 0
