@@ -16,13 +16,13 @@ from typing import Any
 from config import TrainConfig, UserError
 from launch.command_line import Arguments, lasting_output, one_line_errors, parse_arguments
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # before torch is imported, which takes seconds
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # exits before the slow import of torch
     with one_line_errors():
         parse_arguments(sys.argv[1:], __doc__)
-# On CPU, torch takes large tensors from huge pages if this is set before it starts; small pages would take a tenth of a
+# On CPU, torch allocates large tensors in huge pages if this is set before its import; small pages cost a tenth of a
 # step.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# On CPU, oneDNN generates code for each shape and caches it. Packed batches hardly ever repeat a shape.
+# On CPU, oneDNN caches generated code per shape. Packed batches rarely repeat a shape, so the cache is kept small.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
@@ -45,20 +45,20 @@ from view.plots import plot_runs
 from view.terminal import table
 
 
-def train(arguments: Arguments, world: World) -> None:
-    """Resolve the command line into a `Start`, and do what it asks for."""
+def dispatch(arguments: Arguments, world: World) -> None:
+    """Resolve the command line into a `Start`; train, evaluate or plan."""
     watch, output_dir = arguments.config.watch, arguments.config.checkpoint.output_dir
     writes = world.is_main and not (watch.dry_run or watch.evaluate_only)
     with run_lock(output_dir) if writes else contextlib.nullcontext():
-        work = plan if watch.dry_run else evaluate if watch.evaluate_only else run
-        work(find_start(arguments, world), world)
+        command = plan if watch.dry_run else evaluate if watch.evaluate_only else train
+        command(find_start(arguments, world), world)
 
 
-def run(start: Start, world: World) -> None:
-    """Configuration -> tokenizer -> data -> model -> trainer, each made by one call."""
+def train(start: Start, world: World) -> None:
+    """Load the data, fit the configuration to it, build the model and the trainer, and train."""
     tokenizer, source, checkpoint = start.tokenizer, start.source, start.checkpoint
     train_rows, held_out, skipped = load_rows(start.config, tokenizer, world)
-    config = fit_steps(start, train_rows.rows_per_epoch, world)
+    config = fit_warmup(start, train_rows.rows_per_epoch, world)
     if world.device.type == "cuda":
         config, note = fit_to_memory(config, torch.cuda.mem_get_info(world.device)[1])
         if note and world.is_main:
@@ -67,6 +67,7 @@ def run(start: Start, world: World) -> None:
     torch.manual_seed(config.compute.seed)
     torch.use_deterministic_algorithms(config.compute.deterministic)
     model = build_model(config, source or checkpoint, world, checkpoint, tokenizer.new_ids)
+    # FSDP is part of the model by now, DDP is a wrapper
     wrapped = parallel.replicate(model, config.compute.parallel, world)
     trainer = Trainer(config, wrapped, tokenizer, train_rows, held_out, world, source)
     if checkpoint:
@@ -92,15 +93,15 @@ def run(start: Start, world: World) -> None:
 def load_rows(
     config: TrainConfig, tokenizer: Tokenizer, world: World
 ) -> tuple[RowStream, RowStream | None, list[dict[str, Any]]]:
-    """Return the rows to train on, the held-out rows, and the malformed rows that were skipped. Raises UserError if
-    ranks read different rows."""
+    """Return the rows to train on, the held-out rows, and the malformed examples that were skipped. Raises UserError if
+    ranks read different data."""
     options, seed = config.data, config.compute.seed
     with parallel.first_process_first(world):
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
     collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
     rows = RowStream(data.train, collator, seed, options.shuffle)
     differs = rows.fingerprint != parallel.from_first_rank(rows.fingerprint, world)
-    problem = f"has read other rows of {', '.join(options.dataset)} than the first rank; give all nodes the same data"
+    problem = f"read different rows of {', '.join(options.dataset)} than rank 0; give all nodes the same data"
     parallel.refuse_ranks(differs, problem, world)
     if world.is_main:
         reports = [table(data, rows, config, world.size)] if config.watch.dry_run else data.reports
@@ -109,27 +110,27 @@ def load_rows(
     return rows, RowStream(data.held_out, collator, seed) if data.held_out else None, data.skipped
 
 
-def fit_steps(start: Start, rows_per_epoch: int, world: World) -> TrainConfig:
-    """Return the configuration with a warm-up of at most a tenth of a new run, unless the flag sets it. Raises
-    UserError if that is longer than the run, or if there is no whole step per epoch."""
+def fit_warmup(start: Start, rows_per_epoch: int, world: World) -> TrainConfig:
+    """Shorten a new run's warm-up to a tenth of its steps (at least one), unless --warmup-steps is given. Raises
+    UserError if the given warm-up exceeds the run, or if an epoch has less than one step."""
     config, warmup = start.config, start.config.optimizer.warmup_steps
     steps = config.batch.max_steps or config.batch.remaining_steps(rows_per_epoch, world.size)
     if problem := too_few_rows(config, rows_per_epoch, config.batch.rows_per_step(world.size)):
         raise UserError(problem)
     if "warmup_steps" in start.given and warmup > steps:
-        raise UserError(f"warmup_steps is {warmup}, but there are {steps} steps: the rate would not reach its peak")
+        raise UserError(f"warmup_steps is {warmup}, but the run has {steps} steps: the rate would never reach its peak")
     if "warmup_steps" in start.given or config.checkpoint.resume or warmup * 10 <= steps:
         return config
     return config.changed(warmup_steps=max(steps // 10, 1))
 
 
 def announce(trainer: Trainer) -> None:
-    """Print what is about to be trained, for how long, on what and where."""
+    """Print the model's size, steps, epochs, devices and the output directory."""
     config, world, rows = trainer.config, trainer.world, trainer.rows_per_step
     left = (trainer.total_steps - trainer.step) * rows
     epochs = (trainer.rows_seen + left) / trainer.train_rows.rows_per_epoch
     print(
-        f"{parameter_summary(trainer.plain_model)}; step {trainer.step} to {trainer.total_steps} of {rows} rows "
+        f"{parameter_summary(trainer.plain_model)}; step {trainer.step} to {trainer.total_steps}, {rows} rows each "
         f"({epochs:.3g} epochs) on {world.size} x {world.device} in {config.compute.dtype} "
         f"into {config.checkpoint.output_dir}",
         flush=True,
@@ -141,7 +142,7 @@ def announce(trainer: Trainer) -> None:
 def evaluate(start: Start, world: World) -> None:
     """Print eval_loss and eval_bpb of a checkpoint on the dataset's eval_split, or on all of it if there is none."""
     config, place = start.config, str(start.config.checkpoint.init_from)
-    dtype = torch.float32 if config.compute.dtype == "float32" else None
+    dtype = torch.float32 if config.compute.dtype == "float32" else None  # None: that of the files
     model, tokenizer = load_model_and_tokenizer(place, dtype, world.device)
     rows, _, _ = load_rows(config.changed(train_split=config.data.eval_split, eval_steps=0), tokenizer, world)
     metrics = Trainer(config, model, tokenizer, rows, rows, world).evaluate()
@@ -150,8 +151,8 @@ def evaluate(start: Start, world: World) -> None:
 
 
 def plan(start: Start, world: World) -> None:
-    """Print what a run would read, and its memory, traffic and time, for which no data is needed: an unreachable Hub is
-    only noted. Raises UserError for data that no run can have."""
+    """Print what a run would read, and predict its memory, traffic and time. The prediction needs no data, so an
+    unreachable Hub is only noted. Raises UserError for bad data."""
     try:
         load_rows(start.config, start.tokenizer, world)
     except UserError as error:
@@ -166,7 +167,7 @@ def main() -> None:
     with one_line_errors("--debug" in sys.argv), lasting_output():
         arguments = parse_arguments(sys.argv[1:])
         world = parallel.join_world(arguments.config.compute.device, arguments.config.watch.dry_run)
-        parallel.recorded(train)(arguments, world)
+        parallel.recorded(dispatch)(arguments, world)
         parallel.leave_world()
 
 

@@ -1,7 +1,7 @@
 """The training loop: accumulate, clip, step, schedule, evaluate, log, save, resume.
 
 The loss of an optimizer step is the sum over all its target tokens, in all micro-batches on all ranks, divided by their
-number. The mean of the micro-batches' means would be another number, unless all have equally many targets:
+number. The mean of the micro-batches' means differs, unless all have the same number of targets:
 
 >>> loss_sums, targets = [6.0, 1.0], [3, 1]  # two micro-batches
 >>> sum(loss_sums) / sum(targets)
@@ -38,16 +38,16 @@ from parallel import World
 from tokenizer import Tokenizer
 
 STATE = "trainer_state.json"
-# What a resumed run needs in addition to weights and optimizer state: data and random numbers depend on these alone.
+# Saved with weights and optimizer state. With the seed and the data, they determine all that follows.
 COUNTERS = ("step", "rows_seen", "num_tokens", "skipped_steps", "bad_steps", "best")
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
 
 
 class Trainer:
-    """Trains `model`, wrapped by an engine or not, on the rows of `train`.
+    """Trains `model` (plain, under DDP or FSDP) on the rows of `train`.
 
-    A step's data is a pure function of the seed and the number of rows seen, so a run continues exactly from weights,
-    optimizer state and a few counters.
+    A step's data is a pure function of the seed and the number of rows seen, so weights, optimizer state and a few
+    counters suffice to resume a run exactly.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Trainer:
 
     @property
     def place(self) -> tuple[float, float]:
-        """(progress, end) of the schedule, in steps. If epochs are counted, progress is rows seen over rows per step,
-        so that a run resumed with other ranks or batches keeps its place in the data and the schedule."""
+        """(progress, end) of the schedule, in steps. Without max_steps, progress is rows seen over rows per step, so a
+        run resumed with another batch size or number of ranks keeps its place in data and schedule."""
         batch = self.config.batch
         if batch.max_steps:
             return self.step, batch.max_steps
@@ -101,7 +101,7 @@ class Trainer:
     def train(self, tracker: Tracker = NO_TRACKER) -> None:
         """Run to the last step. After a signal to stop, finish the step, save, and exit with 128 + signal.
 
-        tracker: also gets the first rank's metrics.
+        tracker: also receives rank 0's metrics.
         """
         watch, saving, patience = self.config.watch, self.config.checkpoint, self.config.batch.early_stopping_patience
         self.model.train()
@@ -110,21 +110,24 @@ class Trainer:
             RunLog(self.output_dir, self.step, self.total_steps, self.world.is_main, tracker) as log,
             contextlib.closing(self.batches.steps(self.rows_seen, self.total_steps - self.step)) as steps,
         ):
-            last = self.step == self.total_steps  # a finished run was resumed
+            done = self.step == self.total_steps  # a finished run was resumed
             for step in steps:
                 metrics = self.train_step(step)
-                last, improved = self.step == self.total_steps, False
+                done, improved = self.step == self.total_steps, False
+                # log
                 log.advance(metrics)
-                if last or self.due(watch.logging_steps):
+                if done or self.due(watch.logging_steps):
                     log.write(metrics)
-                if self.held_out and (last or self.due(watch.eval_steps)):
+                # evaluate, stop early
+                if self.held_out and (done or self.due(watch.eval_steps)):
                     improved = self.report_evaluation(log)
-                    last = last or 0 < patience <= self.best["evaluations_since"]
-                if last or self.stop or self.due(saving.save_steps) or (improved and saving.save_best):
+                    done = done or 0 < patience <= self.best["evaluations_since"]
+                # save
+                if done or self.stop or self.due(saving.save_steps) or (improved and saving.save_best):
                     self.save()
-                if last or self.stop:
+                if done or self.stop:
                     break
-            log.finish(self.last_checkpoint, self.best, stopped=not last)
+            log.finish(self.last_checkpoint, self.best, stopped=not done)
             if self.stop:
                 parallel.leave_world()
                 raise SystemExit(128 + (self.signal.number or signal.SIGTERM))
@@ -133,8 +136,8 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def train_step(self, step: Step) -> dict[str, float]:
-        """Take one optimizer step and return its metrics. Nothing waits for the device before the optimizer's work is
-        queued. Raises UserError if there is nothing to learn, or after MAX_BAD_STEPS."""
+        """Take one optimizer step and return its metrics. The host first waits for the device after queueing the
+        update. Raises UserError without targets, or after MAX_BAD_STEPS non-finite steps in a row."""
         began, counts = time.perf_counter(), step.counts
         if not counts.targets:
             raise UserError(f"step {self.step + 1} has no target tokens: {self.rows_of_step()}")
@@ -160,7 +163,7 @@ class Trainer:
         self.num_tokens += counts.tokens
         seconds = time.perf_counter() - began
         speed = self.cost.flops(counts.tokens, counts.targets) / seconds
-        self.peak = max(self.peak, speed)  # it may have been measured while the machine was busy
+        self.peak = max(self.peak, speed)  # measured on a busy machine, it is too low
         return {
             "step": self.step,
             "loss": loss_sum / counts.targets,
@@ -175,10 +178,10 @@ class Trainer:
         }
 
     def accumulate(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Add up the gradients of a step's micro-batches. Returns sums over micro-batches and ranks (loss, balance
-        loss, number of signals to stop, tokens per expert), and a tensor in the shape of the experts' part."""
+        """Add up the gradients of a step's micro-batches. Return one vector of sums over micro-batches and ranks (loss,
+        balance loss, number of signals to stop, tokens per expert), and a tensor in the shape of its last part."""
         config, counts = self.config, step.counts
-        # seeds dropout; torch takes 64 bits
+        # seeds LoRA's dropout; torch takes 64 bits
         torch.manual_seed(((config.compute.seed << 40) + self.step * self.world.size + self.world.rank) % 2**64)
         sums: list[Tensor] = []
         for i, micro_batch in enumerate(step.micro_batches):
@@ -199,8 +202,8 @@ class Trainer:
             return self.model(**micro_batch.arguments(device))
 
     def update_weights(self, finite: Tensor, rate: float) -> None:
-        """Step, unless loss or gradient is NaN or infinite. The optimizers check `found_inf` on the device, so that the
-        host need not know."""
+        """Step, unless loss or gradient is NaN or infinite. The optimizers check `found_inf` on the device, without
+        a host sync."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -214,13 +217,12 @@ class Trainer:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps == MAX_BAD_STEPS:
             raise UserError(
-                f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (now in "
-                f"{self.rows_of_step()}); the weights are those of the last good step, and "
-                f"{self.last_checkpoint or 'no checkpoint'} is the last one saved: try a lower learning_rate"
+                f"step {self.step + 1}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row (last: "
+                f"{self.rows_of_step()}); last checkpoint: {self.last_checkpoint or 'none'}; try a lower learning_rate"
             )
 
     def rows_of_step(self) -> str:
-        """Name the conversations of the next step."""
+        """Name the conversations of the current step."""
         rows = range(self.rows_seen, self.rows_seen + self.rows_per_step)
         conversations = sorted(index for row in rows for index in self.train_rows.row_indices(row))
         return f"conversations {conversations} of {', '.join(self.config.data.dataset)}"
@@ -238,8 +240,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the loss in nats per target token, and in bits per UTF-8 byte of the target text, which does not
-        depend on the tokenizer. Every held-out conversation counts once, on one of the ranks."""
+        """Return the loss in nats per target token, and in bits per UTF-8 byte of target text. The latter is comparable
+        across tokenizers. Each held-out row, up to eval_max_rows, counts once, on one of the ranks."""
         assert self.held_out is not None
         self.model.eval()
         rows, size = self.held_out.rows.rows_per_epoch, self.config.batch.batch_size
@@ -261,7 +263,7 @@ class Trainer:
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
     def print_samples(self, show: Callable[[str], None]) -> None:
-        """Print sample answers. A model that cannot answer does not end the run."""
+        """Print sample answers. A failure to answer does not end the run."""
         questions = self.config.watch.sample_prompts
         if not questions or not self.world.is_main:
             return
@@ -271,8 +273,8 @@ class Trainer:
         try:
             if parallel.is_sharded(self.model):
                 raise UserError("under fsdp no rank has the whole model")
-            # Blocks are compiled for rows of one length in bf16. Answers would be compiled anew at each length, and in
-            # fp32, whose grouped product torch cannot trace.
+            # Compiled blocks would be recompiled for every length of an answer, and in fp32, where torch cannot trace
+            # the grouped product.
             with torch.compiler.set_stance("force_eager"):
                 model, tokenizer = self.plain_model, self.tokenizer
                 replies = answers(model, tokenizer, asked, 40, temperature=0.7, top_p=0.9, generator=rng)
@@ -308,15 +310,16 @@ class Trainer:
         self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, limit, best, world)
 
     def resume(self, directory: Path) -> None:
-        """Take over everything but the weights, which the model has already, from a checkpoint. Raises UserError."""
+        """Restore all but the weights, which the model has already, from a checkpoint. Raises UserError if the state is
+        damaged or belongs to other data."""
         state = read_json(directory / STATE)
         wrong = [name for name in COUNTERS if not same_kind(state.get(name), getattr(self, name))]
         if wrong:
-            raise UserError(f"{directory / STATE} is not a run's state: {', '.join(wrong)} missing or of another type")
+            raise UserError(f"{directory / STATE} is invalid: {', '.join(wrong)} missing or of the wrong type")
         if state.get("data") != self.train_rows.fingerprint:
             raise UserError(
                 f"{', '.join(self.config.data.dataset)}: these are not the rows that the run was trained on (changed "
-                "data, or evaluation turned on or off), so it cannot be resumed"
+                "data, or evaluation turned on or off); the run cannot be resumed"
             )
         load_optimizer(directory, self.plain_model, self.optimizers, self.world)
         for name in COUNTERS:
@@ -325,7 +328,7 @@ class Trainer:
 
 
 def same_kind(value: Any, example: Any) -> bool:
-    """Whether a value read from a file is a count, or a dict of numbers with the keys of the example."""
+    """Return whether a value is a count or, if `example` is a dict, a dict of numbers with its keys."""
     if isinstance(example, dict):
         return isinstance(value, dict) and all(type(value.get(name)) in (int, float) for name in example)
     return type(value) is int and value >= 0

@@ -144,5 +144,5 @@ def train_runs(runs: list[tuple[list[str], Path, Path | None]], folder: Path, wo
             if continued and world.is_main:
                 take_over(continued, output_dir)
             dist.barrier()
-            train_sft.train(train_sft.parse_arguments(arguments), world)
+            train_sft.dispatch(train_sft.parse_arguments(arguments), world)
     gc.unfreeze()  # otherwise leave_world could not collect what the runs have left

@@ -241,7 +241,7 @@ def test_epochs_replace_the_presets_number_of_steps(
 ) -> None:
     command = arguments(data, tmp_path / "run", "--no-packing", "--num-train-epochs", "1.5", eval_steps=0)
     assert train_here(without("--max-steps", command), tmp_path) == 0
-    assert "step 0 to 12 of 2 rows (1.6 epochs)" in capsys.readouterr().out  # 15 conversations
+    assert "step 0 to 12, 2 rows each (1.6 epochs)" in capsys.readouterr().out  # 15 conversations
     assert read_metrics(tmp_path / "run")[-1]["step"] == 12
 
 

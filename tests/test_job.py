@@ -68,7 +68,7 @@ def test_work_of_the_first_rank_may_exceed_the_timeout(folder: Path) -> None:
     ("work", "message"),
     [
         (look_up_base, "rank 1 sees other files at base than the first rank does"),
-        (load_rows, "rank 1 has read other rows of data.jsonl than the first rank; give all nodes the same data"),
+        (load_rows, "rank 1 read different rows of data.jsonl than rank 0; give all nodes the same data"),
         (
             share_a_run,
             "rank 1 does not see what the first rank writes in {}: all nodes need a shared file system; put ",

@@ -388,7 +388,7 @@ def test_two_nodes_form_one_job_and_name_the_rank_that_fails(folder: Path, eight
     assert 0 not in [finish_job(job) for job in jobs]
     assert time.time() - (run / "failed").stat().st_mtime < 60
     printed = "".join(log.read_text() for log in logs)
-    assert re.search(r"of 8 rows \(.* epochs\) on 2 x cpu", printed)
+    assert re.search(r", 8 rows each \(.* epochs\) on 2 x cpu", printed)
     assert re.search(r"rank +: 1 (.*\n)+? +traceback : error: out of cheese", printed)
     assert errors(printed) == ["error: out of cheese"]
     assert not our_frames(printed)

@@ -262,7 +262,7 @@ def test_a_run_state_that_is_not_what_was_saved_is_refused(
     )
     assert train_here(arguments(data, run, RESUME), run.parent) == 2
     (name,) = changes
-    assert f"error: {state} is not a run's state: {name} missing or of another type" in capsys.readouterr().err
+    assert f"error: {state} is invalid: {name} missing or of the wrong type" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- another configuration, another run
