@@ -220,17 +220,17 @@ def test_too_few_rows_for_a_step_are_an_error_in_training_and_reported_by_a_dry_
     data: Path, shown: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The dry run prints the same table as show.py, then what the run takes."""
-    flags = ["--max-seq-len", "96", "--batch-size", "16", "--num-proc", "1", "--device", "cpu"]
+    flags = ["--max-seq-len", "96", "--batch-size", "8", "--num-proc", "1", "--device", "cpu"]
     command = ["tiny", "--dataset", str(data), *flags, "--output-dir", str(tmp_path / "run")]
     assert train_here(command, tmp_path) == 2
     error = capsys.readouterr().err.partition("error: ")[2].strip()
-    assert "rows do not fill one step of 16; lower batch_size or gradient_accumulation_steps" in error
+    assert "rows do not fill one step of 8; lower batch_size or gradient_accumulation_steps" in error
     table = re.split(r"\n\n +least", shown("data", data, "tiny", *flags))[0]
     assert table.endswith(f"; {error}") and "held out" in table
     assert train_here([*command, "--dry-run"], tmp_path) == 0
     printed, _, cost = capsys.readouterr().out.partition("\n1 rank; ")
     assert printed == table
-    assert cost.startswith("per rank and step 1 micro-batches of 1,536 tokens") and "at the peak" in cost
+    assert cost.startswith("per rank and step 1 micro-batches of 768 tokens") and "at the peak" in cost
     assert not (tmp_path / "run").exists()
 
 
