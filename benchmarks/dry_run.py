@@ -88,7 +88,7 @@ def measure(config: TrainConfig) -> int:
     optimizers = make_optimizers(model, config.optimizer, dtype)
     inputs = full_rows(config.batch.batch_size, config.data.max_seq_len)
     for _ in range(2):
-        step(model, optimizers, inputs._asdict(), config, dtype)
+        step(model, optimizers, inputs._asdict(), config)
     return int(peak_memory() - libraries)
 
 

@@ -1,7 +1,6 @@
 """What a run costs: parameters, FLOPs, bytes sent; and how long a GPU would take for recorded operations."""
 
 import contextlib
-import math
 import re
 import time
 from collections import Counter
@@ -73,11 +72,11 @@ def training_cost(model: nn.Module) -> TrainingCost:
     assert isinstance(config, ModelConfig)
     head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
     token = target = 0
-    sizes = [(name, p.numel(), 6 if p.requires_grad else 4) for name, p in model.named_parameters()]
-    sizes += [(name, weight.shape.numel(), 4) for name, weight in quantized_weights(model).items()]
-    for name, size, flops in sizes:
+    weights = dict(model.named_parameters()) | quantized_weights(model)
+    for name, weight in weights.items():
         active = config.num_experts_per_tok / config.n_routed_experts if "mlp.experts" in name else 1
-        cost = int(size * active) * flops
+        trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+        cost = int(weight.shape.numel() * active) * (6 if trained else 4)
         if head in name:
             target += cost
         elif "embed_tokens" not in name:
@@ -130,11 +129,12 @@ ON_A_RING = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1,
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up in `sent` the bytes that this rank sends, by kind of collective, DDP's and FSDP's included."""
+    """Adds up in `sent` the bytes that this rank sends, by kind of collective, DDP's and FSDP's included. While `times`
+    is not 1, an operation counts as that many."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: Counter[str] = Counter()
+        self.sent, self.times = Counter[str](), 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = func._schema.name.removeprefix("c10d::")
@@ -143,7 +143,7 @@ class Traffic(TorchDispatchMode):
             whole = max(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
             (group,) = (leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf))
             ranks = dist.ProcessGroup.unbox(group).size()
-            self.sent[kind] += ON_A_RING[kind] * (ranks - 1) * whole // ranks
+            self.sent[kind] += self.times * ON_A_RING[kind] * (ranks - 1) * whole // ranks
         return func(*args, **(kwargs or {}))
 
 
@@ -175,9 +175,6 @@ PRODUCT_SHARES = {"experts": 0.55, "other products": 0.67}  # of the peak, that 
 LAUNCH = 5e-6  # seconds that the host takes for an operation, which a short one cannot hide
 
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::_grouped_mm": 0, "aten::addmm": 1, "aten::baddbmm": 1}  # first factor
-GATHERS = ("aten::embedding", "aten::index_select", "aten::index", "aten::gather")  # read as much as they return
-SCATTERS = ("aten::scatter_add_", "aten::index_put_")  # touch as much as they are given
-OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_")  # do not read their first argument
 
 
 class Roofline(Traffic):
@@ -209,58 +206,42 @@ class Roofline(Traffic):
             result = super().__torch_dispatch__(func, types, args, kwargs)
         moved = bytes_moved(func, args, kwargs or {}, result)
         if moved:
-            kind, flops = products(func, args)
-            computing = self.compute(kind, flops, args[PRODUCTS.get(name, 0)]) if flops else 0.0
+            kind, computing = self.compute(name, args)
             seconds = max(moved / self.gpu.bandwidth / BANDWIDTH_SHARE, computing, LAUNCH)
             region = next((region for region in self.within if region in ("loss", "optimizer")), kind)
-            self.seconds[region] += seconds  # type: ignore[assignment]
+            self.seconds[region] += self.times * seconds  # type: ignore[assignment]
         return result
 
-    def compute(self, kind: str, flops: float, factor: Any) -> float:
-        """Return the seconds that products of such a factor take."""
-        share = self.gpu.attention if kind == "attention" else PRODUCT_SHARES[kind]
-        return flops / share / (self.gpu.fp32 if factor.dtype == torch.float32 else self.gpu.bf16)
-
-
-def products(func: Any, args: Any) -> tuple[str, float]:
-    """Return the region of an operation, and the FLOPs of its matrix products."""
-    name = func._schema.name
-    if name in PRODUCTS:
-        a, b = args[PRODUCTS[name] :][:2]
-        return "experts" if name == "aten::_grouped_mm" else "other products", 2 * a.numel() * b.shape[-1]
-    if "attn" in name or "attention" in name:  # causal, on documents of equal length
-        backward = "backward" in name
-        q, v = args[backward], args[backward + 2]
-        length = next((x for x in args if type(x) is int), q.shape[-2])
-        return "attention", (2.5 if backward else 1) * q.numel() * length * (1 + v.shape[-1] / q.shape[-1])
-    return "elementwise", 0.0
+    def compute(self, name: str, args: Any) -> tuple[str, float]:
+        """Return the region of an operation, and the seconds that its matrix products take at the attainable rate."""
+        if name in PRODUCTS:
+            region = "experts" if name == "aten::_grouped_mm" else "other products"
+            a, b = args[PRODUCTS[name] :][:2]
+            flops, share = 2 * a.numel() * b.shape[-1], PRODUCT_SHARES[region]
+        elif "attn" in name or "attention" in name:  # causal, on documents of equal length
+            backward = "backward" in name
+            region, a, v = "attention", args[backward], args[backward + 2]
+            length = next((x for x in args if type(x) is int), a.shape[-2])
+            flops = (2.5 if backward else 1) * a.numel() * length * (1 + v.shape[-1] / a.shape[-1])
+            share = self.gpu.attention
+        else:
+            return "elementwise", 0.0
+        return region, flops / share / (self.gpu.fp32 if a.dtype == torch.float32 else self.gpu.bf16)
 
 
 def bytes_moved(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
-    """Return the bytes that an operation reads and writes; 0 where it returns views or memory without values."""
-    name, schema = func._schema.name, func._schema
-    if name.startswith(("c10d::", "prim::", "profiler::")) or "empty" in name:
+    """Return the bytes of the tensors that an operation takes, and of those that it makes or changes; 0 if there are
+    none of these (views), or their memory is only reserved."""
+    schema = func._schema
+    if schema.name.startswith(("c10d::", "prim::", "profiler::")) or "empty" in schema.name:
         return 0
-    given, returned = tensors(args), tensors(result)
-    known = {x.untyped_storage()._cdata for x in given}
-    new = [x for x in returned if x.untyped_storage()._cdata not in known]
-    if not new and not schema.is_mutable:
-        return 0
-    if name in GATHERS:
-        return 2 * size_of(returned) + size_of(given[1:])
-    if name in SCATTERS:
-        return 2 * size_of(given[1:])
-    values = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
-    written = [values[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in values]
-    read = given[1:] if name in OVERWRITES else given  # `out` is among kwargs
-    return size_of(read) + size_of(tensors(written) if schema.is_mutable else new)
+    known = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
+    made = [x for x in tensors(result) if x.untyped_storage()._cdata not in known]
+    arguments = zip(schema.arguments, args, strict=False)
+    changed = [value for argument, value in arguments if argument.alias_info and argument.alias_info.is_write]
+    made += tensors([*changed, kwargs.get("out")])
+    return sum(x.nbytes for x in tensors(args) + made) if made else 0
 
 
 def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def size_of(some: list[Tensor]) -> int:
-    """Return the bytes behind tensors; what was expanded counts once."""
-    sizes = ([size for size, stride in zip(x.shape, x.stride(), strict=True) if stride] for x in some)
-    return sum(math.prod(size) * x.itemsize for size, x in zip(sizes, some, strict=True))

@@ -61,46 +61,45 @@ def report(config: TrainConfig) -> str:
     result, gpu, device = dry_run(config, ranks), GPUS[name], kind_of(config.compute.device)
     engine = f"{ranks} ranks, {config.compute.parallel}" if ranks > 1 else "1 rank"
     micro_batches, tokens = batch.gradient_accumulation_steps, batch.batch_size * config.data.max_seq_len
-    lines = [
+    title = (
         f"{engine}; per rank and step {micro_batches} micro-batches of {tokens:,} tokens, all of them targets; "
         f"{config.compute.dtype} on {device}"
-    ]
-    lines += [f"  {kind:24}{size / 1e9:9.2f} GB" for kind, size in result.memory.items() if size]
-    fits = "" if needed(result.peak) <= gpu.memory else f": more than the {gpu.memory / 1e9:.0f} GB of one {name}"
-    lines += [f"  {'at the peak':24}{result.peak / 1e9:9.2f} GB{fits if device == 'cuda' else ''}"]
-    lines += [f"  {'sent per step':24}{result.sent / 1e9:9.2f} GB"] if ranks > 1 else []
-    lines += [f"  {'computed per step':24}{result.flops / 1e12:9.2f} TFLOP"]
+    )
+    rows = [(kind, size / 1e9, "GB") for kind, size in result.memory.items() if size]
+    too_much = device == "cuda" and needed(result.peak) > gpu.memory
+    fits = f": more than the {gpu.memory / 1e9:.0f} GB of one {name}" if too_much else ""
+    rows.append(("at the peak", result.peak / 1e9, f"GB{fits}"))
+    if ranks > 1:
+        rows.append(("sent per step", result.sent / 1e9, "GB"))
+    rows.append(("computed per step", result.flops / 1e12, "TFLOP"))
     if device == "cuda":
         seconds = sum(result.seconds.values())
-        lines += [f"  {region:24}{part * 1e3:9.1f} ms" for region, part in result.seconds.items()]
         speed, mfu = micro_batches * tokens / seconds, result.flops / seconds / gpu.bf16
-        lines += [
-            f"  {'step':24}{seconds * 1e3:9.1f} ms: {speed:,.0f} tokens/s and {mfu:.0%} MFU per {name}, predicted"
-        ]
-    return "\n".join(lines)
+        rows += [(region, part * 1e3, "ms") for region, part in result.seconds.items()]
+        rows.append(("step", seconds * 1e3, f"ms: {speed:,.0f} tokens/s and {mfu:.0%} MFU per {name}, predicted"))
+    return "\n".join([title, *(f"  {label:24}{number:9,.2f} {unit}" for label, number, unit in rows)])
 
 
 def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
     """Predict for the configured LoRA, checkpointing, sharding and device; "auto" is CUDA."""
     world = World(0, ranks, torch.device("cpu"), min(ranks, NODE_SIZE))
-    dtype = torch.float32 if config.compute.dtype == "float32" else torch.bfloat16
+    dtype = getattr(torch, config.compute.dtype)
     with fake_group(ranks), tuned_as(kind_of(config.compute.device)):
         mesh = make_mesh(config.compute.parallel, world)
         batch = full_rows(config.batch.batch_size, config.data.max_seq_len)
         with FakeTensorMode() as fake:
             model = plan_model(config)
-            parallelize(model, gathered_modules(model, str(dtype).removeprefix("torch.")), mesh)
+            parallelize(model, gathered_modules(model, config.compute.dtype), mesh)
             model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
             optimizers = make_optimizers(model, config.optimizer, dtype)
             inputs = batch.map(fake.from_tensor)._asdict()
-            live = LiveMemory(model, optimizers)
-            step(model, optimizers, inputs, config, dtype)  # creates optimizer state, and DTensor's plans
-            with live:
-                seconds, sent = step(model, optimizers, inputs, config, dtype)
+            step(model, optimizers, inputs, config)  # creates optimizer state, and DTensor's plans
+            with LiveMemory(model, optimizers) as live:
+                recorded = step(model, optimizers, inputs, config)
+    seconds, sent = recorded.seconds, recorded.sent
     if ranks > 1 and mesh is None:  # DDP reduces every gradient once
-        sent["allreduce_"] += (
-            2 * (ranks - 1) * sum(4 * p.numel() for p in model.parameters() if p.requires_grad) // ranks
-        )
+        trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+        sent["allreduce_"] += 2 * (ranks - 1) * trained // ranks
     length, rows = config.data.max_seq_len, config.batch.batch_size * config.batch.gradient_accumulation_steps
     flops = training_cost(model).flops(rows * length, rows * length) + rows * attention_flops(config.model, length)
     if ranks > 1:
@@ -146,53 +145,38 @@ def full_rows(rows: int, length: int) -> MicroBatch:
 
 
 def step(
-    model: DeepSeekV2,
-    optimizers: list[torch.optim.Optimizer],
-    inputs: dict[str, Any],
-    config: TrainConfig,
-    dtype: torch.dtype,
-) -> tuple[Counter[str], Counter[str]]:
-    """Take a step like Trainer.train_step's. Return its seconds by region, and the bytes sent by kind. Micro-batches
-    between the first and the last count like the first."""
-    number, seconds, sent = config.batch.gradient_accumulation_steps, Counter[str](), Counter[str]()
-
-    def add(recorded: Roofline, times: int = 1) -> None:
-        for total, part in ((seconds, recorded.seconds), (sent, recorded.sent)):
-            total.update({kind: value * times for kind, value in part.items()})
-
-    for last in (False, True)[-number:]:
-        with Roofline(GPUS[config.watch.dry_run_gpu]) as recorded, synchronize_gradients(model, last):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                output = model(**inputs)
-            (output.loss_sum + output.balance_loss).backward()
-        add(recorded, 1 if last else number - 1)
-    with Roofline(GPUS[config.watch.dry_run_gpu]) as recorded, record_function("optimizer"):
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-    add(recorded)
-    return seconds, sent
+    model: DeepSeekV2, optimizers: list[torch.optim.Optimizer], inputs: dict[str, Any], config: TrainConfig
+) -> Roofline:
+    """Take a step like Trainer.train_step's, and return its recorded operations. Micro-batches between the first and
+    the last count like the first."""
+    number, bf16 = config.batch.gradient_accumulation_steps, config.compute.dtype == "bfloat16"
+    with Roofline(GPUS[config.watch.dry_run_gpu]) as recorded:
+        for last in (False, True)[-number:]:
+            recorded.times = 1 if last else number - 1
+            with synchronize_gradients(model, last):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                    output = model(**inputs)
+                (output.loss_sum + output.balance_loss).backward()
+        with record_function("optimizer"):
+            nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+    return recorded
 
 
 class LiveMemory(TorchDispatchMode):
-    """Watches the memory of all tensors, and notes what kinds it was of when it was most."""
+    """Watches the memory of all tensors, and records its kinds when it is largest. The optimizers must have state."""
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         super().__init__()
-        self.weights = [*model.parameters(), *model.buffers()]  # shards: before any is gathered; NF4's are buffers
-        self.optimizers = optimizers
+        self.weights = [*model.parameters(), *model.buffers()]  # of this rank's shard; NF4's are buffers
+        self.states = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
         self.storages = WeakIdKeyDictionary()  # of live tensors; FSDP empties and refills some
+        for tensor in (*self.weights, *self.states):
+            self.storages[local(tensor).untyped_storage()] = None
         self.bound = self.peak = 0  # bytes: no more than bound are in use
         self.at_peak = dict[str, int]()
-
-    def __enter__(self) -> "LiveMemory":
-        for tensor in (*self.weights, *self.states()):
-            self.storages[local(tensor).untyped_storage()] = None
-        return super().__enter__()
-
-    def states(self) -> list[Tensor]:
-        return [x for optimizer in self.optimizers for state in optimizer.state.values() for x in state.values()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
@@ -211,12 +195,10 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def by_kind(self, total: int) -> dict[str, int]:
-        kinds = {
-            "weights": sum(local(p).nbytes for p in self.weights),
-            "gradients": sum(local(p.grad).nbytes for p in self.weights if p.grad is not None),
-            "optimizer": sum(local(x).nbytes for x in self.states()),
-        }
-        return kinds | {"activations": total - sum(kinds.values())}
+        gradients = [p.grad for p in self.weights if p.grad is not None]
+        kinds = {"weights": self.weights, "gradients": gradients, "optimizer": self.states}
+        sizes = {kind: sum(local(x).nbytes for x in tensors) for kind, tensors in kinds.items()}
+        return sizes | {"activations": total - sum(sizes.values())}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -236,27 +218,25 @@ def fit_to_memory(config: TrainConfig, memory: float) -> tuple[TrainConfig, str]
     them per step: the same global batch. The text says what has changed, and is "" if nothing has. Raises UserError
     if not even one row fits. Under FSDP, whose shards need less, a rank is not predicted.
     """
-    batch, first = config.batch, 0.0
+    batch, peaks = config.batch, list[float]()
     if config.compute.parallel != "ddp":
         return config, ""
     for size in (size for size in range(batch.batch_size, 0, -1) if batch.batch_size % size == 0):
         number = batch.gradient_accumulation_steps * (batch.batch_size // size)
         # one micro-batch more than the first is enough for the peak
         trial = config.changed(batch_size=size, gradient_accumulation_steps=min(number, 2))
-        peak = needed(dry_run(trial).peak)
-        if peak <= memory:
+        peaks.append(needed(dry_run(trial).peak))
+        if peaks[-1] <= memory:
             break
-        first = first or peak
     else:
         raise UserError(
-            f"the GPU has {memory / 1e9:.1f} GB, and batch_size 1 needs {peak / 1e9:.1f} GB (predicted): lower "
+            f"the GPU has {memory / 1e9:.1f} GB, and batch_size 1 needs {peaks[-1] / 1e9:.1f} GB (predicted): lower "
             "--max-seq-len, or use --gradient-checkpointing, --lora-rank with --init-from, or --quantize nf4"
         )
     if size == batch.batch_size:
         return config, ""
-    changed = config.changed(batch_size=size, gradient_accumulation_steps=number)
     text = (
-        f"note: batch_size {batch.batch_size} needs {first / 1e9:.1f} GB (predicted), the GPU has {memory / 1e9:.1f} "
-        f"GB: using batch_size {size} and gradient_accumulation_steps {number}, the same global batch"
+        f"note: batch_size {batch.batch_size} needs {peaks[0] / 1e9:.1f} GB (predicted), the GPU has "
+        f"{memory / 1e9:.1f} GB: using batch_size {size} and gradient_accumulation_steps {number} (same global batch)"
     )
-    return changed, text
+    return config.changed(batch_size=size, gradient_accumulation_steps=number), text

@@ -27,7 +27,7 @@ from datacollator import StepLoader
 from documents import Documents, find_documents
 from kernels import document_attention, plain_attention
 from launch import dry_run as dry_run_module
-from launch.cost import memory_errors, parameter_counts
+from launch.cost import parameter_counts
 from launch.dry_run import DryRun, dry_run, fit_to_memory
 from model import DeepSeekV2, LossOutput
 from parallel import World, driver_problem, join_world
@@ -275,40 +275,40 @@ def test_a_micro_batch_for_cuda_is_pinned_and_copied_without_waiting(monkeypatch
 @pytest.mark.usefixtures("cudas_path", "flash_attention")
 def test_packed_batches_are_compiled_once() -> None:
     """For blocks with a dense network and for blocks with experts: one graph, then one for any number of documents."""
-    model = small_model().train()
+    model = small_model(num_hidden_layers=2).train()
     torch._dynamo.reset()
     counters.clear()
     for block in model.model.layers:
         block.compile(backend="aot_eager", fullgraph=True)
     shapes, graphs = set(), []
-    for seed in range(50):
+    for seed in range(20):
         batch = packed_batch(seed)
         documents = find_documents(batch["sequence_ids"], batch["labels"], fixed_length=True)
         shapes.add((tuple(documents.lengths.values), documents.num_targets))
-        on_path(model, batch, documents, backward=seed < 5)
+        on_path(model, batch, documents, backward=seed < 3)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert len(shapes) > 40
-    assert graphs[-1] <= 4 and graphs[-1] == graphs[10]
+    assert len(shapes) > 15
+    assert graphs[-1] <= 4 and graphs[-1] == graphs[5]
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("path", ["cpu", "cuda"])
 def test_without_flash_attention_the_first_batches_compile_all(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention is left to Python; no number changes."""
+    """Attention stays in Python, and the results are those of uncompiled blocks."""
     monkeypatch.setitem(kernels.TUNING, "cpu", kernels.TUNING[path]._replace(fused=False))
-    plain, compiled = (small_model(qk_nope_head_dim=260).train() for _ in range(2))
+    plain, compiled = (small_model(num_hidden_layers=2, qk_nope_head_dim=260).train() for _ in range(2))
     torch._dynamo.reset()
     counters.clear()
     for block in compiled.model.layers:
         block.compile(backend="eager")
     graphs = []
-    for seed in range(20):
+    for seed in range(12):
         batch = packed_batch(seed)
         documents = find_documents(batch["sequence_ids"], batch["labels"], fixed_length=True)
         expected, output = (on_path(model, batch, documents) for model in (plain, compiled))
         assert output.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-6)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert 0 < graphs[-1] <= 2 * graphs[0] and graphs[-1] == graphs[10], graphs
+    assert 0 < graphs[-1] <= 2 * graphs[0] and graphs[-1] == graphs[6], graphs
     for name, p in compiled.named_parameters():
         assert relative_difference(p.grad, plain.get_parameter(name).grad) < 1e-5, name
     torch._dynamo.reset()
@@ -339,50 +339,46 @@ def test_samples_of_a_compiled_run_compile_nothing(tmp_path: Path, monkeypatch: 
 # ---------------------------------------------------------------- what a run will take
 
 
+# 20 million parameters, most of them experts'.
 PLANNED = small_config(
-    num_hidden_layers=2, hidden_size=192, moe_intermediate_size=256, n_routed_experts=32, vocab_size=2048
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
+    hidden_size=192,
+    moe_intermediate_size=256,
+    n_routed_experts=32,
+    vocab_size=2048,
 )
 
 
 @functools.cache
 def planned(ranks: int = 1, **changes: Any) -> DryRun:
-    """Of a model with 20 million parameters, most of them experts'."""
     settings = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 3, "max_seq_len": 512}
     config = TrainConfig().changed(**settings | {"model": PLANNED} | changes)
     return dry_run(config, ranks)
 
 
-def test_weights_gradients_and_moments_take_what_they_take() -> None:
+def test_weights_gradients_moments_and_activations_are_predicted() -> None:
     size = 4 * sum(total for total, _ in parameter_counts(PLANNED).values())
-    whole = planned()
+    whole, larger, largest = (planned(batch_size=size) for size in (2, 4, 6))
     assert whole.memory["weights"] == pytest.approx(size, rel=0.01)
     assert whole.memory["gradients"] == pytest.approx(size, rel=0.01)
     assert whole.memory["optimizer"] == pytest.approx(2 * size, rel=0.01)
     assert whole.sent == 0
-    larger, largest = (planned(batch_size=size) for size in (4, 6))
     assert largest.peak - larger.peak == pytest.approx(larger.peak - whole.peak, rel=0.02)
     assert planned(batch_size=6, gradient_checkpointing=True).peak < 0.95 * largest.peak
     assert larger.flops == pytest.approx(2 * whole.flops)
 
 
-@pytest.mark.parametrize(("ranks", "engine", "shards"), [(64, "fsdp", 64), (512, "hsdp", 8)])
-def test_ranks_hold_their_share_and_send_what_theory_has(ranks: int, engine: str, shards: int) -> None:
-    """In a group of so many ranks that isn't there. Experts are gathered in bf16, twice a micro-batch; their gradients
-    scattered in fp32 with each; and of a replica's, all reduced once a step."""
+@pytest.mark.parametrize(("ranks", "engine", "shards"), [(64, "fsdp", 64), (512, "hsdp", 8), (64, "ddp", 1)])
+def test_ranks_hold_and_send_their_share(ranks: int, engine: str, shards: int) -> None:
+    """In a process group that sends nothing. Per micro-batch, experts are gathered in bf16 twice and their gradients
+    scattered in fp32; those of a replica are reduced once per step."""
     whole, rank = planned(), planned(ranks, parallel=engine)
     for kind in ("weights", "optimizer", *(["gradients"] if engine == "fsdp" else [])):  # hsdp's wait in buffers
         assert rank.memory[kind] == pytest.approx(whole.memory[kind] / shards, rel=0.05), kind
-    size = whole.memory["weights"]
-    expected = (shards - 1) / shards * size * 3 * (2 / 2 + 1)
-    if engine == "hsdp":
-        replicas = ranks // shards
-        expected += 2 * (replicas - 1) / replicas * size / shards
-    assert rank.sent == pytest.approx(expected, rel=0.1)
-
-
-def test_ddp_sends_each_gradient_once() -> None:
-    whole = planned()
-    assert planned(64, parallel="ddp").sent == pytest.approx(2 * 63 / 64 * whole.memory["gradients"], rel=0.01)
+    size, replicas = whole.memory["weights"], ranks // shards
+    expected = (shards - 1) / shards * size * 3 * (2 / 2 + 1) + 2 * (replicas - 1) / replicas * size / shards
+    assert rank.sent == pytest.approx(expected, rel=0.1 if shards > 1 else 0.01)
 
 
 def test_replicas_of_half_a_node_are_refused() -> None:
@@ -390,7 +386,7 @@ def test_replicas_of_half_a_node_are_refused() -> None:
         planned(12, parallel="hsdp")
 
 
-def test_lora_needs_little_of_it() -> None:
+def test_adapters_need_a_small_share_of_the_memory() -> None:
     whole, adapters = planned(), planned(lora_rank=4)
     assert adapters.memory["weights"] < 0.55 * whole.memory["weights"]  # bf16
     assert adapters.memory["optimizer"] < 0.1 * whole.memory["optimizer"]
@@ -413,33 +409,36 @@ def test_micro_batches_shrink_until_they_fit_and_the_global_batch_stays(monkeypa
         fit_to_memory(config, 12e9)
 
 
-def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags() -> None:
-    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB.\nMore lines"
-    with (
-        pytest.raises(UserError, match=r"\(Tried to allocate 2.00 GiB\): halve --batch-size") as raised,
-        memory_errors(),
-    ):
-        raise torch.OutOfMemoryError(text)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
-def test_a_run_on_a_gpu_is_planned_where_there_is_none(
-    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In bf16, though the processor that plans it doesn't multiply in it."""
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 23.64 GiB.\nMore lines")
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", full)
+    data = write_jsonl(tmp_path / "data.jsonl", conversations(20))
+    assert train_here(arguments(data, tmp_path / "run", eval_steps=0), tmp_path) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the GPU is out of memory (Tried to allocate 2.00 GiB): halve --batch-size" in error
+
+
+def test_a_run_on_a_gpu_is_planned_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In bf16, even if the processor that plans it cannot multiply in it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     data = write_jsonl(tmp_path / "data.jsonl", conversations(20))
-    plans = {}
-    for settings in ((device, "auto"), ("cuda", "bfloat16"), ("cuda", "float32")):
-        changes: dict[str, Any] = dict(zip(("device", "dtype"), settings, strict=True), batch_size=64, max_seq_len=1024)
-        assert train_here([*arguments(data, tmp_path / "run", **changes), "--dry-run"], tmp_path) == 0
-        plans[settings] = capsys.readouterr().out.partition("all of them targets; ")[2]
-    expected, other = plans["cuda", "bfloat16"], plans["cuda", "float32"]
-    assert plans[device, "auto"] == expected
+    plans = []
+    for device, dtype in (("cuda", "float32"), ("cuda", "bfloat16"), ("auto", "auto"), ("cuda:1", "auto")):
+        changes: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": 64, "max_seq_len": 1024}
+        command = arguments(data, tmp_path / "run", model_num_hidden_layers=1, model_first_k_dense_replace=0, **changes)
+        assert train_here([*command, "--dry-run"], tmp_path) == 0
+        plans.append(capsys.readouterr().out.partition("all of them targets; ")[2])
+    fp32, expected, *others = plans
+    assert others == [expected, expected]
     assert expected.startswith("bfloat16 on cuda\n") and "at the peak" in expected
-    assert expected.splitlines()[1:] != other.splitlines()[1:]
+    assert expected.splitlines()[1:] != fp32.splitlines()[1:]
 
 
 def test_a_device_that_torch_does_not_know_is_not_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
