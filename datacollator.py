@@ -16,7 +16,7 @@ import functools
 import zlib
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from config import BatchConfig
 from documents import IGNORE, Documents, find_documents
@@ -88,10 +89,8 @@ class DataCollator:
         position_ids count from 0 and sequence_ids are 1, 2, 3 ... for the pieces of a row, both 0 in padding.
         """
         width = self.max_seq_len if self.packing else max(len(ids) for row in rows for ids, _ in row)
-        input_ids = np.full((len(rows), width), self.pad_token_id)
-        labels = np.full((len(rows), width), IGNORE)
-        position_ids = np.zeros((len(rows), width), dtype=np.int64)
-        sequence_ids = np.zeros((len(rows), width), dtype=np.int64)
+        input_ids, labels, position_ids, sequence_ids = batch = np.zeros((4, len(rows), width), dtype=np.int64)
+        input_ids[:], labels[:] = self.pad_token_id, IGNORE
         for b, row in enumerate(rows):
             start = 0
             for number, (ids, mask) in enumerate(row, start=1):
@@ -101,8 +100,8 @@ class DataCollator:
                 position_ids[b, start:end] = np.arange(len(ids))
                 sequence_ids[b, start:end] = number
                 start = end
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "sequence_ids": sequence_ids}
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        names = ("input_ids", "labels", "position_ids", "sequence_ids")
+        return dict(zip(names, torch.from_numpy(batch), strict=True))
 
 
 # ---------------------------------------------------------------- the stream of rows
@@ -196,20 +195,16 @@ class MicroBatch(NamedTuple):
     position_ids: Tensor  # (B, T)
     documents: Documents
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """Return the same micro-batch with `move` applied to each tensor."""
-        return MicroBatch(move(self.input_ids), move(self.position_ids), self.documents.map(move))
-
     def arguments(self, device: torch.device) -> dict[str, Any]:
         """Return the model's arguments on the device. From pinned memory they are copied while it computes."""
-        return self.map(lambda x: x.to(device, non_blocking=True))._asdict()
+        return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)._asdict()
 
 
 def make_micro_batch(batch: Batch, device: torch.device, fixed_length: bool = False) -> MicroBatch:
     """Find the documents of a batch. For CUDA its tensors are pinned. fixed_length: see `find_documents`."""
     documents = find_documents(batch["sequence_ids"], batch["labels"], fixed_length)
     micro_batch = MicroBatch(batch["input_ids"], batch["position_ids"], documents)
-    return micro_batch.map(Tensor.pin_memory) if device.type == "cuda" else micro_batch
+    return tree_map_only(Tensor, Tensor.pin_memory, micro_batch) if device.type == "cuda" else micro_batch
 
 
 class Step(NamedTuple):

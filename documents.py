@@ -8,8 +8,7 @@ Shapes: B rows, T positions, N tokens of the stream that the layers work on, D d
 ([0, 0, 1, 2, 2, 2, 2], [0, 2, 3, 7])
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ class Lengths:
 
 
 class Documents(NamedTuple):
-    """Where the documents (pieces, as attention sees them) of a batch are, and its real tokens and targets.
+    """The places of a batch's documents (pieces, as attention sees them), and its real tokens and targets.
 
     The host's values vary from batch to batch; compiled code must not depend on them, except for `longest`.
     """
@@ -40,15 +39,6 @@ class Documents(NamedTuple):
     longest: int  # upper bound of the documents' lengths
     lengths: Lengths  # of all documents that are not empty
     num_documents: int  # real ones
-
-    @property
-    def num_targets(self) -> int:
-        return 0 if self.labels is None else len(self.labels)
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> "Documents":
-        """Return the same documents with `move` applied to each tensor."""
-        moved: dict[str, Any] = {name: move(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(**moved)
 
 
 def find_documents(sequence_ids: Tensor, labels: Tensor | None = None, fixed_length: bool = False) -> Documents:

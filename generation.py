@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from kernels import compute_dtype, fast_decoding
+from kernels import compute_dtype
 from model import Block, DeepSeekV2, LayerCache
 from tokenizer import Tokenizer
 
@@ -136,19 +136,18 @@ def generate(
     stops = torch.tensor(stop_token_ids, dtype=torch.int64, device=device)
     tokens = torch.zeros_like(lengths)
     stopped = torch.zeros_like(lengths, dtype=torch.bool)
-    with fast_decoding(model):
-        cache = LatentCache(model, len(prompts), min(longest + steps, context))
-        logits = cache.prefill(padded, lengths)
-        for step in range(steps):
-            if observe:
-                observe(logits)
-            tokens = torch.where(stopped, tokens, sample(logits, temperature, top_k, top_p, generator))
-            yield tokens.tolist()
-            positions = lengths + step
-            stopped |= torch.isin(tokens, stops) | (positions + 1 >= context)
-            if stopped.all() or step == steps - 1:
-                return
-            logits = cache.step(tokens, positions.clamp(max=context - 1), min(longest + step + 1, context))
+    cache = LatentCache(model, len(prompts), min(longest + steps, context))
+    logits = cache.prefill(padded, lengths)
+    for step in range(steps):
+        if observe:
+            observe(logits)
+        tokens = torch.where(stopped, tokens, sample(logits, temperature, top_k, top_p, generator))
+        yield tokens.tolist()
+        positions = lengths + step
+        stopped |= torch.isin(tokens, stops) | (positions + 1 >= context)
+        if stopped.all() or step == steps - 1:
+            return
+        logits = cache.step(tokens, positions.clamp(max=context - 1), min(longest + step + 1, context))
 
 
 def room(model: DeepSeekV2, prompt: list[int], max_new_tokens: int, name: str = "the conversation") -> int:

@@ -31,44 +31,40 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class Tuning(NamedTuple):
-    """Sizes that suit a kind of processor. Results do not depend on them, except for rounding."""
+    """Sizes that suit a kind of processor; by default they suit any. Results differ by rounding only."""
 
-    flash: int  # widest heads for FlashAttention's kernel, in bf16
-    longest_plain: int  # longest document that is attended to by plain matrix products
-    run: int  # row counts are rounded up to multiples of it, for which the host must know them
-    block: int  # rows of logits at a time
-    few: int  # row counts in generation up to which memory, not arithmetic, sets the pace
-    unpacked: int  # experts whose quantised weights exist in full precision at a time; a GPU never waits: all of them
-    chunk: int  # numbers at a time whose intermediate results fit into the processor's cache
-    targets: int  # target tokens whose logits exist at a time
-    fused: bool  # elementwise chains are compiled into one kernel, and products add to fp32 sums by themselves
+    flash: int = 0  # widest heads for FlashAttention's kernel, in bf16
+    longest_plain: int = 0  # longest document that is attended to by plain matrix products
+    run: int = 1  # row counts are rounded up to multiples of it, for which the host must know them
+    block: int = 512  # rows of logits at a time
+    few: int = 0  # row counts in generation up to which memory, not arithmetic, sets the pace
+    unpacked: int = 2**20  # experts whose quantised weights exist in full precision at a time; a GPU never waits: all
+    chunk: int = 2**24  # numbers at a time whose intermediate results fit into the processor's cache
+    targets: int = 512  # target tokens whose logits exist at a time
+    fused: bool = False  # elementwise chains are compiled into one kernel, and products add to fp32 sums
 
 
 TUNING = {
-    "cpu": Tuning(
-        flash=0, longest_plain=1024, run=64, block=16, few=32, unpacked=1, chunk=2**18, targets=512, fused=False
-    ),
-    "cuda": Tuning(
-        flash=256, longest_plain=0, run=1, block=512, few=0, unpacked=2**20, chunk=2**24, targets=4096, fused=True
-    ),
+    "cpu": Tuning(longest_plain=1024, run=64, block=16, few=32, unpacked=1, chunk=2**18),
+    "cuda": Tuning(flash=256, targets=4096, fused=True),
 }
-OTHER_DEVICES = TUNING["cuda"]._replace(flash=0, targets=512, fused=False)
 
 
 def tuning(x: Tensor) -> Tuning:
-    return TUNING.get(x.device.type, OTHER_DEVICES)
+    return TUNING.get(x.device.type, Tuning())
 
 
+@functools.cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function compiled into fused kernels, or as it is where there is no Triton."""
+    """Return the function compiled into fused kernels, or unchanged if there is no Triton."""
     return torch.compile(function) if has_triton() else function
 
 
 @contextlib.contextmanager
 def tuned_as(device_type: str) -> Iterator[None]:
-    """Within the block, tensors on the CPU are handled like those on another kind of device: for dry runs and tests."""
+    """Within the block, handle tensors on the CPU like those on another kind of device: for dry runs and tests."""
     saved = TUNING["cpu"]
-    TUNING["cpu"] = TUNING.get(device_type, OTHER_DEVICES)._replace(run=1)
+    TUNING["cpu"] = TUNING.get(device_type, Tuning())._replace(run=1)
     try:
         yield
     finally:
@@ -79,7 +75,7 @@ def tuned_as(device_type: str) -> Iterator[None]:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
-    """One causal softmax for each document. q, k (N, H, qk_head_dim), v (N, H, v_head_dim) -> (N, H, v_head_dim)."""
+    """Apply one causal softmax per document. q, k (N, H, qk_head_dim), v (N, H, v_head_dim) -> (N, H, v_head_dim)."""
     outputs = []
     for start, end in zip(documents.offsets[:-1], documents.offsets[1:], strict=True):
         scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
@@ -116,7 +112,7 @@ def attention_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, 
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One document, heads first: q, k (H, T, qk_head_dim), v (H, T, v_head_dim) -> like v."""
+    """Attend within one document, heads first: q, k (H, T, qk_head_dim), v (H, T, v_head_dim) -> like v."""
     if q.shape[1] <= tuning(q).longest_plain:
         return causal_attention_in_blocks(q, k, v, scale)
     q, k, wide_v = (x[None] for x in equally_wide(q, k, v))
@@ -203,7 +199,7 @@ class RowProduct(NamedTuple):
         return torch.cat([linear(row, matrices[expert]) for row, expert in rows])
 
     def parts(self, size: int) -> "Iterator[tuple[slice, slice, Product]]":
-        """One row at a time, whatever the size."""
+        """The same for one row at a time; the size is ignored."""
         for row, expert in enumerate(self.experts):
             yield slice(row, row + 1), slice(expert, expert + 1), RowProduct([0])
 
@@ -350,15 +346,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.gradients
-        ctx.gradients = None  # drops the only other reference: the parameter takes grad_weight over without a copy
+        gradients, ctx.gradients = ctx.gradients, None  # no other reference: parameters take them over without a copy
         with record_function("loss"):
-            return (
-                None if grad_hidden is None else grad_hidden * grad,
-                None if grad_weight is None else grad_weight.mul_(grad),
-                None,
-                None,
-            )
+            grad_hidden, grad_weight = (None if x is None else x.mul_(grad) for x in gradients)
+        return grad_hidden, grad_weight, None, None
 
 
 def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor) -> Tensor:
@@ -385,16 +376,11 @@ def softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.squeeze(1)
 
 
-@functools.cache
-def compiled_softmax_minus_one_hot() -> Callable[..., Tensor]:
-    return compiled(softmax_minus_one_hot_)
-
-
 @torch.library.custom_op("kernels::fused_cross_entropy_", mutates_args=("logits",))
 def fused_cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """`cross_entropy_and_gradient_`, which reads and writes the logits about once. An operation of its own, so that
-    dry runs count it as one."""
-    return compiled_softmax_minus_one_hot()(logits, targets)
+    """`cross_entropy_and_gradient_`, which reads and writes the logits about once. A custom operation, so that dry
+    runs count it as one."""
+    return compiled(softmax_minus_one_hot_)(logits, targets)
 
 
 @fused_cross_entropy_.register_fake
@@ -422,8 +408,10 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def is_few(rows: Tensor) -> bool:
-    """Whether it is generation on CPU, a few tokens at a time, where the memory sets the pace."""
-    return len(rows) <= tuning(rows).few and torch.is_inference_mode_enabled()
+    """Whether this is generation on CPU, a few tokens at a time, where memory sets the pace."""
+    if torch.compiler.is_compiling():  # blocks are compiled for training only
+        return False
+    return torch.is_inference_mode_enabled() and len(rows) <= tuning(rows).few
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -438,14 +426,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return halves.permute(2, 0, 1).flatten(1)
 
 
-@contextlib.contextmanager
-def fast_decoding(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the model's linear layers multiply by `linear`."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
-    for layer in layers:
-        layer.forward = functools.partial(linear, weight=layer.weight)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+class Linear(nn.Linear):
+    """A layer without bias that multiplies by `linear`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)

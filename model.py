@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
 from documents import Documents, find_documents
-from kernels import Product, compute_dtype, document_attention, find_routes, linear, sum_cross_entropy
+from kernels import Linear, Product, compute_dtype, document_attention, find_routes, linear, sum_cross_entropy
 
 
 class Routing(NamedTuple):
@@ -48,13 +48,8 @@ class LossOutput(NamedTuple):
     expert_counts: Tensor  # (MoE layers, E)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root mean square normalisation, computed in fp32: x / sqrt(mean(x^2) + eps) * weight."""
-
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(compute_dtype(x))
@@ -90,8 +85,11 @@ def rope_frequencies(config: ModelConfig, device: torch.device | None = None) ->
     return frequencies, factor
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair of neighbours in x (N, H, qk_rope_head_dim) by its token's angle; cos, sin (N, 1, half)."""
+Rope = tuple[Tensor, Tensor]  # cos and sin of each token's angles (N, 1, qk_rope_head_dim / 2)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate each pair of neighbours in x (N, H, qk_rope_head_dim) by its token's angle."""
     cos, sin = rope
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
@@ -120,40 +118,37 @@ class Attention(nn.Module):
         heads, rank = config.num_attention_heads, config.kv_lora_rank
         self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, heads * self.qk_head_dim, bias=False)
+            self.q_proj = Linear(config.hidden_size, heads * self.qk_head_dim)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(rank)  # the latents' norms keep 1e-6 whatever rms_norm_eps is, as DeepSeek's do
-        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
+            # the latents' norms keep 1e-6 regardless of rms_norm_eps, like DeepSeek's
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * self.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(rank, eps=1e-6)
+        self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size)
         self.scale = self.qk_head_dim**-0.5
         if config.rope_scaling is not None:
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], context: Documents | LayerCache) -> Tensor:
-        """x (N, hidden_size) -> (N, hidden_size); rope: cos and sin of each token's angles (N, 1, half)."""
-        q_nope, q_pe = self.queries(x, rope)
-        latent, k_pe = self.latents(x, rope)
+    def forward(self, x: Tensor, rope: Rope, context: Documents | LayerCache) -> Tensor:
+        """x (N, hidden_size) -> (N, hidden_size)"""
+        config = self.config
+        # queries without and with position (N, H, qk_nope_head_dim), (N, H, qk_rope_head_dim); equations 12 to 15
+        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (config.num_attention_heads, self.qk_head_dim))
+        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_pe = rotate(q_pe, rope)
+        # what is cached: latent (N, kv_lora_rank), rotary key (N, qk_rope_head_dim); equations 9 and 16
+        latent, k_pe = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        latent, k_pe = self.kv_a_layernorm(latent), rotate(k_pe[:, None], rope)[:, 0]
+        # attention
         if isinstance(context, Documents):
             output = self.attend_expanded(q_nope, q_pe, latent, k_pe, context)
         else:
             output = self.attend_absorbed(q_nope, q_pe, latent, k_pe, context)
         return self.o_proj(output.flatten(1))
-
-    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return queries without and with position (N, H, qk_nope_head_dim), (N, H, qk_rope_head_dim); eq. 12-15."""
-        q = self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (self.config.num_attention_heads, self.qk_head_dim))
-        q_nope, q_pe = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
-        return q_nope, rotate(q_pe, rope)
-
-    def latents(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what is cached: latent (N, kv_lora_rank), rotary key (N, qk_rope_head_dim); equations 9 and 16."""
-        latent, k_pe = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        return self.kv_a_layernorm(latent), rotate(k_pe[:, None], rope)[:, 0]
 
     def attend_expanded(
         self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, documents: Documents
@@ -200,9 +195,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, intermediate_size)
+        self.up_proj = Linear(config.hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -309,7 +304,7 @@ def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents:
 
 
 class Block(nn.Module):
-    """One layer: attention, then a feed-forward network, each on the normalised stream and added to it."""
+    """A layer: attention, then a feed-forward network, each on the normalised stream and added to it."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -319,9 +314,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], context: Documents | LayerCache
-    ) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, rope: Rope, context: Documents | LayerCache) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), rope, context)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MLP):
@@ -369,7 +362,7 @@ class DeepSeekV2(nn.Module):
         self.config = config
         self.model = Decoder(config)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
         with torch.no_grad():
             for parameter, (_, value) in zip(self.parameters(), self.initial_weights(), strict=True):
                 parameter.copy_(value)
@@ -387,10 +380,9 @@ class DeepSeekV2(nn.Module):
         """Yield a value for each parameter: matrices normal with one standard deviation, norms one (section 3.1.2)."""
         for name, parameter in self.named_parameters():
             value = torch.ones(parameter.shape)
-            yield (
-                name,
-                value if value.dim() == 1 else value.normal_(0, self.config.initializer_range, generator=generator),
-            )
+            if value.dim() > 1:
+                value.normal_(0, self.config.initializer_range, generator=generator)
+            yield name, value
 
     def forward(
         self,
@@ -425,7 +417,7 @@ class DeepSeekV2(nn.Module):
         counts = [routing.expert_counts for routing in routings]
         return LossOutput(
             loss_sum=loss_sum,
-            num_targets=documents.num_targets,
+            num_targets=len(documents.labels),
             balance_loss=torch.stack(balance).sum() if balance else loss_sum.new_zeros(()),
             num_documents=documents.num_documents,
             expert_counts=torch.stack(counts) if counts else loss_sum.new_zeros(0, self.config.n_routed_experts),

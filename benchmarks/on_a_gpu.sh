@@ -17,6 +17,7 @@ for i in range(torch.cuda.device_count()):
     print(f'{p.name}, {p.total_memory / 1e9:.1f} GB, compute capability {p.major}.{p.minor}')"
 step "fused kernels equal the plain ones on the GPU (largest relative difference)" python - <<'PYTHON'
 import torch
+from torch.utils._pytree import tree_map_only
 import kernels, quantization
 from documents import find_documents
 def difference(a, b): return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
@@ -34,7 +35,7 @@ codes, absmax = quantization.quantize(torch.randn(2**20).cuda())
 ours = quantization.dequantize(codes, absmax, None, torch.float32)
 plain = quantization.unpack(codes, absmax, torch.tensor(quantization.LEVELS, device="cuda"), torch.float32)
 print("NF4", f"{difference(ours, plain):.1e}")
-documents = find_documents(torch.tensor([[1] * 300 + [2] * 200 + [0] * 12])).map(torch.Tensor.cuda)
+documents = tree_map_only(torch.Tensor, torch.Tensor.cuda, find_documents(torch.tensor([[1] * 300 + [2] * 200 + [0] * 12])))
 q, k, v = (torch.randn(500, 4, d, device="cuda", dtype=torch.bfloat16) for d in (192, 192, 128))
 fast, slow = (f(q, k, v, documents, 0.07) for f in (kernels.document_attention, kernels.plain_attention))
 print("attention", f"{difference(fast, slow):.1e}")

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from config import TrainConfig, UserError
@@ -92,7 +92,7 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
             parallelize(model, gathered_modules(model, config.compute.dtype), mesh)
             model.train().model.gradient_checkpointing = config.compute.gradient_checkpointing
             optimizers = make_optimizers(model, config.optimizer, dtype)
-            inputs = batch.map(fake.from_tensor)._asdict()
+            inputs = tree_map_only(Tensor, fake.from_tensor, batch)._asdict()
             step(model, optimizers, inputs, config)  # creates optimizer state, and DTensor's plans
             with LiveMemory(model, optimizers) as live:
                 recorded = step(model, optimizers, inputs, config)

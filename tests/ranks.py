@@ -52,7 +52,7 @@ class WatchedTrainer(trainer.Trainer):
         self.sent: list[Counter[str]] = []
 
     def forward(self, micro_batch: MicroBatch) -> LossOutput:
-        targets = micro_batch.documents.num_targets
+        targets = len(micro_batch.documents.labels)
         if self.model.training:
             self.seen["targets"].append(targets)
             self.seen["held"] = max(self.seen["held"], local_bytes(p.grad for p in self.model.parameters()))

@@ -284,7 +284,7 @@ def test_packed_batches_are_compiled_once() -> None:
     for seed in range(20):
         batch = packed_batch(seed)
         documents = find_documents(batch["sequence_ids"], batch["labels"], fixed_length=True)
-        shapes.add((tuple(documents.lengths.values), documents.num_targets))
+        shapes.add((tuple(documents.lengths.values), len(documents.labels)))
         on_path(model, batch, documents, backward=seed < 3)
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(shapes) > 15
@@ -365,7 +365,8 @@ def test_weights_gradients_moments_and_activations_are_predicted() -> None:
     assert whole.memory["optimizer"] == pytest.approx(2 * size, rel=0.01)
     assert whole.sent == 0
     assert largest.peak - larger.peak == pytest.approx(larger.peak - whole.peak, rel=0.02)
-    assert planned(batch_size=6, gradient_checkpointing=True).peak < 0.95 * largest.peak
+    kept, recomputed = (planned(num_hidden_layers=2, gradient_checkpointing=choice) for choice in (False, True))
+    assert recomputed.peak < 0.95 * kept.peak
     assert larger.flops == pytest.approx(2 * whole.flops)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import kernels
@@ -230,7 +231,7 @@ def test_a_step_waits_for_its_numbers_once_after_the_optimizer(
     monkeypatch.setattr(trainer, "update_weights", lambda *x: done.append("optimizer") or update_weights(*x))
     monkeypatch.setattr(FakeTensor, "tolist", lambda x: done.append("numbers") or [1.0] * x.numel())
     forward = trainer.forward
-    monkeypatch.setattr(trainer, "forward", lambda x: forward(x.map(fake.from_tensor)))
+    monkeypatch.setattr(trainer, "forward", lambda x: forward(tree_map_only(Tensor, fake.from_tensor, x)))
     with fake:
         trainer.train_step(step)
     assert done == ["optimizer", "numbers"]
