@@ -353,8 +353,7 @@ PLANNED = small_config(
 @functools.cache
 def planned(ranks: int = 1, **changes: Any) -> DryRun:
     settings = {"dtype": "bfloat16", "batch_size": 2, "gradient_accumulation_steps": 3, "max_seq_len": 512}
-    config = TrainConfig().changed(**settings | {"model": PLANNED} | changes)
-    return dry_run(config, ranks)
+    return dry_run(TrainConfig().changed(model=PLANNED, **settings).changed(**changes), ranks)
 
 
 def test_weights_gradients_moments_and_activations_are_predicted() -> None:
