@@ -3,11 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from config import ModelConfig
+from datacollator import DataCollator
 from model import DeepSeekV2
 
 # Widths of the small model for NF4, which takes rows of 64 numbers; the heads' are free.
@@ -22,7 +24,7 @@ WIDE: dict[str, Any] = {
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    """One dense layer and two with experts; every width differs, so that a mix-up cannot go unseen."""
+    """One dense layer and two with experts; all widths differ, so that no two can be exchanged."""
     defaults: dict[str, Any] = {
         "vocab_size": 112,
         "hidden_size": 48,
@@ -44,7 +46,7 @@ def small_config(**changes: Any) -> ModelConfig:
 
 
 def small_model(seed: int = 0, **changes: Any) -> DeepSeekV2:
-    """Random weights, the norms' too."""
+    """A model with random weights, including the norms'."""
     torch.manual_seed(seed)
     model = DeepSeekV2(small_config(**changes))
     with torch.no_grad():
@@ -54,26 +56,11 @@ def small_model(seed: int = 0, **changes: Any) -> DeepSeekV2:
     return model
 
 
-def make_batch(rows: list[list[int]], seed: int = 0, vocab_size: int = 112, width: int = 0) -> dict[str, Tensor]:
-    """Rows given by the lengths of their conversations, padded to `width` or the longest; a third of the tokens are no
-    target."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(width, *(sum(row) for row in rows))
-    batch = {
-        name: torch.zeros(len(rows), width, dtype=torch.int64) for name in ("input_ids", "position_ids", "sequence_ids")
-    }
-    batch["labels"] = torch.full((len(rows), width), -100)
-    for row, lengths in enumerate(rows):
-        start = 0
-        for number, length in enumerate(lengths):
-            part = slice(start, start + length)
-            tokens = torch.randint(1, vocab_size, (length + 1,), generator=generator)
-            batch["input_ids"][row, part] = tokens[:-1]
-            batch["labels"][row, part] = torch.where(torch.rand(length, generator=generator) < 2 / 3, tokens[1:], -100)
-            batch["position_ids"][row, part] = torch.arange(length)
-            batch["sequence_ids"][row, part] = number + 1
-            start += length
-    return batch
+def make_batch(rows: list[list[int]], seed: int = 0, width: int = 0) -> dict[str, Tensor]:
+    """Return rows given by the lengths of their conversations, padded to `width` or the longest; a third of the tokens
+    are no targets."""
+    rng, collator = np.random.default_rng(seed), DataCollator(max(width, *map(sum, rows)), pad_token_id=0)
+    return collator([[(rng.integers(1, 112, n), rng.random(n) < 2 / 3) for n in row] for row in rows])
 
 
 def transformers_model(model: DeepSeekV2) -> DeepseekV2ForCausalLM:
@@ -88,5 +75,5 @@ def transformers_model(model: DeepSeekV2) -> DeepseekV2ForCausalLM:
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference over the largest entry."""
+    """Return the largest difference over the largest entry."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

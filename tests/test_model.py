@@ -1,5 +1,8 @@
 """The model against transformers, DeepSeek's published code, and literal loops over the paper's formulas."""
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def loss_and_gradients(model: DeepSeekV2, **batch: Tensor) -> tuple[LossOutput, dict[str, Tensor]]:
-    """Gradients of cross entropy and balance losses together."""
+    """Return the output, and the gradients of cross entropy plus balance losses."""
     model.zero_grad()
     output = model(**batch)
     (output.loss_sum + output.balance_loss).backward()
@@ -30,7 +33,7 @@ def loss_and_gradients(model: DeepSeekV2, **batch: Tensor) -> tuple[LossOutput, 
 
 
 def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], floor: float = 1e-3) -> None:
-    """1e-5 of each gradient's largest entry, or of `floor` of the largest of all, where one is but rounding errors."""
+    """Compare within 1e-5 of each gradient's largest entry; of `floor` of the largest of all, if that is more."""
     assert ours.keys() == theirs.keys()
     largest = max(gradient.abs().max() for gradient in theirs.values())
     for name in ours:
@@ -63,7 +66,7 @@ CASES = {
     "only dense layers": {"first_k_dense_replace": 3},
     "tied": {"tie_word_embeddings": True},
     "another epsilon": {"rms_norm_eps": 1e-2, "q_lora_rank": 18},
-    "one expert a token": {"num_experts_per_tok": 1, "n_shared_experts": 1},
+    "one expert per token": {"num_experts_per_tok": 1, "n_shared_experts": 1},
     "as V2": {
         "q_lora_rank": 18,
         "rope_scaling": YARN,
@@ -127,7 +130,7 @@ def test_logits_are_zero_at_padding_with_a_fixed_length_too() -> None:
     assert relative_difference(logits, expected) < 1e-5
 
 
-def test_defaults_mean_one_conversation_a_row() -> None:
+def test_by_default_a_row_is_one_conversation() -> None:
     model = small_model()
     batch = make_batch([[20], [20]])
     assert torch.equal(model(batch["input_ids"]), model(**batch | {"labels": None}))
@@ -227,11 +230,11 @@ def test_packed_rows_equal_one_conversation_at_a_time(rows: list[list[int]], see
     assert packed.num_documents == len(alone)
     assert packed.loss_sum.item() == pytest.approx(sum(output.loss_sum.item() for output in alone), rel=1e-5)
     assert packed.balance_loss.item() == pytest.approx(sum(output.balance_loss.item() for output in alone), rel=1e-5)
-    # a conversation of one token has no gradient for its queries but rounding errors
+    # the gradient for the queries of a conversation of one token is rounding error
     assert_same_gradients(packed_gradients, gradients(model), floor=0.1)
 
 
-def test_what_padding_holds_changes_nothing() -> None:
+def test_values_in_padding_do_not_change_loss_or_gradients() -> None:
     model = small_model()
     batch = make_batch([[5, 9], [20]])
     output, expected = loss_and_gradients(model, **batch)
@@ -265,20 +268,6 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_compiled_blocks_equal_plain_ones() -> None:
-    """torch.compile's tracing and its gradients; without the code generator, which takes minutes on CPU."""
-    model = small_model(num_hidden_layers=2).train()
-    batch = make_batch([[30], [4, 8]])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain, expected = loss_and_gradients(model, **batch)
-        for block in model.model.layers:
-            block.compile(backend="aot_eager")
-        output, got = loss_and_gradients(model, **batch)
-    assert output.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=1e-3)
-    for name, gradient in expected.items():
-        assert (got[name] - gradient).norm() <= 0.02 * gradient.norm(), name
-
-
 # ---------------------------------------------------------------- the loss
 
 
@@ -310,16 +299,11 @@ def test_autocast_keeps_the_loss_near_that_of_float32() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", range(60, 69, 2))
 def test_widths_are_refused_where_the_grouped_product_refuses_them(dtype: str, width: int) -> None:
-    x, stack = (
-        torch.zeros(4, width, dtype=getattr(torch, dtype)),
-        torch.zeros(2, 16, width, dtype=getattr(torch, dtype)),
-    )
-    config = TrainConfig().changed(dtype=dtype, hidden_size=width, num_attention_heads=1)
-    refused = []
-    for attempt in (lambda: F.grouped_mm(x, stack.mT, offs=torch.tensor([2, 4], dtype=torch.int32)), config.validate):
-        try:
-            attempt()
-            refused.append(False)
-        except (RuntimeError, UserError):
-            refused.append(True)
-    assert refused[0] == refused[1]
+    x, stack = (torch.zeros(*shape, width, dtype=getattr(torch, dtype)) for shape in ((4,), (2, 16)))
+    error: Any = contextlib.nullcontext()
+    try:
+        F.grouped_mm(x, stack.mT, offs=torch.tensor([2, 4], dtype=torch.int32))
+    except RuntimeError:
+        error = pytest.raises(UserError)
+    with error:
+        TrainConfig().changed(dtype=dtype, hidden_size=width, num_attention_heads=1).validate()
