@@ -1,7 +1,7 @@
-"""Pieces of conversations to batches: pack or pad, then shift. The stream of rows, and its loader.
+"""Turn pieces of conversations into batches: pack or pad, shift the labels, load in the background.
 
-A row of a batch holds one piece and padding or, packed, as many pieces as fit (best fit decreasing). Packing changes no
-result: `position_ids` restart and `sequence_ids` differ, so the model keeps pieces apart. It saves the padding.
+A piece is the part of a conversation that fits a row. A row holds one piece and padding or, packed, as many as fit.
+Packing saves padding and changes no result: `sequence_ids` keep pieces apart, and `position_ids` restart.
 
 >>> pieces = [([1, 2, 3], [0, 1, 1]), ([4, 5], [0, 1]), ([6, 7], [0, 1])]  # token ids, mask
 >>> rows = pack_best_fit([len(ids) for ids, _ in pieces], capacity=5)
@@ -44,8 +44,8 @@ Piece = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Group indices of lengths into rows of at most `capacity` tokens: best fit decreasing.
 
-    From the longest on, each goes into the row that it fills best. The number of rows depends on the lengths, not on
-    their order. Raises ValueError for a length above capacity.
+    Longest first, each goes to the fullest row with room for it. The number of rows depends on the lengths, not on
+    their order, so every epoch has equally many. Raises ValueError for a length above capacity.
     """
     rows: list[list[int]] = []
     rows_with_room: dict[int, list[int]] = defaultdict(list)
@@ -73,19 +73,19 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[li
 
 @dataclass(frozen=True)
 class DataCollator:
-    """Makes a Batch of rows of pieces."""
+    """Collates rows of pieces into a `Batch`."""
 
-    # Width of a packed row, and the largest width of a padded one.
+    # Width of a packed row; pieces are no longer than that.
     max_seq_len: int
     # Fills the rest of a row; never seen by attention, experts or loss.
     pad_token_id: int
-    # Every row max_seq_len wide with any number of pieces; otherwise one piece per row, padded to the longest.
+    # True: many pieces per row of max_seq_len. False: one piece per row, padded to the longest of the batch.
     packing: bool = True
 
     def __call__(self, rows: Sequence[Sequence[Piece]]) -> Batch:
         """Return the batch of these rows, each a list of pieces.
 
-        labels[b, t] is the token after input_ids[b, t] in the same piece if that one is trained on, else -100.
+        labels[b, t] is the next token of the same piece if its mask is 1, else -100 (also at a piece's end).
         position_ids count from 0 and sequence_ids are 1, 2, 3 ... for the pieces of a row, both 0 in padding.
         """
         width = self.max_seq_len if self.packing else max(len(ids) for row in rows for ids, _ in row)
@@ -116,17 +116,18 @@ class Counts(NamedTuple):
 
 
 def count_targets(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Count the targets of each piece that begins at these offsets: tokens that are trained on, except its first."""
+    """Return the number of targets per piece: tokens with mask 1, except the first, which nothing predicts."""
+    # the minimum: an empty piece has no first token
     sums = np.concatenate(([0], np.cumsum(mask == 1)))
     return sums[offsets[1:]] - sums[np.minimum(offsets[:-1] + 1, offsets[1:])]
 
 
 class RowStream:
-    """An endless stream of rows, of which row i is a pure function of the data, the seed and i.
+    """An endless stream of rows; row i is a pure function of the data, the seed and i.
 
-    So there are no partial batches, any process can read any rows, and a resumed run needs only its step. Row i is in
-    epoch i // rows_per_epoch; every epoch is shuffled and packed anew, into the same number of rows. Without shuffling,
-    rows follow the order of the data, as far as packing allows: by their first piece.
+    So any process can read any row, and a resumed run needs only the number of rows seen. Row i is in epoch
+    i // rows_per_epoch; every epoch is shuffled and packed anew, into the same number of rows. Without shuffling, rows
+    follow the order of the data, as far as packing allows: by their earliest piece.
     """
 
     def __init__(self, dataset: "datasets.Dataset", collator: DataCollator, seed: int = 0, shuffle: bool = True):
@@ -134,23 +135,25 @@ class RowStream:
         self.collator = collator
         self.seed = seed
         self.shuffle = shuffle
-        # Arrow's own buffers, usually a memory map: for each chunk, where pieces begin, and their tokens.
+        # Zero-copy Arrow buffers, usually memory-mapped; per chunk: offsets of the pieces, and values.
         chunks = [dataset.data.column(name).chunks for name in ("input_ids", "mask")]
         self._ids, self._mask = ([(c.offsets.to_numpy(), c.values.to_numpy()) for c in column] for column in chunks)
         self._chunk_starts = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._ids])
         lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._ids])
-        # If the dataset is a selection of rows, their places in the buffers; nothing is copied.
+        # Index of each example in the buffers: not 0, 1, 2 … if the dataset is a selection.
         chosen = dataset._indices
         self._places = np.arange(len(lengths)) if chosen is None else chosen.column(0).to_numpy().astype(np.int64)
         self.lengths = lengths[self._places]
         self.num_targets = np.concatenate([count_targets(*chunk) for chunk in self._mask])[self._places]
-        # Changes with the data or its order.
-        self.fingerprint = zlib.crc32(self.lengths.tobytes())
-        self._epoch_rows = functools.lru_cache(maxsize=2)(self._arrange_epoch)
+        # Changes with the tokens, the mask or their order.
+        self.fingerprint = 0
+        for values in (self._places, self.lengths, *(values for _, values in (*self._ids, *self._mask))):
+            self.fingerprint = zlib.crc32(values, self.fingerprint)
+        self._epoch_rows = functools.lru_cache(maxsize=2)(self._arrange_epoch)  # this epoch and the next
         self.rows_per_epoch = len(self._epoch_rows(0))
 
     def piece(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and mask of row `index` of the dataset."""
+        """Return ids and mask of dataset[index]."""
         place = int(self._places[index])
         chunk = int(np.searchsorted(self._chunk_starts, place, side="right")) - 1
         at = place - self._chunk_starts[chunk]
@@ -175,6 +178,7 @@ class RowStream:
         return self.collator([self.row(i) for i in rows])
 
     def _arrange_epoch(self, epoch: int) -> list[list[int]]:
+        """Return the rows of an epoch, as lists of indices of pieces."""
         rng = np.random.default_rng([self.seed, epoch])
         order = np.arange(len(self.lengths))
         if self.shuffle:
@@ -189,19 +193,19 @@ class RowStream:
 
 
 class MicroBatch(NamedTuple):
-    """The model's arguments for some rows: a batch whose documents have been found."""
+    """A batch as the model's arguments, with documents in place of sequence_ids and labels."""
 
     input_ids: Tensor  # (B, T)
     position_ids: Tensor  # (B, T)
     documents: Documents
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
-        """Return the model's arguments on the device. From pinned memory they are copied while it computes."""
+        """Return the model's arguments on the device. Copies from pinned memory overlap with its computation."""
         return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)._asdict()
 
 
 def make_micro_batch(batch: Batch, device: torch.device, fixed_length: bool = False) -> MicroBatch:
-    """Find the documents of a batch. For CUDA its tensors are pinned. fixed_length: see `find_documents`."""
+    """Return a batch as the model's arguments, pinned for CUDA. fixed_length: keep padding, so N is constant."""
     documents = find_documents(batch["sequence_ids"], batch["labels"], fixed_length)
     micro_batch = MicroBatch(batch["input_ids"], batch["position_ids"], documents)
     return tree_map_only(Tensor, Tensor.pin_memory, micro_batch) if device.type == "cuda" else micro_batch
@@ -211,7 +215,7 @@ class Step(NamedTuple):
     """Data of one optimizer step, for one rank."""
 
     micro_batches: list[MicroBatch]  # this rank's
-    counts: Counts  # of all ranks' rows: a function of the data, so no rank has to ask another
+    counts: Counts  # of all ranks' rows, known from the data without communication
 
 
 class StepLoader:
@@ -224,24 +228,25 @@ class StepLoader:
         self.fixed_length = fixed_length and rows.collator.packing
 
     def steps(self, first_row: int, number: int) -> Generator[Step, None, None]:
-        """Yield `number` steps from a row on; a thread loads the next one during each."""
+        """Yield `number` steps from `first_row` on; a thread loads the next one meanwhile."""
         with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(self.load, first_row)
+            next_step = pool.submit(self.load, first_row)
             for step in range(1, number + 1):
-                loaded = following.result()
-                following = pool.submit(self.load, first_row + step * self.rows_per_step)
+                loaded = next_step.result()
+                next_step = pool.submit(self.load, first_row + step * self.rows_per_step)
                 yield loaded
 
     def load(self, first_row: int) -> Step:
         """Load the step that begins with this row."""
         size, end = self.batch_size, first_row + self.rows_per_step
+        # ranks take micro-batches in turn
         starts = range(first_row + self.world.rank * size, end, size * self.world.size)
         micro_batches = [self.micro_batch(range(start, start + size)) for start in starts]
         return Step(micro_batches, self.rows.counts(range(first_row, end)))
 
-    def micro_batch(self, rows: Iterable[int], counted: bool = True) -> MicroBatch:
-        """Load these rows. counted: False removes their targets."""
+    def micro_batch(self, rows: Iterable[int], with_labels: bool = True) -> MicroBatch:
+        """Load these rows. with_labels: False removes their targets."""
         batch = self.rows.batch(rows)
-        if not counted:
+        if not with_labels:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE)
         return make_micro_batch(batch, self.world.device, self.fixed_length)

@@ -1,20 +1,22 @@
-"""DeepSeek-V2 (https://arxiv.org/abs/2405.04434) from scratch, after the paper's section 2, in the order of the data.
+"""DeepSeek-V2 (https://arxiv.org/abs/2405.04434) from scratch, following section 2 of the paper.
+
+Embedding -> layers of (attention, mixture of experts) -> norm -> head -> loss; the parts come before the whole.
 
 Shapes in comments: N tokens of all documents in the batch, H heads, E routed experts, K of them chosen per token, V
 entries of the vocabulary, B rows, T positions, S cached positions.
 
-The batch comes as (B, T) tensors, but the layers work on a flat stream (N, hidden_size) of real tokens with a list of
-documents. Padding is removed before the first layer, so packed and padded batches are the same computation. Modules
-have the names of the checkpoints on Hugging Face. kernels.py has the hot operations, each in a plain and a fast form.
+The batch comes as (B, T) tensors, but the layers work on a flat stream (N, hidden_size) with a list of documents.
+Padding is removed first (for torch.compile, it becomes a document of its own), so packed and padded batches give the
+same result. Module names match Hugging Face's. kernels.py has the hot operations, each in a plain and a fast form.
 
 >>> config = ModelConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=8,
 ...     intermediate_size=64, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2)
 >>> model, ids = DeepSeekV2(config), torch.tensor([[3, 1, 4, 1, 5]])
 >>> model(ids).shape  # (B, T, V)
 torch.Size([1, 5, 50])
->>> output = model(ids, labels=ids.roll(-1))
->>> output.num_targets, output.expert_counts.sum().item()  # one MoE layer: two experts per token
-(5, 10.0)
+>>> output = model(ids, labels=torch.tensor([[1, 4, 1, 5, -100]]))
+>>> output.num_targets, output.expert_counts.sum().item()  # one MoE layer: two experts for each of 5 tokens
+(4, 10.0)
 """
 
 import math
@@ -32,7 +34,7 @@ from kernels import Linear, Product, compute_dtype, document_attention, find_rou
 
 
 class Routing(NamedTuple):
-    """Statistics of one layer's router; sums, so that micro-batches and ranks add up."""
+    """Statistics of one layer's router, as sums over tokens, so micro-batches and ranks add up."""
 
     expert_counts: Tensor  # (E,) tokens sent to each expert
     balance_loss: Tensor  # () balance losses, summed over documents
@@ -64,32 +66,32 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, float]:
-    """Return the angle per position of each rotated pair (qk_rope_head_dim / 2,), and the factor on cos and sin.
+    """Return (frequencies, scale): radians per position (qk_rope_head_dim / 2,), and a scale for cos and sin.
 
-    YaRN (https://arxiv.org/abs/2309.00071, section 3.2): pairs that turn often within the original context keep their
-    frequency, slow ones are divided by the factor, those between are mixed linearly.
+    YaRN (https://arxiv.org/abs/2309.00071, section 3.2): high frequencies are kept, low ones are divided by
+    `scaling.factor`, and those in between are interpolated linearly.
     """
     dim, base, scaling = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
     frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
     if scaling is None:
         return frequencies, 1.0
 
-    def pair_that_turns(times: float) -> float:
+    def dim_of_rotations(times: float) -> float:  # the pair that turns so many times within the original context
         return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
+    low = max(math.floor(dim_of_rotations(scaling.beta_fast)), 0)
+    high = min(math.ceil(dim_of_rotations(scaling.beta_slow)), dim - 1)
     slowed = ((torch.arange(dim // 2, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
     frequencies = frequencies / scaling.factor * slowed + frequencies * (1 - slowed)
-    factor = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
-    return frequencies, factor
+    scale = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return frequencies, scale
 
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of each token's angles (N, 1, qk_rope_head_dim / 2)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate each pair of neighbours in x (N, H, qk_rope_head_dim) by its token's angle."""
+    """Rotate adjacent pairs of x (N, H, qk_rope_head_dim) by their token's angles."""
     cos, sin = rope
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
@@ -106,7 +108,7 @@ class LayerCache(NamedTuple):
     w_uv: Tensor  # (H, kv_lora_rank, v_head_dim) up-projection of values
     rows: Tensor  # (B, 1) 0, 1, 2 ...
     positions: Tensor  # (B, T) of the current tokens
-    future: Tensor  # (B, T, S) true where a current token must not attend; S is 1 + the largest position
+    future: Tensor  # (B, T, S) True: not to be attended to; here S is 1 + the largest position
 
 
 class Attention(nn.Module):
@@ -135,12 +137,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, context: Documents | LayerCache) -> Tensor:
         """x (N, hidden_size) -> (N, hidden_size)"""
         config = self.config
-        # queries without and with position (N, H, qk_nope_head_dim), (N, H, qk_rope_head_dim); equations 12 to 15
+        # queries without and with RoPE (N, H, qk_nope_head_dim), (N, H, qk_rope_head_dim); equations 12 to 14
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (config.num_attention_heads, self.qk_head_dim))
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q_pe = rotate(q_pe, rope)
-        # what is cached: latent (N, kv_lora_rank), rotary key (N, qk_rope_head_dim); equations 9 and 16
+        # cached: latent (N, kv_lora_rank), rotary key (N, qk_rope_head_dim); equations 9 and 15
         latent, k_pe = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         latent, k_pe = self.kv_a_layernorm(latent), rotate(k_pe[:, None], rope)[:, 0]
         # attention
@@ -153,7 +155,7 @@ class Attention(nn.Module):
     def attend_expanded(
         self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, documents: Documents
     ) -> Tensor:
-        """Compute every head's keys and values (equations 10, 11, 17), then ordinary attention: for training."""
+        """Compute every head's keys and values (equations 10, 11, 16, 17), then ordinary attention: for training."""
         heads, nope, v_head_dim = q_nope.shape[1], self.config.qk_nope_head_dim, self.config.v_head_dim
         k_nope, v = self.kv_b_proj(latent).unflatten(-1, (heads, nope + v_head_dim)).split([nope, v_head_dim], dim=-1)
         q = torch.cat((q_nope, q_pe), dim=-1)  # (N, H, qk_head_dim)
@@ -161,25 +163,26 @@ class Attention(nn.Module):
         return document_attention(q, k, v, documents, self.scale)
 
     def attend_absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, cache: LayerCache) -> Tensor:
-        """Attend in the latent space, without any head's keys or values: for generation (section 2.1.2, appendix C).
+        """Attend in the latent space, without per-head keys or values: for generation (section 2.1.2, appendix C).
 
         q . (W_uk c) = (W_uk^T q) . c, so queries move into the latent space, and all heads share one key per token.
+        Likewise W_uv is applied after the weighted sum of latents.
         """
         (batch, length), heads, rank = cache.positions.shape, q_nope.shape[1], self.config.kv_lora_rank
         entries = torch.cat((latent, k_pe), dim=-1).to(cache.latents.dtype)
         cache.latents[cache.rows, cache.positions] = entries.view(batch, length, -1)
         keys = cache.latents[:, : cache.future.shape[-1]].to(q_pe.dtype)  # (B, S, rank + rope)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), cache.w_uk.to(q_nope.dtype)).transpose(0, 1)  # (B T, H, rank)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), cache.w_uk.to(q_nope.dtype)).transpose(0, 1)  # (B * T, H, rank)
         q = torch.cat((q_latent, q_pe), dim=-1).view(batch, length * heads, -1)
         scores = (q @ keys.mT).float().mul_(self.scale).view(batch, length, heads, -1)
         weights = scores.masked_fill_(cache.future[:, :, None], -torch.inf).softmax(dim=-1).to(keys.dtype)
-        context = weights.view(batch, length * heads, -1) @ keys[..., :rank]  # (B, T H, rank)
+        context = weights.view(batch, length * heads, -1) @ keys[..., :rank]  # (B, T * H, rank)
         context = context.view(-1, heads, rank).transpose(0, 1)
         return torch.bmm(context, cache.w_uv.to(keys.dtype)).transpose(0, 1)
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
-        """Return W_uk (H, qk_nope_head_dim, rank) and W_uv (H, rank, v_head_dim): the module's outputs for the unit
-        vectors, which include an adapter."""
+        """Return W_uk (H, qk_nope_head_dim, rank) and W_uv (H, rank, v_head_dim): kv_b_proj applied to the
+        identity, which includes an adapter."""
         like = self.kv_a_layernorm.weight
         unit = torch.eye(self.config.kv_lora_rank, dtype=like.dtype, device=like.device)
         columns = self.kv_b_proj(unit).unflatten(-1, (self.config.num_attention_heads, -1))  # (rank, H, nope + v)
@@ -212,7 +215,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, hidden_size) -> scores (N, E), and weight and number of the chosen experts (N, K) each."""
+        """x (N, hidden_size) -> scores (N, E), and weights and indices (N, K) of the chosen experts."""
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.float(), self.weight.float()).softmax(dim=-1)  # equation 22
@@ -223,14 +226,14 @@ class Router(nn.Module):
             allowed = torch.zeros_like(grouped[..., 0]).scatter(1, best_groups, 1.0)
             candidates = (grouped * allowed[..., None]).flatten(1)
         weights, experts = candidates.topk(config.num_experts_per_tok, dim=-1)
-        # as in DeepSeek's own code: weights that sum to one are not scaled, and a single expert keeps its score
+        # as in DeepSeek's own code: weights are normalised or scaled, not both; a single expert's is never normalised
         if config.norm_topk_prob and config.num_experts_per_tok > 1:
             return scores, weights / (weights.sum(dim=-1, keepdim=True) + 1e-20), experts
         return scores, weights * config.routed_scaling_factor, experts
 
 
 class Experts(nn.Module):
-    """The routed experts' SwiGLU networks, stacked: one grouped product serves them all."""
+    """The routed experts' SwiGLU networks, stacked: one grouped product runs them all."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -243,13 +246,13 @@ class Experts(nn.Module):
         """x (N, hidden_size), weights and experts (N, K) -> (N, hidden_size), the sum in equation 20."""
         x, chosen = x.to(compute_dtype(x)), experts.shape[1]
         routes = find_routes(experts.flatten(), self.num_experts)
-        rows = routes.to_experts(x, copies=chosen)  # (N K, hidden_size), sorted by expert
+        rows = routes.to_experts(x, copies=chosen)  # (N * K, hidden_size), sorted by expert
         scales = routes.to_experts(weights.flatten().to(x.dtype))
         gate, up = self.project("gate_up_proj", rows, routes.product).chunk(2, dim=-1)
         output = self.project("down_proj", F.silu(gate) * up * scales[:, None], routes.product)
         return routes.to_tokens(output).unflatten(0, (-1, chosen)).sum(dim=1)
 
-    def project(self, name: str, x: Tensor, product: Product) -> Tensor:
+    def project(self, name: str, x: Tensor, product: Product) -> Tensor:  # LoRA and NF4 override it
         return product(x, getattr(self, name).to(x.dtype))
 
 
@@ -275,10 +278,10 @@ class MoE(nn.Module):
 
 
 def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents: Documents) -> Tensor:
-    """Return the three balance losses of section 2.2.3, computed per document and summed over documents.
+    """Return the sum of section 2.2.3's three balance losses, each computed per document and summed over documents.
 
-    scores (N, E) are the router's, chosen (N, E) is 1 where a token goes to an expert; documents of padding, for which
-    none is chosen, add nothing.
+    scores (N, E): the router's. chosen (N, E): 1 where a token goes to an expert; 0 for padding, whose documents
+    therefore add nothing.
     """
 
     def document_mean(x: Tensor) -> Tensor:  # (N, ·) -> (documents, ·)
@@ -294,7 +297,7 @@ def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents:
         device_load = load.unflatten(-1, (devices, -1)).mean(dim=-1)  # f'_i, equation 27
         loss = loss + config.device_aux_loss_alpha * (device_load * device_affinity).sum()  # equation 26
     if config.communication_aux_loss_alpha:
-        sent = chosen.unflatten(-1, (devices, -1)).amax(dim=-1)  # (N, D), 1 where the token goes to the device
+        sent = chosen.unflatten(-1, (devices, -1)).amax(dim=-1)  # (N, devices) 1: the token goes there
         received = document_mean(sent) * devices / config.topk_group  # f''_i, equation 30
         loss = loss + config.communication_aux_loss_alpha * (received * device_affinity).sum()  # equation 29
     return loss
@@ -304,7 +307,7 @@ def balance_loss(config: ModelConfig, scores: Tensor, chosen: Tensor, documents:
 
 
 class Block(nn.Module):
-    """A layer: attention, then a feed-forward network, each on the normalised stream and added to it."""
+    """A pre-norm layer: attention, then a feed-forward network, each with a residual connection."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -339,9 +342,9 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, list[Routing]]:
         """input_ids, position_ids (N,), a context for each layer -> hidden (N, hidden_size), routing per MoE layer."""
         x = self.embed_tokens(input_ids)
-        frequencies, factor = rope_frequencies(self.config, x.device)
+        frequencies, scale = rope_frequencies(self.config, x.device)
         angles = position_ids[:, None, None].float() * frequencies
-        rope = (angles.cos() * factor, angles.sin() * factor)
+        rope = (angles.cos() * scale, angles.sin() * scale)
         routings = []
         for layer, context in zip(self.layers, contexts, strict=True):
             if self.gradient_checkpointing and self.training:
@@ -377,7 +380,7 @@ class DeepSeekV2(nn.Module):
         return linear(hidden, self.output_weight)
 
     def initial_weights(self, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield a value for each parameter: matrices normal with one standard deviation, norms one (section 3.1.2)."""
+        """Yield (name, value) per parameter: matrices N(0, initializer_range^2), norms 1 (section 3.1.2)."""
         for name, parameter in self.named_parameters():
             value = torch.ones(parameter.shape)
             if value.dim() > 1:
@@ -392,11 +395,11 @@ class DeepSeekV2(nn.Module):
         labels: Tensor | None = None,
         documents: Documents | None = None,
     ) -> Tensor | LossOutput:
-        """The first four arguments are (B, T) int64, as datacollator.py makes them; by default a row is one document.
-        documents: the result of `find_documents`, in place of sequence_ids and labels.
+        """Return logits (B, T, V), zero at padding, or a `LossOutput` if there are labels.
 
-        Return logits (B, T, vocab_size), zeros at padding, or with labels (already shifted, -100 where nothing is
-        learned) the summed loss with its counts.
+        The first four arguments are (B, T) int64, as datacollator.py makes them: labels are already shifted, and -100
+        is ignored. By default a row is one document. documents: from `find_documents`, in place of sequence_ids and
+        labels.
         """
         if sequence_ids is None:
             sequence_ids = torch.ones_like(input_ids)
@@ -405,13 +408,13 @@ class DeepSeekV2(nn.Module):
         if documents is None:
             documents = find_documents(sequence_ids, labels)
         tokens = documents.tokens
-        # without targets, whose number compiled layers would be recompiled for
+        # no targets: compiled layers would be recompiled for each number of them
         contexts = [documents._replace(targets=None, labels=None)] * self.config.num_hidden_layers
         hidden, routings = self.model(input_ids.flatten()[tokens], position_ids.flatten()[tokens], contexts)
         if documents.targets is None or documents.labels is None:
             logits = self.logits(hidden * documents.real.to(hidden.dtype))
-            every = logits.new_zeros(input_ids.numel(), self.config.vocab_size).index_copy(0, tokens, logits)
-            return every.view(*input_ids.shape, -1)
+            padded = logits.new_zeros(input_ids.numel(), self.config.vocab_size).index_copy(0, tokens, logits)
+            return padded.view(*input_ids.shape, -1)
         loss_sum = sum_cross_entropy(hidden[documents.targets], self.output_weight, documents.labels)
         balance = [routing.balance_loss for routing in routings]
         counts = [routing.expert_counts for routing in routings]

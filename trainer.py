@@ -252,7 +252,7 @@ class Trainer:
             first = start + self.world.rank * size
             mine = range(first, min(first + size, rows))
             # under FSDP every rank has to take part in every forward pass
-            micro_batch = self.held_out.micro_batch(mine or [0], counted=len(mine) > 0)
+            micro_batch = self.held_out.micro_batch(mine or [0], with_labels=len(mine) > 0)
             losses.append(self.forward(micro_batch).loss_sum)
             targets = micro_batch.documents.labels
             assert targets is not None
