@@ -7,6 +7,7 @@ allocator's gaps, NCCL's buffers, how well operations overlap, and what --compil
 """
 
 import contextlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -75,7 +76,14 @@ def report(config: TrainConfig) -> str:
     if device == "cuda":
         seconds = sum(result.seconds.values())
         speed, mfu = micro_batches * tokens / seconds, result.flops / seconds / gpu.bf16
-        rows += [(region, part * 1e3, "ms") for region, part in result.seconds.items()]
+        units = dict.fromkeys(result.seconds, "ms")
+        if (exposed := result.seconds.get("communication", 0.0)) and config.compute.parallel != "ddp":
+            # a micro-batch's traffic does not depend on its size; its computation grows by this much
+            twice = dry_run(config.changed(batch_size=2 * batch.batch_size), ranks).seconds
+            growth = sum(twice.values()) - twice["communication"] - (seconds - exposed)
+            size = math.ceil(batch.batch_size * (1 + exposed / growth))
+            units["communication"] = f"ms, hidden with --batch-size {size}"
+        rows += [(region, part * 1e3, units[region]) for region, part in result.seconds.items()]
         rows.append(("step", seconds * 1e3, f"ms: {speed:,.0f} tokens/s and {mfu:.0%} MFU per {name}, predicted"))
     return "\n".join([title, *(f"  {label:24}{number:9,.2f} {unit}" for label, number, unit in rows)])
 

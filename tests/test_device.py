@@ -4,6 +4,7 @@ The plain form of attention replaces FlashAttention's kernel.
 """
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from documents import Documents, find_documents
 from kernels import document_attention, plain_attention
 from launch import dry_run as dry_run_module
 from launch.cost import parameter_counts
-from launch.dry_run import DryRun, dry_run, fit_to_memory
+from launch.dry_run import DryRun, dry_run, fit_to_memory, report
 from model import DeepSeekV2, LossOutput
 from parallel import World, driver_problem, join_world
 from small_models import WIDE, make_batch, relative_difference, small_config, small_model
@@ -379,6 +380,18 @@ def test_ranks_hold_and_send_their_share(ranks: int, engine: str, shards: int) -
     size, replicas = whole.memory["weights"], ranks // shards
     expected = (shards - 1) / shards * size * 3 * (2 / 2 + 1) + 2 * (replicas - 1) / replicas * size / shards
     assert rank.sent == pytest.approx(expected, rel=0.1 if shards > 1 else 0.01)
+
+
+def test_the_batch_that_hides_the_traffic_is_recommended() -> None:
+    """Oracle: the prediction for that batch, and for the one that was asked for."""
+    settings = {"dtype": "bfloat16", "batch_size": 1, "gradient_accumulation_steps": 2, "max_seq_len": 4096}
+    wide = {"hidden_size": 960, "moe_intermediate_size": 512}
+    config = TrainConfig().changed(model=PLANNED, parallel="fsdp", dry_run_ranks=64, **settings).changed(**wide)
+    printed = re.search(r"communication +([\d.]+) ms, hidden with --batch-size (\d+)\n", report(config))
+    assert printed and float(printed[1]) > 1 and int(printed[2]) > 1
+    exposed = [dry_run(config.changed(batch_size=n), 64).seconds["communication"] for n in (1, int(printed[2]))]
+    assert exposed[0] * 1e3 == pytest.approx(float(printed[1]), abs=0.01)
+    assert exposed[1] < 0.02 * exposed[0]
 
 
 def test_replicas_of_half_a_node_are_refused() -> None:
