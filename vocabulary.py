@@ -36,7 +36,7 @@ class Vocabulary(NamedTuple):
     control_ids: dict[str, int]
     # The same tokenizer as the text of a tokenizer.json.
     to_json: Callable[[], str]
-    # Control tokens next to which other programs drop white space, so that no chat template can use them.
+    # Control tokens next to which other programs drop whitespace, so that no chat template can use them.
     stripping: frozenset[str] = frozenset()
 
 

@@ -187,7 +187,7 @@ def test_more_than_ten_epochs_are_warned_about(steps: int, warns: bool, capsys: 
         ({"model_device_aux_loss_alpha": 0.1}, "model.device_aux_loss_alpha has no effect: it needs n_group > 1"),
         ({"model_n_group": 2}, "model.n_group has no effect: it needs n_group > 1, with topk_method"),
         ({"eval_fraction": 0.1}, "eval_fraction has no effect: eval_steps is 0"),
-        ({"warmup_steps": 4, "max_steps": 3}, "warmup_steps is 4, but there are 3 steps"),
+        ({"warmup_steps": 4, "max_steps": 3}, "warmup_steps is 4, but the run has 3 steps"),
     ],
 )
 def test_a_flag_without_effect_is_refused(changes: dict[str, Any], message: str, refused: Callable[..., str]) -> None:

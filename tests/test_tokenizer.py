@@ -81,7 +81,7 @@ def saved(small, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("handwritten", [True, False])
 def test_every_template_and_role_is_rendered_as_by_transformers(chitchat, small, saved, name, handwritten):
-    # transformers merges white space at the start of an answer with the header's line break
+    # transformers merges whitespace at the start of an answer with the header's line break
     conversations = [c for c in chitchat["train"] if not any(m["content"][:1].isspace() for m in c[1::2])]
     assert len(conversations) > 3500
     conversations = conversations[:: 10 if name == "chatml" and handwritten else 30]
@@ -112,7 +112,7 @@ def test_the_generation_prompt_equals_that_of_transformers(small, saved, name):
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_text_equals_that_of_the_published_template(chitchat, small, saved, name, add_generation_prompt):
-    """Including white space around content, and except for tool turns, which DeepSeek's template omits."""
+    """Including whitespace around content, and except for tool turns, which DeepSeek's template omits."""
     oracle = transformers.AutoTokenizer.from_pretrained(saved[name])
     rng = random.Random(0)
     texts = ["  Hi!  ", "\n\nTwo\n\nlines\n", "\t", "", " x", *(c[0]["content"] for c in chitchat["test"][::10])]
@@ -439,7 +439,7 @@ def test_control_tokens_that_strip_white_space_are_refused(tmp_path):
     added = {token["content"]: token for token in spec["added_tokens"]}
     added["<|im_start|>"]["lstrip"] = added["<|im_end|>"]["rstrip"] = True
     path.write_text(json.dumps(spec))
-    with pytest.raises(UserError, match=r"drops white space next to <\|im_end\|>, <\|im_start\|>"):
+    with pytest.raises(UserError, match=r"drops whitespace next to <\|im_end\|>, <\|im_start\|>"):
         Tokenizer(str(path.parent), chat_template="chatml")
     assert Tokenizer(str(path.parent), chat_template="llama3").chat_template == "llama3"
 
