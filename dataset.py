@@ -252,7 +252,7 @@ def hold_out(
     """Move the conversations whose number in a lottery is below eval_fraction to new, held-out sides. Return those, and
     notes.
 
-    The number depends on the seed and on what is said, so a conversation stays on its side when others are added, and
+    The number depends on the seed and on the text, so a conversation stays on its side when others are added, and
     copies are on the same side. needed: if no number is below eval_fraction, the lowest one is held out.
     """
     numbers = [lottery(side.column("content"), seed) for side in sides]

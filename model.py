@@ -76,7 +76,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device | None = None) ->
     if scaling is None:
         return frequencies, 1.0
 
-    def dim_of_rotations(times: float) -> float:  # the pair that turns so many times within the original context
+    def dim_of_rotations(times: float) -> float:  # the dimension that turns this often within the original context
         return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(base))
 
     low = max(math.floor(dim_of_rotations(scaling.beta_fast)), 0)

@@ -67,7 +67,7 @@ def train(start: Start, world: World) -> None:
     torch.manual_seed(config.compute.seed)
     torch.use_deterministic_algorithms(config.compute.deterministic)
     model = build_model(config, source or checkpoint, world, checkpoint, tokenizer.new_ids)
-    # FSDP is part of the model by now, DDP is a wrapper
+    # DDP wraps the model; FSDP was applied while it was built
     wrapped = parallel.replicate(model, config.compute.parallel, world)
     trainer = Trainer(config, wrapped, tokenizer, train_rows, held_out, world, source)
     if checkpoint:

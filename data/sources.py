@@ -83,7 +83,7 @@ class Rows:
 
 
 class Source(NamedTuple):
-    """Where rows come from: a file, a directory, a dataset on the Hub or a built-in one."""
+    """A source of rows: a file, a directory, a dataset on the Hub or a built-in one."""
 
     name: str
     splits: dict[str, Rows]
@@ -132,7 +132,7 @@ def open_source(name: str) -> Source:
     except UserError:
         raise
     except ConnectionError as error:
-        raise UserError(f"{name} is no local file or directory, and the Hub cannot be reached: {error}") from error
+        raise UserError(f"{name} is not a local file or directory, and the Hub cannot be reached: {error}") from error
     except Exception as error:  # whatever the reader of some format or the Hub's client raises
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -217,7 +217,7 @@ def check_inside(directory: Path, paths: list[Path]) -> None:
     roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
     for path in paths:
         if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
-            raise UserError(f"{path} leads out of {directory}, to {path.resolve()}; name that as a dataset of its own")
+            raise UserError(f"{path} leads out of {directory}, to {path.resolve()}; name that as a separate dataset")
 
 
 def listed_files(directory: Path) -> dict[str, list[Path]]:

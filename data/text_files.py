@@ -24,7 +24,7 @@ LINES = datasets.Features(
 )
 # Longest line of a file, and longest field of a table, in characters.
 MAX_LINE = 2**26
-# A .gz file may unpack to so many times its size, and 64 MiB more.
+# A .gz file may unpack to at most this many times its size, and 64 MiB more.
 MAX_RATIO = 200
 
 
@@ -110,7 +110,7 @@ def read_jsonl(file: Any) -> LineRows:
 
 def read_json(file: File) -> LineRows:
     """Yield the entries of an array, the objects of a file with one per line, or a single row in several lines; nothing
-    for a single object that is no row. Raises ValueError for an invalid array."""
+    for a single object that is not a row. Raises ValueError for an invalid array."""
     content = file.read()
     try:
         text = content.decode("utf-8-sig")

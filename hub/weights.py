@@ -31,7 +31,8 @@ class StoredTensor(NamedTuple):
         tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         with self.path.open("rb") as file:
             file.seek(self.start)
-            file.readinto(tensor.view(-1).view(torch.uint8).numpy().data)
+            if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise UserError(f"{self.path} became shorter while it was read")
         return tensor
 
 

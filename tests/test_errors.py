@@ -217,7 +217,7 @@ def test_missing_data_is_refused(tmp_path: Path, refused: Callable[..., str]) ->
 def test_only_a_dry_run_continues_without_the_hub(
     tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    unreachable = "someone/something is no local file or directory, and the Hub cannot be reached"
+    unreachable = "someone/something is not a local file or directory, and the Hub cannot be reached"
     assert unreachable in refused(dataset="someone/something")
     assert train_here([*arguments(Path("someone/something"), tmp_path / "run"), "--dry-run"], tmp_path) == 0
     note, _, plan = capsys.readouterr().out.partition("\n1 rank; ")
