@@ -78,6 +78,10 @@ class ChatConfig:
             raise UserError(f"--out {self.out} would overwrite the prompts: choose another name")
         if self.host not in ("127.0.0.1", "localhost", "::1") and not self.auth and not self.no_auth:
             raise UserError(f"--host {self.host} opens the page to others: give --auth USER:PASSWORD, or --no-auth")
+        if not self.web and (self.port or self.auth or self.host != "127.0.0.1"):
+            raise UserError("--host, --port and --auth need --web")
+        if self.complete is not None and self.system is not None:
+            raise UserError("--system has no effect on --complete, which uses no chat template")
         if self.auth is not None and not all(self.auth.partition(":")):
             raise UserError("--auth is not USER:PASSWORD")
         if self.max_new_tokens < 1:
@@ -138,8 +142,8 @@ def load(checkpoint: str, config: ChatConfig) -> Writer:
 
 
 def print_answer(writer: Writer, prompt: Prompt) -> str:
-    """Print an answer while it is written, and return it. Ctrl-C ends the answer. Raises UserError if the prompt does
-    not fit the context."""
+    """Print an answer while it is written, and return it. Ctrl-C ends it, in a conversation only the answer. Raises
+    UserError if the prompt does not fit the context."""
     printed, answer = "", None
     try:
         for (answer,) in writer.write([prompt]):
@@ -150,6 +154,8 @@ def print_answer(writer: Writer, prompt: Prompt) -> str:
     except KeyboardInterrupt:
         print()
         note("interrupted")
+        if writer.config.prompt is not None or writer.config.complete is not None:
+            raise
         return printed
     assert answer
     print(printable(answer.text[len(printed) :]))

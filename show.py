@@ -92,7 +92,7 @@ class Data:
                 "",
                 sep="\n",
             )
-            found = random.Random(seed).sample(found, min(self.random, len(found)))
+            found = random.Random(seed).sample(found, min(max(self.random, 0), len(found)))
         print(on_screen(LEGEND))
         for report, dataset, place in found:
             piece = dataset[place]

@@ -34,8 +34,9 @@ ROLE_NAMES = {
 }
 REASONING = ("reasoning", "thinking", "reasoning_content")
 WEIGHTS = ("weight", "loss_weight", "train")
-# Fields of a turn that are read, on an assistant's turn at least.
-FIELDS = {"role", "from", "content", "value", *WEIGHTS, *REASONING, "tool_calls", "function_call"}
+# Fields of a turn that are read; the others are on an assistant's turn only.
+FIELDS = {"role", "from", "content", "value", *WEIGHTS}
+ASSISTANT_FIELDS = {*REASONING, "tool_calls", "function_call"}
 
 
 class RowError(Exception):
@@ -209,8 +210,9 @@ def read_message(value: Any, place: str, column: str, unused: set[str]) -> Messa
     if not isinstance(role, str) or role not in ROLE_NAMES:
         known = ", ".join(ROLE_NAMES)
         raise RowError(f"{place}.{role_key}", "unknown role", f"{role!r:.60}; known are {known}")
-    unused.update(f"{column}[].{name}" for name, found in value.items() if found is not None and name not in FIELDS)
     message: Message = {"role": ROLE_NAMES[role]}
+    used = FIELDS | ASSISTANT_FIELDS if message["role"] == "assistant" else FIELDS
+    unused.update(f"{column}[].{name}" for name, found in value.items() if found not in (None, []) and name not in used)
     place_of_content = f"{place}.{content_key}"
     if message["role"] != "assistant":
         return message | {"content": read_text(content, place_of_content)}

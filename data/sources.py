@@ -265,7 +265,7 @@ def open_files(path: Path, files: list[Path]) -> Rows:
         counts = [range(parquet.read_metadata(file).num_rows) for file in files]
         return Rows(table, list(zip(names, counts, strict=True)))
     if not any(map(has_rows, files)):
-        raise UserError(f"{path} has no rows")
+        raise UserError(f"{path} has no rows (a .json file holds an array of rows, or one row per line)")
     changed = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return Rows(from_generator(read_files, {"files": absolute, "names": names, "changed": changed}, LINES))
 

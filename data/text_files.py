@@ -39,7 +39,7 @@ def read_files(files: list[str], names: list[str], changed: list[Any]) -> Genera
                 for place, row, error in READERS[file_kind(Path(file))](content):
                     yield {"place": f"{name}{place}", "json": row, "error": error}
         except (ValueError, EOFError, OSError, RecursionError) as error:
-            raise ValueError(f"{name}{error}") from error
+            raise ValueError(f"{name}{error}") from None
 
 
 def parse_line(row: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def read_csv(file: File, delimiter: str = "") -> LineRows:
     lines that are rows of their own.
     """
     csv.field_size_limit(MAX_LINE)
-    lines = list(lines_of(io.StringIO(file.read().decode("utf-8-sig"), newline="")))
+    lines = list(lines_of(io.StringIO(file.read().decode("utf-8-sig", "surrogateescape"), newline="")))
     sniffed = delimiter or max(",;\t", key="".join(lines[:1]).count)
     columns, at, problem = read_fields(lines, 0, sniffed)
     twice = [name for name, count in Counter(columns).items() if count > 1]
@@ -164,8 +164,11 @@ def read_csv(file: File, delimiter: str = "") -> LineRows:
         if end - at > 1:
             place = f"lines {at + 1} to {end}"
             problem = problem and f"{problem} (a quote that is opened here takes {end - at:,} lines)"
+        source = "".join(lines[at:end]).encode("utf-8", "surrogateescape")
+        if re.search("[\udc80-\udcff]", "".join(values)):
+            problem = problem or "invalid UTF-8"
         if problem:
-            yield place, "".join(lines[at:end]).encode(), problem
+            yield place, source, problem
         elif values:
             yield place, json.dumps(dict(zip(columns, values, strict=True))).encode(), ""
         at = end

@@ -101,8 +101,8 @@ def command(config: dict[str, Any], base_name: str) -> list[str]:
 
     def changes(preset: str) -> dict[str, Any]:
         default = PRESETS[preset].flat()
-        shape = Path(start or default["init_from"] or "", "config.json")
-        if shape.is_file():
+        source = start or default["init_from"]
+        if source and (shape := Path(source, "config.json")).is_file():
             default["model"] = asdict(parse_config(shape, read_json(shape)))
         known = flatten(json.loads(json.dumps(default)))
         return {name: value for name, value in ours.items() if known.get(name, value) != value}

@@ -85,7 +85,8 @@ def publish_base(adapter: Path, name: str) -> None:
     """Make an adapter's files give its base's name on the Hub instead of its directory here."""
     write_json(adapter / ADAPTER_CONFIG, read_json(adapter / ADAPTER_CONFIG) | {"base_model_name_or_path": name})
     if (adapter / BASE).is_file():
-        write_json(adapter / BASE, read_json(adapter / BASE) | {"relative": name})
+        kept = {key: value for key, value in read_json(adapter / BASE).items() if key in ("weights", "config")}
+        write_json(adapter / BASE, kept | {"relative": name})
 
 
 # ---------------------------------------------------------------- reading

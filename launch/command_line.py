@@ -55,6 +55,8 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
 
 def reader_has_left() -> bool:
     """Return whether standard output is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # on Windows
+        return True
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -64,7 +66,8 @@ def flush_or_discard(stream: Any) -> None:
     """Flush a stream. If its reader has left or the disk is full, discard what it holds: Python would try again at
     exit, and report the error."""
     try:
-        stream.flush()
+        if stream is not None:  # closed by the shell
+            stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -81,8 +81,9 @@ def report(config: TrainConfig) -> str:
             # a micro-batch's traffic does not depend on its size; its computation grows by this much
             twice = dry_run(config.changed(batch_size=2 * batch.batch_size), ranks).seconds
             growth = sum(twice.values()) - twice["communication"] - (seconds - exposed)
-            size = math.ceil(batch.batch_size * (1 + exposed / growth))
-            units["communication"] = f"ms, hidden with --batch-size {size}"
+            if growth > 0.1 * (seconds - exposed):  # otherwise launching takes the time, and no batch is foreseen
+                size = math.ceil(batch.batch_size * (1 + exposed / growth))
+                units["communication"] = f"ms, hidden with --batch-size {size}"
         rows += [(region, part * 1e3, units[region]) for region, part in result.seconds.items()]
         rows.append(("step", seconds * 1e3, f"ms: {speed:,.0f} tokens/s and {mfu:.0%} MFU per {name}, predicted"))
     return "\n".join([title, *(f"  {label:24}{number:9,.2f} {unit}" for label, number, unit in rows)])

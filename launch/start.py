@@ -79,6 +79,8 @@ def resolve(config: TrainConfig, given: Collection[str], preset: str, checkpoint
     name = str(source or config.data.tokenizer)
     vocab_size = config.model.vocab_size if name == "cl100k_base" else None
     tokenizer = Tokenizer(name, vocab_size, config.data.chat_template, config.data.add_control_tokens)
+    if "add_control_tokens" in given and config.data.add_control_tokens and not (checkpoint or tokenizer.new_ids):
+        raise UserError(f"add_control_tokens has no effect: {name} has all that the chat template needs")
     if source is None or tokenizer.new_ids:
         config = config.changed(vocab_size=max(config.model.vocab_size * bool(source), tokenizer.vocab_size))
     elif tokenizer.vocab_size > config.model.vocab_size:
@@ -114,8 +116,8 @@ def refuse_useless_flags(config: TrainConfig, given: Collection[str]) -> None:
     """Raise UserError if flags have no effect, so that something else would be learned than the user thinks."""
     start, model, tokenizer = config.checkpoint.init_from, config.model, config.data.tokenizer
     balanced = model.device_aux_loss_alpha or model.communication_aux_loss_alpha
-    grouped = model.n_group > 1 and (model.topk_method != "greedy" or balanced)
-    by_group = "model.n_group model.topk_group model.device_aux_loss_alpha model.communication_aux_loss_alpha"
+    ungrouped = model.topk_method == "greedy" and not balanced
+    losses = "model.device_aux_loss_alpha model.communication_aux_loss_alpha"
     of_model = " ".join(name for name in given if name.startswith("model."))
     steps = config.batch.max_steps
     reasons = [
@@ -125,7 +127,8 @@ def refuse_useless_flags(config: TrainConfig, given: Collection[str]) -> None:
         ("lora_alpha lora_dropout lora_target_modules", not config.lora.lora_rank, "lora_rank is 0"),
         ("eval_fraction", not config.watch.eval_steps, "eval_steps is 0: all conversations are trained on"),
         ("num_train_epochs", steps, f"max_steps is {steps} and takes precedence; leave one of them out"),
-        (by_group, not grouped, "it needs n_group > 1, with topk_method group_limited_greedy or a loss over groups"),
+        (losses, model.n_group == 1, "it needs n_group > 1"),
+        ("model.n_group model.topk_group", ungrouped, "it needs group_limited_greedy or a loss over groups"),
     ]
     useless = [
         f"{n} has no effect: {why}" for names, applies, why in reasons if applies for n in names.split() if n in given

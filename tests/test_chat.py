@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,6 +222,15 @@ def test_ctrl_c_in_an_answer_ends_the_answer_only(conversation: Any, tokenizer: 
     model = Scripted([*one, CTRL_C, *two], [*two, tokenizer.eos_token_id])
     assert conversation(model, "a", "b") == ("One.\nTwo.\n", "(interrupted)\n")
     assert model.prompts == [prompt_of(tokenizer, "a"), prompt_of(tokenizer, "a", "One.", "b")]
+
+
+def test_ctrl_c_in_the_answer_to_a_prompt_ends_the_command_with_130(
+    run: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Scripted([*tokenizer.encode("One."), CTRL_C])
+    writer = chat.load(str(run), chat.ChatConfig(str(run), prompt="Hi"))
+    monkeypatch.setattr(chat, "load", lambda *_: replace(writer, model=model))
+    assert run_main(chat.main, [str(run), "--prompt", "Hi"], tmp_path) == 130
 
 
 def test_a_cut_answer_is_reported(conversation: Any, tokenizer: Tokenizer) -> None:
@@ -449,6 +459,8 @@ def test_an_answer_ends_with_the_context(
         (["RUN", "--web"], "--web needs Gradio: pip install -r requirements-web.txt"),
         (["RUN", "--web", "--host", "0.0.0.0"], "--host 0.0.0.0 opens the page to others: give --auth USER:PASSWORD"),
         (["RUN", "--web", "--auth", "user"], "--auth is not USER:PASSWORD"),
+        (["RUN", "--port", "8000"], "--host, --port and --auth need --web"),
+        (["RUN", "--complete", "Hi", "--system", "Be brief"], "--system has no effect on --complete"),
         (["RUN", "--complete", ""], "a prompt is empty"),
         (["RUN", "--compare", "RUN"], "--out and --compare need --prompt, --complete or --prompts"),
         (["RUN", "--out", "a.jsonl"], "--out and --compare need --prompt, --complete or --prompts"),

@@ -252,6 +252,7 @@ THINKING = [{"type": "thinking", "thinking": "Greet."}, {"type": "text", "text":
         ({"messages": [ASK, say("Hi there!", weight=0, name="Al"), *HELLO]}, READ_ONLY, ["messages[].name"]),
         ({"messages": [ASK, say(None, function_call=CALL["function"])]}, [ASK, say(CALLED)], []),
         ({"messages": TOOL_TALK}, TOOL_READ, ["messages[].id"]),
+        ({"messages": [ASK | {"reasoning": "r"}, *HELLO[1:]]}, HELLO, ["messages[].reasoning"]),
         (
             {"conversations": SHAREGPT, "tools": '[{"name": "time", "unit": null}]', "system_prompt": "Be brief."},
             [SYSTEM | {"content": f"Be brief.\n\n{TOOLS}"}, *HELLO],
@@ -438,7 +439,7 @@ NO_ROWS = json.dumps({"data": [GOOD] * 9}, indent=1).encode()
         ("a.csv", b"prompt,prompt\nx,y\n", "line 1: the column 'prompt' is named twice"),
         ("a.csv", b'prompt,completion\nx,"y\n', "line 2: line: invalid CSV: unexpected end of data"),
         ("a.csv", FOUR_LINES, "lines 3 to 5: line: invalid CSV: unexpected end of data (a quote that is opened here"),
-        ("a.csv", b"prompt,completion\nx,\xff\n", "'utf-8' codec can't decode byte 0xff in position 20"),
+        ("a.csv", b"prompt,completion\nx,\xff\n", "a.csv, line 2: line: invalid UTF-8"),
         ("a.csv", b"prompt\ncompletion\nx\n", "columns: of no known format (they are prompt; name them: --columns"),
         ("a.txt", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0"),
         ("a.jsonl", b'{"text": "\xff"}', "line 1: line: invalid UTF-8 (byte 11"),
@@ -455,6 +456,13 @@ def test_files_that_cannot_be_read(
     with pytest.raises(UserError, match=re.escape(error)) as raised:
         load(tmp_path / name)
     assert len(str(raised.value).split("\n")) <= 3
+
+
+def test_a_file_of_a_directory_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x\xe9 y")
+    (tmp_path / "b.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"a\.txt, 'utf-8' codec can't decode byte 0xe9 in position 1"):
+        load(tmp_path)
 
 
 def readme(folder: Path, *entries: str) -> None:

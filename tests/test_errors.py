@@ -95,6 +95,13 @@ def test_debug_shows_the_traceback(data: Path, tmp_path: Path) -> None:
         train_here(arguments(data, tmp_path / "run", "--debug", max_steps=-1), tmp_path)
 
 
+def test_a_stream_that_the_shell_has_closed_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`2>&-` leaves no sys.stderr."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with one_line_errors():
+        pass
+
+
 def test_ctrl_c_before_training_exits_with_130() -> None:
     with pytest.raises(SystemExit) as leaving, one_line_errors():
         raise KeyboardInterrupt

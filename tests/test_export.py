@@ -201,10 +201,14 @@ def test_the_card_names_only_public_data_and_models(tmp_path: Path, monkeypatch:
         assert "/gone" not in line
 
 
-def test_names_in_a_card_are_shown_literally_and_quoted_in_commands() -> None:
+def test_names_in_a_card_are_shown_literally_and_quoted_in_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The front matter is read back by huggingface_hub; a value that is not finite, null in metrics.jsonl, is named."""
     name = "my_$run$ of 'Ä|B'\\n"
     lines = [{"step": 1, "loss": 2.0, "num_tokens": 10}, {"step": 2, "loss": None, "num_tokens": 20}]
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text('{"model_type": "bert"}')  # another program's: not the run's base
     text = model_card(name, "org/a_b", "mit", True, {"dataset": ["/secret/a|b.csv", "org/x_y"]}, lines)
     assert r"# my\_\$run\$ of 'Ä\|B'\\n" in text
     assert shlex.split(text.splitlines()[-1]) == ["python", "chat.py", name]

@@ -167,6 +167,14 @@ def test_tensors_of_other_than_floating_point_numbers_are_refused(dtype: torch.d
         stored_tensors(tmp_path / "file")
 
 
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(4)}, tmp_path / "file")
+    stored = stored_tensors(tmp_path / "file")["a"]
+    os.truncate(tmp_path / "file", stored.start + 8)
+    with pytest.raises(UserError, match="file became shorter while it was read"):
+        stored.read()
+
+
 @pytest.mark.parametrize("content", [b"", b"x", (10**9).to_bytes(8, "little") + b"{}", b"\x02" + bytes(7) + b"[]"])
 def test_a_damaged_header_is_an_error_in_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)

@@ -217,6 +217,8 @@ def test_an_emptied_number_has_its_first_value(model: DeepSeekV2, tokenizer: Tok
         (QUESTION, {"temperature": 1e-320}, "temperature is 1e-320"),
         ("a " * 600, {}, "tokens, but the model's context is 512"),
         (QUESTION, {"system": "a " * 600}, "tokens, but the model's context is 512"),
+        ("a" * 6000, {}, "the question has 6,000 characters: shorten it"),
+        (QUESTION, {"system": "a" * 6000}, "the system has 6,000 characters: shorten it"),
     ],
 )
 def test_impossible_settings_and_long_prompts_are_errors(

@@ -126,7 +126,11 @@ class Page:
         values |= {name: self.fields[name].value for name, value in values.items() if value is None}  # emptied
         talks = [inputs[panel.talk] for panel in self.panels]
         shown = 0.0
+        longest = 10 * max(model.config.max_position_embeddings for model, _ in self.models)
         try:
+            for name in ("question", "system"):
+                if len(values[name] or "") > longest:  # a token has about four characters
+                    raise UserError(f"the {name} has {len(values[name]):,} characters: shorten it")
             answers = [self.answer(*each, values) for each in zip(self.models, talks, strict=True)]
             for steps in zip_longest(*answers if values["question"] else ()):
                 talks = [step or talk for step, talk in zip(steps, talks, strict=True)]
