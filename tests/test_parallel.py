@@ -37,8 +37,7 @@ from small_runs import (
 )
 from trainer import STATE
 
-# One worker of pytest-xdist runs them all, so that the jobs run once.
-pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVED = 4, 2
