@@ -38,6 +38,7 @@ from data.report import too_few_rows, write_skipped
 from datacollator import DataCollator, RowStream
 from dataset import load_data
 from launch.build import build_model, parameter_summary
+from launch.cost import memory_errors
 from launch.dry_run import fit_to_memory, report
 from launch.run_directory import NO_TRACKER, open_run, read_metrics, run_lock, start_tracker
 from launch.start import Start, find_start
@@ -48,6 +49,7 @@ from view.plots import plot_runs
 from view.terminal import table
 
 
+@memory_errors()
 def dispatch(arguments: Arguments, world: World) -> None:
     """Resolve the command line into a `Start`; train, evaluate or plan."""
     watch, output_dir = arguments.config.watch, arguments.config.checkpoint.output_dir

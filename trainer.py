@@ -30,7 +30,7 @@ from generation import answers
 from hub.peft import describe_base, record_base, save_adapter
 from hub.tokenizer_json import save_tokenizer
 from launch.command_line import StopSignal
-from launch.cost import measure_peak, memory_errors, training_cost
+from launch.cost import measure_peak, training_cost
 from launch.run_directory import NO_EVALUATION, NO_TRACKER, RunLog, Tracker, lowest
 from model import DeepSeekV2, LossOutput
 from optimizer import learning_rate, make_optimizers
@@ -98,7 +98,6 @@ class Trainer:
 
     # ---------------------------------------------------------------- the loop
 
-    @memory_errors()
     def train(self, tracker: Tracker = NO_TRACKER) -> None:
         """Run to the last step. After a signal to stop, finish the step, save, and exit with 128 + signal.
 

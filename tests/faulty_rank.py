@@ -20,7 +20,6 @@ def main() -> None:
 
     def faulty(self: trainer.Trainer, *arguments: Any) -> Any:
         if self.step + 1 == int(step) and self.world.rank == self.world.size - 1:
-            (self.output_dir / "failed").touch()
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise UserError("out of cheese")

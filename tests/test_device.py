@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 import lora
 import quantization
+import train_sft
 import trainer
 from config import TrainConfig, UserError
 from datacollator import StepLoader
@@ -422,13 +423,14 @@ def test_micro_batches_shrink_until_they_fit_and_the_global_batch_stays(monkeypa
         fit_to_memory(config, 12e9)
 
 
+@pytest.mark.parametrize(("place", "name"), [(train_sft, "build_model"), (trainer.Trainer, "train_step")])
 def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 23.64 GiB.\nMore lines")
 
-    monkeypatch.setattr(trainer.Trainer, "train_step", full)
+    monkeypatch.setattr(place, name, full)
     data = write_jsonl(tmp_path / "data.jsonl", conversations(20))
     assert train_here(arguments(data, tmp_path / "run", eval_steps=0), tmp_path) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -346,7 +346,6 @@ def test_a_restarted_job_resumes_its_own_run_and_a_killed_rank_ends_it(
     launcher = ("--standalone", "--max-restarts=1")
     job = start_job(folder, log, 2, ROOT / "tests/faulty_rank.py", "raise:4,kill:6", *words, launcher=launcher)
     assert finish_job(job) != 0
-    assert time.time() - (run / "failed").stat().st_mtime < 60
     printed = log.read_text()
     assert "error: out of cheese" in printed
     assert [found.group() for found in re.finditer(r"step \d to 8", printed)] == ["step 0 to 8", "step 3 to 8"]
@@ -385,7 +384,6 @@ def test_two_nodes_form_one_job_and_name_the_rank_that_fails(folder: Path, eight
     words = ("raise:5", *command(folder, "packed", "ddp-2", run, max_steps=8))
     jobs = [start_job(folder, log, 1, ROOT / "tests/faulty_rank.py", *words, launcher=launcher) for log in logs]
     assert 0 not in [finish_job(job) for job in jobs]
-    assert time.time() - (run / "failed").stat().st_mtime < 60
     printed = "".join(log.read_text() for log in logs)
     assert re.search(r", 8 rows each \(.* epochs\) on 2 x cpu", printed)
     assert re.search(r"rank +: 1 (.*\n)+? +traceback : error: out of cheese", printed)
