@@ -316,7 +316,7 @@ def as_prompt(row: dict[str, Any], system: str | None) -> Prompt:
 
 def main() -> None:
     with one_line_errors():
-        chat(parse_flags(ChatConfig, sys.argv[1:], "chat.py", __doc__))
+        chat(parse_flags(ChatConfig, args=sys.argv[1:], prog="chat.py", description=__doc__))
 
 
 if __name__ == "__main__":

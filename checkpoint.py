@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.types import Device
 
 import files
@@ -283,10 +282,10 @@ def save_optimizer(directory: Path, model: nn.Module, optimizers: Optimizers, wo
     ends = itertools.accumulate(tensor.nbytes for tensor in state.values())
     files_of = {name: 1 + end // SHARD_BYTES for name, end in zip(state, ends, strict=True)}
     place = directory / OPTIMIZER
-    writer = HuggingFaceStorageWriter(str(place), files_of, save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(place), files_of, save_distributed=True)
     try:
         dcp.save(state, storage_writer=writer, no_dist=world.size == 1)
-    except CheckpointException as error:
+    except dcp.CheckpointException as error:
         raise OSError("; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())) from error
     own = place.glob(f"shard-{world.rank + 1:05d}-*")
     return {f"{OPTIMIZER}/{file.name}": checksum(file) for file in own}
@@ -302,10 +301,10 @@ def load_optimizer(directory: Path, model: nn.Module, optimizers: Optimizers, wo
         optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad()
-    reader = HuggingFaceStorageReader(str(directory / OPTIMIZER))
+    reader = dcp.HuggingFaceStorageReader(str(directory / OPTIMIZER))
     try:
         dcp.load(optimizer_state(model, optimizers), storage_reader=reader, no_dist=world.size == 1)
-    except CheckpointException as error:
+    except dcp.CheckpointException as error:
         reason = printable(repr(next(iter(error.failures.values()))[0])[:300])
         raise UserError(f"{directory / OPTIMIZER} is not this run's optimizer state: {reason}") from error
 
@@ -338,8 +337,8 @@ def save_checkpoint(
         if not world.is_main:
             write_together(place)
             return place
-        for left in place.parent.glob(".step-*.*"):  # by a save of another step that was killed
-            files.recover(place.with_name(left.name[1:].partition(".")[0]))
+        for left in place.parent.glob(".step-*.tmp"):  # by a save that was killed
+            files.delete_directory(left)
         files.write_directory(place, write_together)
     present = checkpoints(output_dir)
     now = present.index(place)

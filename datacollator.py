@@ -19,8 +19,9 @@ from collections import defaultdict
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,9 +30,6 @@ from torch.utils._pytree import tree_map_only
 from config import BatchConfig
 from documents import IGNORE, Documents, find_documents
 from parallel import World
-
-if TYPE_CHECKING:
-    import datasets
 
 # input_ids, labels, position_ids, sequence_ids: each (B, T) int64.
 Batch = dict[str, Tensor]
@@ -130,7 +128,7 @@ class RowStream:
     follow the order of the data, as far as packing allows: by their earliest piece.
     """
 
-    def __init__(self, dataset: "datasets.Dataset", collator: DataCollator, seed: int = 0, shuffle: bool = True):
+    def __init__(self, dataset: datasets.Dataset, collator: DataCollator, seed: int = 0, shuffle: bool = True):
         """dataset: columns input_ids and mask, as `dataset.load_data` returns them."""
         self.collator = collator
         self.seed = seed

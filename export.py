@@ -148,7 +148,7 @@ COMMANDS: Any = Merge | Hub | Gguf
 
 def main() -> None:
     with one_line_errors():
-        command = parse_flags(COMMANDS, sys.argv[1:], "export.py", __doc__)
+        command = parse_flags(COMMANDS, args=sys.argv[1:], prog="export.py", description=__doc__)
         out = Path(command.out)
         if out.exists():
             raise UserError(f"{out} exists already; choose a new name")

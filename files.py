@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -56,9 +55,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON. Raises OSError."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write indented JSON like `replace_file`."""
+    replace_file(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -113,13 +111,12 @@ def checksum(path: Path) -> str:
 def write_directory(place: Path, write: Callable[[Path], dict[str, str] | None], checksums: bool = True) -> None:
     """Let `write` fill a new directory, add its files' checksums, and put it at `place` once all of it is on the disk.
 
-    A kill at any moment leaves all of it or what was there before; between the two renames that is next to `place`,
-    and `recover` brings it back. write: may return checksums that it has computed, by relative path, of files that it
-    has flushed. Raises OSError if the disk refuses, and leaves everything as it was.
+    A directory that is at `place` already, such as a damaged checkpoint, is deleted just before. A kill at any moment
+    leaves either all of the new directory there or none. write: may return checksums that it has computed, by relative
+    path, of files that it has flushed. Raises OSError if the disk refuses.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    recover(place)
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(8)}.tmp")
+    temporary, replaced = (place.with_name(f".{place.name}.{secrets.token_hex(8)}.tmp") for _ in range(2))
     try:
         temporary.mkdir()
         known = write(temporary) or {}
@@ -130,26 +127,14 @@ def write_directory(place: Path, write: Callable[[Path], dict[str, str] | None],
             if path.relative_to(temporary).as_posix() not in known:
                 flush_to_disk(path)
         if place.exists():
-            place.rename(old_place(place))
+            place.rename(replaced)
         temporary.rename(place)
     finally:
-        recover(place)
+        for left in (temporary, replaced):
+            if left.exists():
+                delete_directory(left)
     with contextlib.suppress(OSError):  # it is in place; only a power cut could still undo the rename
         flush_to_disk(place.parent)
-
-
-def old_place(place: Path) -> Path:
-    """Return where `write_directory` moves what was at `place` before."""
-    return place.with_name(f".{place.name}.old")
-
-
-def recover(place: Path) -> None:
-    """Delete what a failed or killed `write_directory` has left, and put what was there before back."""
-    if old_place(place).exists() and not place.exists():
-        old_place(place).rename(place)
-    for path in place.parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(place.name)}\.([0-9a-f]{{16}}\.tmp|old)", path.name):
-            delete_directory(path)
 
 
 def delete_directory(path: Path) -> None:

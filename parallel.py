@@ -17,11 +17,9 @@ import gc
 import itertools
 import json
 import os
-import re
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -82,18 +80,15 @@ def choose_device(name: str, planned: bool = False) -> str:
     raise UserError(f"there is no device {name!r} here that torch can use; try cpu")
 
 
-def driver_problem(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
+def driver_problem() -> str:
     """Return why torch, built for CUDA, does not see this machine's NVIDIA GPU; "" if it does, or there is none."""
-    if not torch.version.cuda or torch.cuda.is_available():
-        return ""
-    text = version_file.read_text() if version_file.is_file() else ""
-    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
-    if not (found or Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
+    has_gpu = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")
+    if not has_gpu or not torch.version.cuda or torch.cuda.is_available():
         return ""
     needed = {"12": "525", "13": "580"}.get(torch.version.cuda.split(".")[0], "a newer one")
     return (
         f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use this machine's NVIDIA GPU: "
-        f"it needs driver {needed} or later (installed: {found[0] if found else 'unknown'}); running on the CPU"
+        f"it needs driver {needed} or later (nvidia-smi prints the installed one); running on the CPU"
     )
 
 
@@ -172,14 +167,6 @@ def recorded(function: Callable[..., None]) -> Callable[..., None]:
     return in_one_line
 
 
-def begun_file() -> Path | None:
-    """Return the file that marks that this torchrun job has begun its run. torchrun keeps its directory while it
-    restarts ranks; a new job has another one. None without torchrun."""
-    if not dist.is_torchelastic_launched():
-        return None
-    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2] / "begun"
-
-
 def note_failure(text: str) -> None:
     """Leave torchrun a text to print in place of a traceback."""
     details = {"py_callstack": text, "timestamp": str(int(time.time()))}
@@ -190,11 +177,9 @@ def note_failure(text: str) -> None:
 # ---------------------------------------------------------------- engines
 
 
-class GatheredModules(NamedTuple):
-    """Modules whose weights FSDP gathers together just before they are needed, and releases after."""
-
-    modules: list[nn.Module]
-    dtype: torch.dtype | None = None  # that they are gathered in; None: their own
+# Modules whose weights FSDP gathers together just before they are needed, and releases after; and the dtype that they
+# are gathered in, None: their own.
+GatheredModules = tuple[list[nn.Module], torch.dtype | None]
 
 
 def make_mesh(engine: str, world: World) -> DeviceMesh | None:
@@ -222,7 +207,7 @@ def parallelize(model: nn.Module, groups: Iterable[GatheredModules], mesh: Devic
         """Shard the first dimension that splits evenly: 6 experts would leave 4 ranks with 2, 2, 2 and 0."""
         return next((Shard(i) for i, size in enumerate(parameter.shape) if size % mesh.shape[-1] == 0), None)
 
-    for modules, dtype in (*groups, GatheredModules([model])):
+    for modules, dtype in (*groups, ([model], None)):
         policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(modules, mesh=mesh, shard_placement_fn=place, mp_policy=policy)
 
@@ -231,11 +216,8 @@ def replicate(model: nn.Module, engine: str, world: World) -> nn.Module:
     """Wrap a model that has its weights for DDP. Under FSDP, or in one process, return it as it is."""
     if world.size == 1 or engine != "ddp":
         return model
-    # Gradients are views of the buckets that are sent. Quantised weights are buffers, the same on all ranks from the
-    # start, so they are not broadcast; the newer option in place of broadcast_buffers would send them once.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Gradients are views of the buckets that are sent. Buffers (quantised weights) never change: no need to sync them.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def synchronize_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -250,10 +232,6 @@ def synchronize_gradients(model: nn.Module, last: bool) -> contextlib.AbstractCo
 
 
 # ---------------------------------------------------------------- shards and whole tensors
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:
@@ -292,10 +270,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 def from_first_rank(value: Value, world: World) -> Value:
     """Return the first rank's value (anything that can be pickled) on all ranks."""
-    values = [value]
-    if world.size > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+    return from_all_ranks(value, world)[0]
 
 
 def from_all_ranks(value: Value, world: World) -> list[Value]:

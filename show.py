@@ -121,7 +121,7 @@ def pieces(data: "RunData", row: int) -> "Iterator[tuple[DataReport, datasets.Da
 
 def show_data(words: list[str]) -> None:
     """Run `Data` with its own flags; of the rest, the words at the start are datasets and a preset."""
-    parsed: Any = parse_flags(Data, words, "show.py data", Data.__doc__, return_unknown_args=True)
+    parsed: Any = parse_flags(Data, args=words, prog="show.py data", return_unknown_args=True)
     look, rest = parsed
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
     sources = [name for name in names if name not in PRESETS]
@@ -257,7 +257,7 @@ def main() -> None:
     with one_line_errors():
         if sys.argv[1:2] == ["data"]:
             return show_data(sys.argv[2:])
-        parse_flags(COMMANDS, sys.argv[1:], "show.py", __doc__).show()
+        parse_flags(COMMANDS, args=sys.argv[1:], prog="show.py", description=__doc__).show()
 
 
 if __name__ == "__main__":

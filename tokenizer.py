@@ -235,13 +235,16 @@ def resolve_vocabulary(
     name: str, vocab_size: int | None, chat_template: str | None, add_control_tokens: bool
 ) -> tuple[Vocabulary, str, list[str]]:
     """Return the vocabulary and the chat template that `Tokenizer` asks for, and the control tokens that were added."""
-    if chat_template is not None and chat_template not in CHAT_TEMPLATES:
-        raise UserError(f"chat template {chat_template!r} is unknown; use one of {', '.join(CHAT_TEMPLATES)}")
+    config = Path(name, "tokenizer_config.json")
+    if chat_template is None and config.is_file():
+        chat_template = read_json(config).get("chat_template_name")
+    if chat_template not in (None, *CHAT_TEMPLATES):
+        names = "|".join(CHAT_TEMPLATES)
+        raise UserError(f"{name}: chat template {chat_template!r} is unknown; pass --chat-template {names}")
     if name == "cl100k_base":
         chat_template = chat_template or "chatml"
         vocabulary = load_cl100k(CHAT_TEMPLATES[chat_template].control_tokens, vocab_size)
     else:
-        chat_template = chat_template or named_template(Path(name))
         vocabulary = load_directory(Path(name), vocab_size)
     known = vocabulary.control_ids.keys()
     fitting = [key for key, template in CHAT_TEMPLATES.items() if known >= set(template.control_tokens)]
@@ -258,13 +261,3 @@ def resolve_vocabulary(
     if template.turns["assistant"].end not in template.control_tokens:
         raise UserError(f"chat template {chat_template} does not end the assistant's turn with one control token")
     return add_tokens(vocabulary, missing) if missing else vocabulary, chat_template, missing
-
-
-def named_template(directory: Path) -> str | None:
-    """Return the template that a directory's tokenizer_config.json names, or None. Raises UserError if it is
-    unknown."""
-    path = directory / "tokenizer_config.json"
-    name = read_json(path).get("chat_template_name") if path.is_file() else None
-    if name not in [None, *CHAT_TEMPLATES]:
-        raise UserError(f"{path}: chat_template_name is {name!r}; pass --chat-template {'|'.join(CHAT_TEMPLATES)}")
-    return name

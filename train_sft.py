@@ -9,7 +9,6 @@ Without a preset: mini if CUDA is available, otherwise tiny. config.py explains 
 
 import contextlib
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from launch.command_line import Arguments, lasting_output, one_line_errors, pars
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # exits before the slow import of torch
     with one_line_errors():
         parse_arguments(sys.argv[1:], __doc__)
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the import: no traceback
 # On CPU, torch allocates large tensors in huge pages if this is set before its import; small pages cost a tenth of a
 # step.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -63,7 +60,7 @@ def train(start: Start, world: World) -> None:
     """Load the data, fit the configuration to it, build the model and the trainer, and train."""
     tokenizer, source, checkpoint = start.tokenizer, start.source, start.checkpoint
     train_rows, held_out, skipped = load_rows(start.config, tokenizer, world)
-    config = fit_warmup(start, train_rows.rows_per_epoch, world)
+    config = asked = fit_warmup(start, train_rows.rows_per_epoch, world)
     if world.device.type == "cuda":
         config, note = fit_to_memory(config, torch.cuda.mem_get_info(world.device)[1])
         if note and world.is_main:
@@ -83,13 +80,11 @@ def train(start: Start, world: World) -> None:
         raise UserError(f"{directory} is at step {trainer.step}, past the last one, {trainer.total_steps}")
     if world.is_main:
         tracker = start_tracker(config, trainer.step)
-        open_run(config, tracker)
+        open_run(asked)  # its batch size is fitted again where the run is resumed
         if skipped:
             print(write_skipped(directory, skipped))
         announce(trainer)
     parallel.wait_for_first_rank(world)
-    if begun := parallel.begun_file():
-        begun.touch()  # if torchrun restarts the ranks, they continue this run
     trainer.train(tracker)
     if world.is_main:
         plot_runs({directory: read_metrics(directory)}, Path(directory, "loss.png"))
@@ -169,8 +164,6 @@ def plan(start: Start, world: World) -> None:
 
 
 def main() -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     with one_line_errors("--debug" in sys.argv), lasting_output():
         arguments = parse_arguments(sys.argv[1:])
         world = parallel.join_world(arguments.config.compute.device, arguments.config.watch.dry_run)

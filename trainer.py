@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import parallel
 from checkpoint import load_optimizer, save_checkpoint, save_optimizer, save_pretrained
@@ -30,8 +31,7 @@ from generation import answers
 from hub.peft import describe_base, record_base, save_adapter
 from hub.tokenizer_json import save_tokenizer
 from launch.command_line import StopSignal
-from launch.cost import measure_peak, training_cost
-from launch.run_directory import NO_EVALUATION, NO_TRACKER, RunLog, Tracker, lowest
+from launch.run_directory import NO_TRACKER, RunLog, Tracker
 from model import DeepSeekV2, LossOutput
 from optimizer import learning_rate, make_optimizers
 from parallel import World
@@ -39,7 +39,9 @@ from tokenizer import Tokenizer
 
 STATE = "trainer_state.json"
 # Saved with weights and optimizer state. With the seed and the data, they determine all that follows.
-COUNTERS = ("step", "rows_seen", "num_tokens", "skipped_steps", "bad_steps", "best")
+COUNTERS = (
+    "step", "rows_seen", "num_tokens", "skipped_steps", "bad_steps", "best_step", "best_loss", "evaluations_since",
+)  # fmt: skip
 MAX_BAD_STEPS = 5  # non-finite steps in a row before a run stops
 
 
@@ -70,15 +72,13 @@ class Trainer:
         self.held_out = StepLoader(held_out, config.batch, world, config.compute.compile) if held_out else None
         self.rows_per_step = self.batches.rows_per_step
         self.step = self.rows_seen = self.num_tokens = self.skipped_steps = self.bad_steps = 0
-        self.best = NO_EVALUATION
+        self.best_step, self.best_loss, self.evaluations_since = 0, math.inf, 0  # the lowest eval_loss
         self.output_dir = Path(config.checkpoint.output_dir)
         self.last_checkpoint: Path | None = None
         self.base, self.base_record = base, {}
         if base and config.lora.lora_rank and world.is_main:
             self.base_record = describe_base(base, config.model)
         self.token_num_bytes = torch.tensor(tokenizer.token_num_bytes)
-        self.cost = training_cost(self.plain_model)
-        self.peak = measure_peak(world.device, self.dtype) * world.size
         self.signal, self.stop = StopSignal(world.is_main), False
 
     @property
@@ -90,6 +90,10 @@ class Trainer:
             return self.step, batch.max_steps
         seen = self.rows_seen / self.rows_per_step
         return seen, seen + batch.remaining_steps(self.train_rows.rows_per_epoch, self.world.size, self.rows_seen)
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in COUNTERS}
 
     @property
     def total_steps(self) -> int:
@@ -121,13 +125,13 @@ class Trainer:
                 # evaluate, stop early
                 if self.held_out and (done or self.due(watch.eval_steps)):
                     improved = self.report_evaluation(log)
-                    done = done or 0 < patience <= self.best["evaluations_since"]
+                    done = done or 0 < patience <= self.evaluations_since
                 # save
                 if done or self.stop or self.due(saving.save_steps) or (improved and saving.save_best):
                     self.save()
                 if done or self.stop:
                     break
-            log.finish(self.last_checkpoint, self.best, stopped=not done)
+            log.finish(self.last_checkpoint, self.counters, stopped=not done)
             if self.stop:
                 parallel.leave_world()
                 raise SystemExit(128 + (self.signal.number or signal.SIGTERM))
@@ -161,9 +165,6 @@ class Trainer:
         self.step += 1
         self.rows_seen += self.rows_per_step
         self.num_tokens += counts.tokens
-        seconds = time.perf_counter() - began
-        speed = self.cost.flops(counts.tokens, counts.targets) / seconds
-        self.peak = max(self.peak, speed)  # measured on a busy machine, it is too low
         return {
             "step": self.step,
             "loss": loss_sum / counts.targets,
@@ -172,8 +173,7 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": norm,
             "num_tokens": self.num_tokens,
-            "tokens_per_second": counts.tokens / seconds,
-            "peak_share": speed / self.peak,
+            "tokens_per_second": counts.tokens / (time.perf_counter() - began),
             "skipped_steps": self.skipped_steps,
         }
 
@@ -235,8 +235,10 @@ class Trainer:
         log.print("step {step}: eval_loss {eval_loss:.4f}, eval_bpb {eval_bpb:.4f}".format(**evaluation))
         self.print_samples(log.print)
         log.write(evaluation)
-        self.best = lowest(self.best, evaluation)
-        return self.best["evaluations_since"] == 0
+        self.evaluations_since += 1
+        if evaluation["eval_loss"] < self.best_loss:
+            self.best_step, self.best_loss, self.evaluations_since = self.step, evaluation["eval_loss"], 0
+        return self.evaluations_since == 0
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -263,16 +265,14 @@ class Trainer:
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
     def print_samples(self, show: Callable[[str], None]) -> None:
-        """Print sample answers. A failure to answer does not end the run."""
+        """Print sample answers, unless shards of the model are on other ranks. A failure does not end the run."""
         questions = self.config.watch.sample_prompts
-        if not questions or not self.world.is_main:
+        if not questions or not self.world.is_main or isinstance(self.model, FSDPModule):
             return
         asked = [[{"role": "user", "content": question}] for question in questions]
         rng = torch.Generator(self.world.device).manual_seed(self.config.compute.seed)
         self.model.eval()
         try:
-            if parallel.is_sharded(self.model):
-                raise UserError("under fsdp no rank has the whole model")
             # Compiled blocks would be recompiled for every length of an answer, and in fp32, where torch cannot trace
             # the grouped product.
             with torch.compiler.set_stance("force_eager"):
@@ -300,12 +300,11 @@ class Trainer:
             else:
                 save_pretrained(directory, self.plain_model, self.tokenizer, is_main=world.is_main)
             if world.is_main:
-                state = {name: getattr(self, name) for name in COUNTERS}
-                write_json(directory / STATE, state | {"data": self.train_rows.fingerprint})
+                write_json(directory / STATE, self.counters | {"data": self.train_rows.fingerprint})
             parallel.wait_for_first_rank(world)
             return save_optimizer(directory, self.plain_model, self.optimizers, world)
 
-        best = int(self.best["step"]) if config.checkpoint.save_best else 0
+        best = self.best_step if config.checkpoint.save_best else 0
         limit = config.checkpoint.save_total_limit
         self.last_checkpoint = save_checkpoint(self.output_dir, self.step, write, limit, best, world)
 
@@ -313,9 +312,9 @@ class Trainer:
         """Restore all but the weights, which the model has already, from a checkpoint. Raises UserError if the state is
         damaged or belongs to other data."""
         state = read_json(directory / STATE)
-        wrong = [name for name in COUNTERS if not same_kind(state.get(name), getattr(self, name))]
-        if wrong:
-            raise UserError(f"{directory / STATE} is invalid: {', '.join(wrong)} missing or of the wrong type")
+        for name, value in self.counters.items():
+            if type(state.get(name)) is not type(value) or state[name] < 0:
+                raise UserError(f"{directory / STATE} is invalid: {name} is {state.get(name)!r}")
         if state.get("data") != self.train_rows.fingerprint:
             raise UserError(
                 f"{', '.join(self.config.data.dataset)}: these are not the rows that the run was trained on (changed "
@@ -325,10 +324,3 @@ class Trainer:
         for name in COUNTERS:
             setattr(self, name, state[name])
         self.last_checkpoint = directory
-
-
-def same_kind(value: Any, example: Any) -> bool:
-    """Return whether a value is a count or, if `example` is a dict, a dict of numbers with its keys."""
-    if isinstance(example, dict):
-        return isinstance(value, dict) and all(type(value.get(name)) in (int, float) for name in example)
-    return type(value) is int and value >= 0

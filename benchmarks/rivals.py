@@ -32,7 +32,6 @@ from torch import nn
 from config import ModelConfig, OptimizerConfig
 from datacollator import IGNORE, Batch, DataCollator, Piece, RowStream, pack_best_fit
 from hub.tokenizer_json import save_tokenizer
-from launch.cost import measure_peak
 from model import DeepSeekV2, LossOutput
 from optimizer import make_optimizers
 from tokenizer import Tokenizer
@@ -233,6 +232,24 @@ def transformers_tokenizer(tokenizer: Tokenizer, directory: str) -> Any:
 
 
 # ---------------------------------------------------------------- the machine
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, largest: int | None = None) -> float:
+    """Measure the FLOP/s of large matrix products. Sizes double while they are quick, up to `largest` rows; None: 8192,
+    on a CPU 2048. On a GPU several are queued before the host waits, so that launching one does not count."""
+    on_cpu = device.type == "cpu"
+    best, seconds, size, together = 0.0, 0.0, 256, 1 if on_cpu else 8
+    while size <= (largest or (2048 if on_cpu else 8192)) and seconds < 0.1:
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        for _ in range(4):  # the first warms up
+            began = time.perf_counter()
+            for _ in range(together):
+                product = a @ b
+            product[0, 0].item()  # waits for the device
+            seconds = (time.perf_counter() - began) / together
+            best = max(best, 2 * size**3 / seconds)
+        size *= 2
+    return best
 
 
 def gemm_peak(dtype: str) -> float:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from rivals import in_child, peak_memory  # first: sets the environment
+from rivals import in_child, measure_peak, peak_memory  # first: sets the environment
 from torch import nn
 
 from config import ModelConfig, TrainConfig
 from datacollator import DataCollator, RowStream, Step, StepLoader
 from launch.build import build_model
-from launch.cost import attention_flops, measure_peak, training_cost
+from launch.cost import attention_flops, training_cost
 from optimizer import make_optimizers
 from parallel import World
 from tokenizer import Tokenizer

@@ -110,7 +110,7 @@ def soak_jobs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[
     def begin(run: Path, flags: list[str], changes: dict[str, Any]) -> tuple[subprocess.Popen, Path]:
         log = folder / f"{run.name}.log"
         launcher = ("--standalone", "--max-restarts=1000")
-        words = arguments(data, run, *flags, **changes)
+        words = arguments(data, run, *flags, "--resume", "auto", **changes)
         return start_job(folder, log, 2, TRAIN, *words, launcher=launcher), log
 
     def leave_alone(run: Path, flags: list[str], changes: dict[str, Any]) -> None:

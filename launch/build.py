@@ -63,11 +63,11 @@ def gathered_modules(model: DeepSeekV2, dtype: str) -> list[GatheredModules]:
     """Return what FSDP gathers together: a block's weights, in the dtype that they are multiplied in. Norms and routers
     compute in fp32, so in bf16 they form groups of their own."""
     if dtype != "bfloat16":
-        return [GatheredModules([block]) for block in model.model.layers]
-    groups = []
+        return [([block], None) for block in model.model.layers]
+    groups: list[GatheredModules] = []
     for block in model.model.layers:
-        groups += [GatheredModules([module for module in block.modules() if isinstance(module, RMSNorm | Router)])]
-        groups += [GatheredModules([block], torch.bfloat16)]
+        groups += [([module for module in block.modules() if isinstance(module, RMSNorm | Router)], None)]
+        groups += [([block], torch.bfloat16)]
     return groups
 
 

@@ -1,26 +1,24 @@
 """The command line: config.py's dataclasses as flags, errors as one line, signals, lost terminals."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import math
 import os
 import re
-import select
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import tyro
 
 from config import PRESETS, RopeScaling, TrainConfig, UserError
 from files import printable
-
-Config = TypeVar("Config")
 
 # ---------------------------------------------------------------- errors and output
 
@@ -38,7 +36,7 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and reader_has_left():
+        if isinstance(error, BrokenPipeError) and not flush_or_discard(sys.stdout):
             sys.exit(141)
         if debug:
             raise
@@ -53,23 +51,16 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         flush_or_discard(sys.stderr)
 
 
-def reader_has_left() -> bool:
-    """Return whether standard output is a pipe that nobody reads any more."""
-    if not hasattr(select, "poll"):  # on Windows
-        return True
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def flush_or_discard(stream: Any) -> None:
-    """Flush a stream. If its reader has left or the disk is full, discard what it holds: Python would try again at
-    exit, and report the error."""
+def flush_or_discard(stream: Any) -> bool:
+    """Flush a stream. If its reader has left or the disk is full, return False and discard what it holds: Python would
+    try again at exit, and report the error."""
     try:
         if stream is not None:  # closed by the shell
             stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 class LastingStream:
@@ -164,7 +155,7 @@ ALIASES = {
 class Arguments(NamedTuple):
     """A command line of train_sft.py."""
 
-    preset: str  # "" if none was given, which only a resumed run does not need
+    preset: str
     flags: list[str]
     given: frozenset[str]  # fields that the flags set, see given_fields
     config: TrainConfig  # the preset's, with the flags
@@ -175,7 +166,7 @@ class Arguments(NamedTuple):
         if any(name.startswith("rope_scaling.") for name in names):  # any of its fields turns it on
             model = replace(model, rope_scaling=model.rope_scaling or RopeScaling())
         default = replace(default, model=model, changed_fields=default.changed_fields.union(names))
-        config = parse_flags(TrainConfig, self.flags, f"train_sft.py {self.preset}".strip(), default=default)
+        config = parse_flags(TrainConfig, args=self.flags, prog=f"train_sft.py {self.preset}", default=default)
         if "num_train_epochs" in self.given and "max_steps" not in self.given:
             config = config.changed(max_steps=0)
         return config if config.checkpoint.init_from not in ("none", "None") else config.changed(init_from=None)
@@ -192,13 +183,15 @@ def parse_arguments(words: list[str], description: str | None = None) -> Argumen
     if foreign := sorted(given & ALIASES.keys()):
         raise UserError("; ".join(f"--{name} is --{ALIASES[name]} here" for name in foreign))
     if {"-h", "--help"} & set(flags):
-        parse_flags(TrainConfig, flags, "train_sft.py", description, default=PRESETS[preset or "tiny"])
-    if not preset and (not given >= {"resume", "output_dir"} or {"auto", "--resume=auto"} & set(flags)):
+        default = PRESETS[preset or "tiny"]
+        parse_flags(TrainConfig, args=flags, prog="train_sft.py", description=description, default=default)
+    if not preset:
         import torch
 
         preset = "mini" if torch.cuda.is_available() else "tiny"
-        print(f"preset {preset}: there is {'a' if preset == 'mini' else 'no'} CUDA device")
-    default = PRESETS[preset or "tiny"]
+        if "resume" not in given:  # a resumed run has its own configuration
+            print(f"preset {preset}: there is {'a' if preset == 'mini' else 'no'} CUDA device")
+    default = PRESETS[preset]
     if "dataset" in given and "max_steps" not in given:  # a preset's number of steps is for its own dataset
         default = default.changed(max_steps=0)
     arguments = Arguments(preset, with_resume_value(flags), given, default)
@@ -219,9 +212,5 @@ def given_fields(flags: list[str]) -> frozenset[str]:
     return frozenset(re.sub(r"(^|\.)no_", r"\1", name) for name in names)
 
 
-def parse_flags(
-    kind: type[Config], flags: list[str], prog: str, description: str | None = None, **options: Any
-) -> Config:
-    """Return a dataclass from the command line, through tyro, which prints help and errors itself and exits."""
-    options |= {"prog": prog, "description": description, "config": (tyro.conf.AvoidSubcommands,)}
-    return tyro.cli(kind, args=flags, **options)
+# Returns a dataclass from flags. tyro prints help and errors itself, and exits.
+parse_flags = functools.partial(tyro.cli, config=(tyro.conf.AvoidSubcommands,))

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -89,24 +88,6 @@ def attention_flops(config: ModelConfig, length: int) -> int:
     tokens, each of which attends to itself and all earlier ones."""
     widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return 6 * config.num_hidden_layers * config.num_attention_heads * widths * (length * (length + 1) // 2)
-
-
-def measure_peak(device: torch.device, dtype: torch.dtype, largest: int | None = None) -> float:
-    """Measure the FLOP/s of large matrix products. Sizes double while they are quick, up to `largest` rows; None: 8192,
-    on a CPU 2048. On a GPU several are queued before the host waits, so that launching one does not count."""
-    on_cpu = device.type == "cpu"
-    best, seconds, size, together = 0.0, 0.0, 256, 1 if on_cpu else 8
-    while size <= (largest or (2048 if on_cpu else 8192)) and seconds < 0.1:
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
-        for _ in range(4):  # the first warms up
-            began = time.perf_counter()
-            for _ in range(together):
-                product = a @ b
-            product[0, 0].item()  # waits for the device
-            seconds = (time.perf_counter() - began) / together
-            best = max(best, 2 * size**3 / seconds)
-        size *= 2
-    return best
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import secrets
 import socket
 import sys
 import time
@@ -19,9 +18,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from tqdm import tqdm
 
 from config import TrainConfig, UserError, flatten
-from files import disk_errors, read_json, replace_file
+from files import disk_errors, read_json, replace_file, write_json
 
-CONFIG, METRICS, TRACKER_ID = "config.json", "metrics.jsonl", "tracker_id"
+CONFIG, METRICS = "config.json", "metrics.jsonl"
 # What a resumed run cannot change, because its weights or its place in the data would no longer fit. Data may move: its
 # content is compared when the trainer resumes.
 FIXED_FIELDS = {
@@ -137,7 +136,6 @@ class Tracker(NamedTuple):
 
     track: Callable[[dict[str, float]], Any]
     close: Callable[[], Any]
-    run_id: str = ""
 
 
 NO_TRACKER = Tracker(lambda metrics: None, lambda: None)
@@ -152,8 +150,8 @@ def import_tracker(name: str) -> Any:
 
 
 def start_tracker(config: TrainConfig, step: int) -> Tracker:
-    """Start the tracker `report_to`; a run that is resumed after `step` continues its own entry there. Nothing changes
-    on disk yet. Raises UserError if the tracker is not installed or does not start."""
+    """Start the tracker `report_to` for a run that continues after `step`. Nothing changes on disk yet. Raises
+    UserError if the tracker is missing or does not start."""
     name, run = config.watch.report_to, Path(config.checkpoint.output_dir)
     if name == "none":
         return NO_TRACKER
@@ -167,14 +165,12 @@ def start_tracker(config: TrainConfig, step: int) -> Tracker:
                 writer().add_scalar(key, metrics[key], metrics["step"])
 
         return Tracker(write, lambda: writer().close())
-    known = config.checkpoint.resume and (run / TRACKER_ID).exists()
-    run_id = (run / TRACKER_ID).read_text() if known else secrets.token_hex(4)
-    names = {"id": run_id, "name": run.name} if name == "wandb" else {"name": f"{run.name}-{run_id}"}
     try:
-        tracker.init(project="sft-from-scratch", config=config.flat(), resume="allow", **names)
+        started = time.strftime("%Y%m%d-%H%M%S")  # a resumed run is an entry of its own
+        tracker.init(project="sft-from-scratch", name=f"{run.name}-{started}", config=config.flat())
     except Exception as error:  # no key, no network, a full disk: trackers differ
         raise UserError(f"report_to {name} cannot start: {' '.join(str(error).split())}") from error
-    return Tracker(lambda metrics: tracker.log(metrics, step=metrics["step"]), tracker.finish, run_id)
+    return Tracker(lambda metrics: tracker.log(metrics, step=metrics["step"]), tracker.finish)
 
 
 # ---------------------------------------------------------------- its directory
@@ -197,8 +193,8 @@ def check_start(config: TrainConfig) -> None:
         raise UserError(f"output_dir {directory} holds {', '.join(inside)}, which this run needs: choose another")
 
 
-def open_run(config: TrainConfig, tracker: Tracker = NO_TRACKER) -> None:
-    """Make the run's directory and write its configuration and its tracker's id.
+def open_run(config: TrainConfig) -> None:
+    """Make the run's directory and write its configuration.
 
     An earlier run that is not resumed moves to a free name: nothing is overwritten. Raises UserError if the directory
     contains a link, through which files elsewhere would be overwritten.
@@ -211,9 +207,7 @@ def open_run(config: TrainConfig, tracker: Tracker = NO_TRACKER) -> None:
     for path in directory.rglob("*"):
         if path.is_symlink():
             raise UserError(f"{path} is a link; remove it: a run's directory must not contain links")
-    replace_file(directory / CONFIG, json.dumps(config.flat(), indent=2) + "\n")
-    if tracker.run_id:
-        replace_file(directory / TRACKER_ID, tracker.run_id)
+    write_json(directory / CONFIG, config.flat())
 
 
 # ---------------------------------------------------------------- its progress
@@ -233,17 +227,6 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is damaged: {error!r}") from error
 
 
-# The best evaluation of a run that has had none.
-NO_EVALUATION: dict[str, float] = {"step": 0, "eval_loss": math.inf, "evaluations_since": 0}
-
-
-def lowest(best: dict[str, float], evaluation: dict[str, float]) -> dict[str, float]:
-    """Return the evaluation with the lower eval_loss, and count the evaluations since."""
-    if evaluation["eval_loss"] < best["eval_loss"]:
-        return evaluation | {"evaluations_since": 0}
-    return best | {"evaluations_since": best["evaluations_since"] + 1}
-
-
 class RunLog:
     """A run's metrics.jsonl, and its progress: a bar on a terminal, elsewhere a line at most every ten seconds.
 
@@ -254,10 +237,10 @@ class RunLog:
     SECONDS_BETWEEN_LINES = 10.0
 
     def __init__(self, run: Path, step: int, total_steps: int, shown: bool, tracker: Tracker = NO_TRACKER) -> None:
-        self.run, self.step, self.total_steps, self.shown, self.tracker = run, step, total_steps, shown, tracker
-        self.path = self.run / METRICS
+        self.run, self.path = run, run / METRICS
+        self.total_steps, self.shown, self.tracker = total_steps, shown, tracker
         if shown:
-            kept = [line for line in read_metrics(self.run) if line["step"] <= step] if self.path.exists() else []
+            kept = [line for line in read_metrics(run) if line["step"] <= step] if self.path.exists() else []
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.next_line = 0.0
         self.has_bar = shown and sys.stderr.isatty()
@@ -275,7 +258,6 @@ class RunLog:
 
     def advance(self, metrics: dict[str, float]) -> None:
         """Move the bar by one step."""
-        self.step += 1
         self.bar.set_postfix_str(describe(metrics), refresh=False)
         self.bar.update()
 
@@ -296,28 +278,25 @@ class RunLog:
             file.write(json.dumps(finite) + "\n")
         self.tracker.track(metrics)
         if "loss" in metrics and not self.has_bar and time.monotonic() >= self.next_line:
-            self.print(f"step {self.step} of {self.total_steps}: {describe(metrics)}")
+            self.print(f"step {metrics['step']} of {self.total_steps}: {describe(metrics)}")
             self.next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
 
-    def finish(self, checkpoint: Path | None, best: dict[str, float], stopped: bool) -> None:
-        """Print what was saved, how to chat with it, and how to continue a run that was stopped."""
+    def finish(self, checkpoint: Path | None, counters: dict[str, float], stopped: bool) -> None:
+        """Print what was saved, how to chat with it, and how to continue a run that was stopped. counters: the
+        trainer's."""
         lines = [f"saved {checkpoint}{'; the same command with --resume continues from there' if stopped else ''}"]
         lines += [f"talk to it: python chat.py {self.run}"]
-        since, place = best["evaluations_since"], self.run / f"checkpoints/step-{best['step']:06d}"
-        if self.step < self.total_steps and not stopped:
-            steps = f"{self.step} of {self.total_steps} steps"
-            lines += [f"ended after {steps}: {since} evaluations without a lower eval_loss"]
+        step, best, since = (counters[name] for name in ("step", "best_step", "evaluations_since"))
+        place = self.run / f"checkpoints/step-{best:06}"
+        if step < self.total_steps and not stopped:
+            lines += [f"ended after {step} of {self.total_steps} steps: {since} evaluations without a lower eval_loss"]
         if since:
             kept = f"{place} has it" if place.exists() else "--save-best would have kept that checkpoint"
-            lines += [f"eval_loss was lowest after step {best['step']}, {best['eval_loss']:.4f}: {kept}"]
+            lines += [f"eval_loss was lowest after step {best}, {counters['best_loss']:.4f}: {kept}"]
         self.bar.close()
-        if self.shown:
-            print(*lines, sep="\n", flush=True)
+        self.print("\n".join(lines))
 
 
 def describe(metrics: dict[str, float]) -> str:
     """Return the metrics that a person watches, as text."""
-    return (
-        f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-        f"{metrics['peak_share']:.0%} of peak, expert load {metrics['expert_load']:.1f}"
-    )
+    return "loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, expert load {expert_load:.1f}".format(**metrics)

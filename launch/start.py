@@ -4,6 +4,7 @@ preset or saved run ──flags──▶ what checkpoint, tokenizer and device d
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from hub.config_json import changed_config
 from launch import run_directory
 from launch.command_line import Arguments
 from launch.run_directory import changes_between, fixed_changes, lock_path, saved_configuration, this_process
-from parallel import World, begun_file, choose_dtype, first_process_first, from_all_ranks, from_first_rank, refuse_ranks
+from parallel import World, choose_dtype, first_process_first, from_first_rank, refuse_ranks
 from tokenizer import Tokenizer
 
 
@@ -32,9 +33,11 @@ def find_start(arguments: Arguments, world: World) -> Start:
     """Resolve a command line into a `Start`. Nothing changes on disk. Raises UserError for a run that cannot start."""
     asked, preset = arguments.config, arguments.preset
     run = Path(asked.checkpoint.output_dir)
+    resume = asked.checkpoint.resume
     if not (asked.watch.dry_run or asked.watch.evaluate_only):
+        if not resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            raise UserError("torchrun has restarted this job: pass --resume auto, so that it continues its run")
         check_shared_files(run, world)
-    resume = asked.checkpoint.resume or is_restarted(world)
     new = None if resume is True else resolve(asked.changed(resume=False), arguments.given, preset, None, world)
     if new and not (resume == "auto" and from_first_rank(run_directory.holds_a_run(run), world)):
         return new
@@ -43,12 +46,11 @@ def find_start(arguments: Arguments, world: World) -> Start:
         if world.is_main:
             print(f"{run} is a run with another configuration ({', '.join(obstacles)}); starting anew")
         return new
-    given = arguments.given if asked.checkpoint.resume else frozenset()  # torchrun's restart changes nothing
-    config = arguments.over(saved) if given else saved
+    config = arguments.over(saved)
     checkpoint = look_up(lambda: newest_checkpoint(run), world)
     if checkpoint is None and checkpoints(run):
         raise UserError(f"{run} has no undamaged checkpoint; start without --resume")
-    start = resolve(config.changed(output_dir=str(run), resume=True), given, preset, checkpoint, world)
+    start = resolve(config.changed(output_dir=str(run), resume=True), arguments.given, preset, checkpoint, world)
     obstacles, changes = fixed_changes(saved, start.config), ", ".join(changes_between(saved, start.config).values())
     if obstacles:
         raise UserError(f"{run} cannot be resumed with another configuration: {', '.join(obstacles)}")
@@ -79,16 +81,12 @@ def resolve(config: TrainConfig, given: Collection[str], preset: str, checkpoint
     name = str(source or config.data.tokenizer)
     vocab_size = config.model.vocab_size if name == "cl100k_base" else None
     tokenizer = Tokenizer(name, vocab_size, config.data.chat_template, config.data.add_control_tokens)
-    if "add_control_tokens" in given and config.data.add_control_tokens and not (checkpoint or tokenizer.new_ids):
-        raise UserError(f"add_control_tokens has no effect: {name} has all that the chat template needs")
-    if source is None or tokenizer.new_ids:
-        config = config.changed(vocab_size=max(config.model.vocab_size * bool(source), tokenizer.vocab_size))
-    elif tokenizer.vocab_size > config.model.vocab_size:
-        rows = config.model.vocab_size
-        raise UserError(f"{name}: the tokenizer has {tokenizer.vocab_size} ids, but the embedding only {rows} rows")
+    ids, rows = tokenizer.vocab_size, config.model.vocab_size if source else 0  # rows of the embedding
+    if source and ids > rows and not tokenizer.new_ids:
+        raise UserError(f"{name}: the tokenizer has {ids} ids, but the embedding only {rows} rows")
+    config = config.changed(vocab_size=max(ids, rows), chat_template=tokenizer.chat_template)
     # device
-    dtype = choose_dtype(config.compute.dtype, world.device)
-    config = config.changed(dtype=dtype, chat_template=tokenizer.chat_template)
+    config = config.changed(dtype=choose_dtype(config.compute.dtype, world.device))
     config.validate()
     refuse_useless_flags(config, given)
     run_directory.check_start(config)
@@ -106,7 +104,7 @@ def model_shape(config: TrainConfig, preset: str, source: Path | None) -> ModelC
     configuration. Raises UserError if they contradict the weights."""
     if source:
         return changed_config(load_config(source), config.model, config.model_changes, source)
-    start = PRESETS[preset].checkpoint.init_from if preset else None
+    start = PRESETS[preset].checkpoint.init_from
     shape = load_config(resolve_model(start)) if start else ModelConfig()
     names = {name.split(".")[0] for name in config.model_changes}
     return replace(shape, **{name: getattr(config.model, name) for name in names})
@@ -138,12 +136,6 @@ def refuse_useless_flags(config: TrainConfig, given: Collection[str]) -> None:
 
 
 # ---------------------------------------------------------------- several ranks
-
-
-def is_restarted(world: World) -> bool:
-    """Return whether torchrun has restarted the ranks of a job that had begun its run, which then continues."""
-    begun = begun_file()
-    return any(from_all_ranks(bool(begun and begun.exists()), world))
 
 
 def look_up(find: Callable[[], Path | None], world: World) -> Path | None:

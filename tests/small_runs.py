@@ -89,10 +89,9 @@ def arguments(dataset: Path, output_dir: Path, *flags: str, **changes: Any) -> l
 
 @contextlib.contextmanager
 def cheap_process(directory: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Context without measurements and drawings, with the cache in `directory`; it restores signal handlers."""
+    """Context without drawings, with the cache in `directory`; it restores signal handlers."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "measure_peak", lambda *_: 1.0)
         patch.setattr(train_sft, "plot_runs", lambda runs, out, *_: Path(out).write_bytes(b"\x89PNG"))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory / "cache")
         yield patch
@@ -348,9 +347,8 @@ def drain(descriptor: int) -> None:
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
-    """Return metrics.jsonl without the fields that depend on the clock."""
-    clock = ("tokens_per_second", "peak_share")
-    return [{k: v for k, v in line.items() if k not in clock} for line in run_directory.read_metrics(run)]
+    """Return metrics.jsonl without the field that depends on the clock."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in run_directory.read_metrics(run)]
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:

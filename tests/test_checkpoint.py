@@ -554,28 +554,17 @@ def test_a_failing_write_leaves_nothing_behind(tmp_path: Path) -> None:
     assert steps(tmp_path) == ["step-000001"]
 
 
-@pytest.mark.parametrize("failing", [(2,), (2, 3)])
-def test_a_failing_rename_costs_no_checkpoint(
-    failing: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Saving a step again renames twice: the old directory away, the new one to its place; then the old one back. Where
-    that fails, too, it is found again by the next save."""
+def test_a_failing_rename_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = save_checkpoint(tmp_path, 1, writer(1), limit=1)
-    rename, calls = Path.rename, itertools.count(1)
 
     def fail(self: Path, target: Path) -> Path:
-        if next(calls) in failing:
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
+        raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fail)
-        with pytest.raises(UserError, match="step-000001 cannot be written"):
-            save_checkpoint(tmp_path, 1, writer(11), limit=1)
-    if 3 not in failing:
-        assert stored_value(place) == 1
-    save_checkpoint(tmp_path, 2, writer(2), limit=2)
-    assert steps(tmp_path) == ["step-000001", "step-000002"]
+        with pytest.raises(UserError, match="step-000002 cannot be written"):
+            save_checkpoint(tmp_path, 2, writer(2), limit=1)
+    assert steps(tmp_path) == ["step-000001"]
     assert stored_value(place) == 1
 
 

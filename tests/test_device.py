@@ -5,6 +5,7 @@ The plain form of attention replaces FlashAttention's kernel.
 
 import functools
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -466,13 +467,13 @@ def test_a_device_that_torch_does_not_know_is_not_planned_for(capsys: pytest.Cap
 
 @pytest.mark.parametrize(("cuda", "available"), [("13.0", False), ("13.0", True), (None, False)])
 def test_a_gpu_whose_driver_is_too_old_is_reported(
-    cuda: str | None, available: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cuda: str | None, available: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    problem = driver_problem(tmp_path / "version")
-    assert ("needs driver 580 or later (installed: 535.183.01)" in problem) == (cuda is not None and not available)
+    problem = driver_problem()
+    assert ("needs driver 580 or later" in problem) == (cuda is not None and not available)
     assert bool(problem) == (cuda is not None and not available)
 
 

@@ -174,7 +174,7 @@ finally:
         ({"dtype": "float32", "model_moe_intermediate_size": 10}, "must be multiples of 4 in float32"),
         ({"device": "abacus"}, "there is no device 'abacus' here"),
         ({"device": "mps:7"}, "there is no device 'mps:7' here"),
-        ({"chat_template": "mine"}, "chat template 'mine' is unknown; use one of chatml"),
+        ({"chat_template": "mine"}, "chat template 'mine' is unknown; pass --chat-template chatml|llama3|deepseek"),
         ({"tokenizer": "nowhere"}, "there is no nowhere/tokenizer.json"),
         ({"init_from": "nowhere"}, "nowhere is not a checkpoint"),
         ({"lora_rank": 2}, "lora_rank needs init_from"),

@@ -7,13 +7,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 import train_sft
-from config import TrainConfig
+from config import TrainConfig, UserError
+from launch.command_line import parse_arguments
 from launch.run_directory import run_lock
-from launch.start import check_shared_files, is_restarted, look_up
-from parallel import ALONE, World, begun_file, from_all_ranks
+from launch.start import check_shared_files, find_start, look_up
+from parallel import ALONE, World, from_all_ranks
 from small_runs import Work, cheap_process, conversations, run_ranks, write_jsonl
 from tokenizer import Tokenizer
 
@@ -80,21 +80,7 @@ def test_ranks_with_different_files_are_refused(work: Work, message: str, folder
         assert result.startswith(message.format(folder / str(rank)))
 
 
-def test_a_restarted_job_recognises_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun counts its restarts in the last directory but one; another job has another directory."""
-    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
-
-    def start(job: str, attempt: int) -> None:
-        place = tmp_path / job / f"attempt_{attempt}" / "0"
-        place.mkdir(parents=True)
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place / "error.json"))
-
-    start("first", 0)
-    assert not is_restarted(ALONE)
-    file = begun_file()
-    assert file
-    file.touch()
-    start("first", 1)
-    assert is_restarted(ALONE)
-    start("second", 0)
-    assert not is_restarted(ALONE)
+def test_a_restarted_job_that_would_start_anew_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="restarted this job: pass --resume auto"):
+        find_start(parse_arguments(["tiny", "--output-dir", str(tmp_path / "run")]), ALONE)
