@@ -15,21 +15,19 @@ within each node. model.py knows nothing of them. Without torchrun all of this i
 import contextlib
 import gc
 import itertools
-import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -41,11 +39,7 @@ Value = TypeVar("Value")
 # torchrun notices a rank that has died and stops the others. This is for one that lives and does not answer. What the
 # first rank does alone (tokenise the data, write a model) may take longer: see `wait_for_first_rank`.
 TIMEOUT = timedelta(minutes=30)
-TORCHRUN = (
-    "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE",
-)  # fmt: skip
-# What Gloo and NCCL report on the surviving ranks when another one has died.
-PEER_DIED = ("closed by peer", "reset by peer", "remote process exited", "communicator was aborted")
+TORCHRUN = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
 
 
 class World(NamedTuple):
@@ -118,7 +112,7 @@ def join_world(device: str, dry_run: bool = False) -> World:
         return World(0, 1, chosen)
     device = choose_device(device)
     try:
-        local_rank, node_size, nodes, restarts, _ = (os.environ[name] for name in TORCHRUN)
+        local_rank, node_size, nodes, restarts = (os.environ[name] for name in TORCHRUN)
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     except (KeyError, ValueError) as error:
         raise UserError(f"TORCHELASTIC_RUN_ID is set, but {error}: start with torchrun, or unset it") from error
@@ -144,34 +138,6 @@ def leave_world() -> None:
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
-
-
-def recorded(function: Callable[..., None]) -> Callable[..., None]:
-    """Under torchrun, record an error of the function for torchrun, which then prints rank and error. An error that the
-    user can fix takes one line; so does the death of another rank, whose own error gives the reason."""
-    if not dist.is_torchelastic_launched():
-        return function
-
-    def in_one_line(*arguments: Any) -> None:
-        try:
-            record(function)(*arguments)
-        except (UserError, OSError) as error:
-            note_failure(f"error: {error}")
-            raise
-        except RuntimeError as error:
-            if not any(words in str(error) for words in PEER_DIED):
-                raise
-            note_failure("another rank has failed")
-            sys.exit(1)
-
-    return in_one_line
-
-
-def note_failure(text: str) -> None:
-    """Leave torchrun a text to print in place of a traceback."""
-    details = {"py_callstack": text, "timestamp": str(int(time.time()))}
-    message = {"message": text, "extraInfo": details}
-    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
 
 
 # ---------------------------------------------------------------- engines

@@ -167,7 +167,7 @@ def main() -> None:
     with one_line_errors("--debug" in sys.argv), lasting_output():
         arguments = parse_arguments(sys.argv[1:])
         world = parallel.join_world(arguments.config.compute.device, arguments.config.watch.dry_run)
-        parallel.recorded(dispatch)(arguments, world)
+        dispatch(arguments, world)
         parallel.leave_world()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -22,11 +23,15 @@ from files import printable
 
 # ---------------------------------------------------------------- errors and output
 
+# What Gloo and NCCL report on the surviving ranks when another one has died.
+PEER_DIED = ("closed by peer", "reset by peer", "remote process exited", "communicator was aborted")
+
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
     """Print errors that the user can fix (including a full disk) as one line, and exit with 2; with `debug`, keep
-    Python's traceback. Ctrl-C exits with 130 and `| head` with 141, as in a shell."""
+    Python's traceback. Ctrl-C exits with 130 and `| head` with 141, as in a shell. A rank of a job in which another one
+    has died exits with 1 and prints nothing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks becomes a question mark
             with contextlib.suppress(OSError):
@@ -40,15 +45,25 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             sys.exit(141)
         if debug:
             raise
-        if is_first_report(str(error)):
+        if is_first_report(f"error: {printable(str(error))}"):
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-        group = sys.modules.get("torch.distributed")
-        if group and group.is_initialized():  # a rank that exits with its group can hang in Gloo's destructors
-            os._exit(2)
-        sys.exit(2)
+        leave(2)
+    except RuntimeError as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ or not any(words in str(error) for words in PEER_DIED):
+            raise
+        leave(1)
     finally:
         flush_or_discard(sys.stdout)
         flush_or_discard(sys.stderr)
+
+
+def leave(code: int) -> None:
+    """Exit with a code."""
+    flush_or_discard(sys.stdout)
+    group = sys.modules.get("torch.distributed")
+    if group and group.is_initialized():  # a rank that exits with its group can hang in Gloo's destructors
+        os._exit(code)
+    sys.exit(code)
 
 
 def flush_or_discard(stream: Any) -> bool:
@@ -92,11 +107,13 @@ def lasting_output() -> Iterator[None]:
 
 
 def is_first_report(message: str) -> bool:
-    """Return whether no other process of this torchrun job on this machine has printed the same error. The processes
-    share a directory, in which torchrun collects their errors."""
+    """Under torchrun, leave it an error to print next to the rank. Return whether no other process of the job on this
+    machine has reported the same one: they share a directory, in which torchrun collects their errors."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not place:
         return True
+    details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    Path(place).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
     try:
         Path(place).parent.with_name(hashlib.sha256(message.encode()).hexdigest()).touch(exist_ok=False)
     except FileExistsError:
@@ -144,13 +161,6 @@ class StopSignal:
 
 # ---------------------------------------------------------------- flags
 
-# Names of our fields in other trainers.
-ALIASES = {
-    "bf16": "dtype bfloat16", "dataset_name": "dataset", "epochs": "num-train-epochs", "fp32": "dtype float32",
-    "lora_r": "lora-rank", "lr": "learning-rate", "max_length": "max-seq-len", "model_name_or_path": "init-from",
-    "per_device_eval_batch_size": "batch-size", "per_device_train_batch_size": "batch-size",
-}  # fmt: skip
-
 
 class Arguments(NamedTuple):
     """A command line of train_sft.py."""
@@ -173,15 +183,13 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(words: list[str], description: str | None = None) -> Arguments:
-    """Parse the command line of train_sft.py. Raises UserError, with a hint at what may have been meant."""
+    """Parse the command line of train_sft.py. Raises UserError for an unknown preset; tyro exits for unknown flags."""
     preset, flags = "", list(words)
     if flags and not flags[0].startswith("-"):
         preset = flags.pop(0)
         if preset not in PRESETS:
             raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     given = given_fields(flags)
-    if foreign := sorted(given & ALIASES.keys()):
-        raise UserError("; ".join(f"--{name} is --{ALIASES[name]} here" for name in foreign))
     if {"-h", "--help"} & set(flags):
         default = PRESETS[preset or "tiny"]
         parse_flags(TrainConfig, args=flags, prog="train_sft.py", description=description, default=default)

@@ -253,19 +253,6 @@ def test_the_command_line_records_which_fields_are_given() -> None:
     assert given_fields(flags[:-1]) == named
 
 
-@pytest.mark.parametrize(
-    ("flags", "hint"),
-    [
-        (["--lr", "1e-3"], "--lr is --learning-rate here"),
-        (["--epochs=3"], "--epochs is --num-train-epochs here"),
-        (["--per_device_train_batch_size", "3"], "--per_device_train_batch_size is --batch-size here"),
-        (["--bf16"], "--bf16 is --dtype bfloat16 here"),
-    ],
-)
-def test_another_trainers_name_of_a_field_gets_a_hint(flags: list[str], hint: str, refused: Callable[..., str]) -> None:
-    assert hint in refused(*flags)
-
-
 # ---------------------------------------------------------------- a resumed run
 
 
