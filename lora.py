@@ -59,10 +59,9 @@ class LoRALinear(nn.Module):
         adapted = F.linear(F.dropout(x, self.dropout, self.training).to(compute_dtype(self.lora_A)), self.lora_A)
         return base + (F.linear(adapted, self.lora_B) * self.scaling).to(base.dtype)
 
-    def merge(self) -> nn.Linear:
-        """Fold the adapter into the base layer, and return that."""
-        self.base_layer.weight = merged(self.base_layer.weight, self.lora_A, self.lora_B, self.scaling)
-        return self.base_layer
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return A and B by the name of the base layer's weight."""
+        return {"weight": (self.lora_A, self.lora_B)}
 
 
 class LoRAExperts(Experts):
@@ -77,24 +76,18 @@ class LoRAExperts(Experts):
             self.register_parameter(f"{name}_lora_A", a)
             self.register_parameter(f"{name}_lora_B", b)
 
-    def adapter(self, name: str) -> tuple[Tensor, Tensor]:
-        return getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return A and B by the name of the base layer's weight."""
+        return {name: (getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")) for name in self.adapted}
 
     def project(self, name: str, x: Tensor, product: Product) -> Tensor:
         output = self.base_layer.project(name, x, product)
         if name not in self.adapted:
             return output
-        a, b = self.adapter(name)
+        a, b = self.factors()[name]
         padding = -a.shape[1] % 8  # grouped_mm needs strides of 16 bytes: pad the rank with zeros
         a, b = F.pad(a, (0, 0, 0, padding)).to(x.dtype), F.pad(b, (0, padding)).to(x.dtype)
         return output + product(product(x, a), b) * self.scaling
-
-    def merge(self) -> Experts:
-        """Fold the adapter into the base layer, and return that."""
-        for name in self.adapted:
-            weight = merged(getattr(self.base_layer, name), *self.adapter(name), self.scaling)
-            setattr(self.base_layer, name, weight)
-        return self.base_layer
 
 
 # ---------------------------------------------------------------- a model with adapters
@@ -162,5 +155,8 @@ def merge(model: nn.Module) -> None:
     """Fold every adapter into its weight, and unfreeze the model, which has its original layers again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear | LoRAExperts):
-            model.set_submodule(name, module.merge())
+            base = module.base_layer
+            for weight, (a, b) in module.factors().items():
+                setattr(base, weight, merged(getattr(base, weight), a, b, module.scaling))
+            model.set_submodule(name, base)
     model.requires_grad_(True)

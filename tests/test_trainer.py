@@ -599,7 +599,7 @@ def fail_and_resume(directory: Path, **changes: Any) -> None:
     train_with_tracker(again)
 
 
-def test_a_tracker_gets_every_line_under_the_run_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_gets_every_line_under_the_name_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = Tracker(monkeypatch)
     train_with_tracker(make_trainer(tmp_path / "run", report_to="wandb"))
     assert tracker.lines == [(line["step"], line) for line in read_metrics(tmp_path / "run")]
