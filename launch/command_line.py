@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -41,7 +42,7 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and not flush_or_discard(sys.stdout):
+        if isinstance(error, BrokenPipeError) and reader_has_left():
             sys.exit(141)
         if debug:
             raise
@@ -57,6 +58,13 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         flush_or_discard(sys.stderr)
 
 
+def reader_has_left() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def leave(code: int) -> None:
     """Exit with a code."""
     flush_or_discard(sys.stdout)
@@ -66,16 +74,14 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-def flush_or_discard(stream: Any) -> bool:
-    """Flush a stream. If its reader has left or the disk is full, return False and discard what it holds: Python would
-    try again at exit, and report the error."""
+def flush_or_discard(stream: Any) -> None:
+    """Flush a stream. If its reader has left or the disk is full, discard what it holds: Python would try again at
+    exit, and report the error."""
     try:
         if stream is not None:  # closed by the shell
             stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
-    return True
 
 
 class LastingStream:

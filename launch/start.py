@@ -3,7 +3,6 @@
 preset or saved run ──flags──▶ what checkpoint, tokenizer and device decide ──▶ Start, which is only read
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -143,19 +142,16 @@ def look_up(find: Callable[[], Path | None], world: World) -> Path | None:
     step of a run that is being written. Raises UserError if a rank sees other files there."""
     with first_process_first(world):  # it reads all of a large checkpoint
         found = find() if world.is_main else None
-    path, expected = from_first_rank((found, fingerprint(found)), world)
-    refuse_ranks(fingerprint(path) != expected, f"sees other files at {path} than the first rank does", world)
+    path, expected = from_first_rank((found, contents(found)), world)
+    refuse_ranks(contents(path) != expected, f"sees other files at {path} than the first rank does", world)
     return path
 
 
-def fingerprint(directory: Path | None) -> str:
-    """Return a hash of the files' names and sizes, and of JSON files, which hold a checkpoint's checksums."""
-    digest = hashlib.sha256()
-    for file in sorted(directory.iterdir()) if directory and directory.is_dir() else []:
-        if file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            digest.update(file.read_bytes() if file.suffix == ".json" else b"")
-    return digest.hexdigest()
+def contents(directory: Path | None) -> list[tuple[str, int, bytes]]:
+    """Return the files' names and sizes, and the content of JSON files, which hold a checkpoint's checksums."""
+    found = sorted(directory.iterdir()) if directory and directory.is_dir() else []
+    files = [file for file in found if file.is_file()]
+    return [(f.name, f.stat().st_size, f.read_bytes() if f.suffix == ".json" else b"") for f in files]
 
 
 def check_shared_files(run: str | Path, world: World) -> None:

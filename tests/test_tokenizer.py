@@ -371,7 +371,7 @@ def test_content_never_becomes_a_control_token(every_tokenizer, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"chat_template": "nope"}, "use one of chatml, llama3, deepseek"),
+        ({"chat_template": "nope"}, r"pass --chat-template chatml\|llama3\|deepseek"),
         ({"vocab_size": 258}, "need 259"),
         ({"name": "no/such/directory"}, "there is no no/such/directory/tokenizer.json"),
     ],
