@@ -1,6 +1,6 @@
 """Load conversations from anywhere, check each row, and tokenise them once.
 
-    Hub, directory, file or built-in ──open_split──▶ rows ──tokenize──▶ pieces ──hold_out──▶ trained on, held out
+    Hub, directory, file or built-in ──open_source──▶ rows ──tokenize──▶ pieces ──hold_out──▶ trained on, held out
 
 `datasets` keeps the result on disk, memory-mapped, and finds it again by a fingerprint of what was read, the tokenizer,
 `max_seq_len`, `long_conversations`, `columns` and the code involved.
@@ -11,24 +11,72 @@
 chatterbot, test, held out: 44 conversations; 46 pieces; 2,583 tokens; 1,472 (57%) trained on; 44 read as messages
 """
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from config import DataConfig, UserError
 from data import formats, sources
 from data.pieces import tokenize
-from data.report import DataReport
-from files import printable
+from files import printable, replace_file
 from tokenizer import Tokenizer
+
+
+@dataclass
+class DataReport:
+    """A split of a source on one side: trained on, or held out."""
+
+    # The source's name, shortened to what tells it from the others.
+    source: str
+    split: str
+    held_out: bool
+    # Passes per epoch; not in the counts.
+    weight: int
+    # The pieces that are used; their columns: data/pieces.py.
+    pieces: datasets.Dataset
+    # Names of columns that are not read.
+    unused: list[str]
+    # Reason to number of rows.
+    dropped: dict[str, int]
+    # Malformed rows: source, place, reason, error and row.
+    malformed: list[dict[str, Any]]
+    # Conversations, pieces, tokens, trained on; and unless they are 0: cut, duplicates, "dropped: REASON" and others.
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def conversations(self) -> int:
+        return int((column(self.pieces, "piece") == 0).sum())
+
+    def texts(self, name: str) -> dict[str, int]:
+        """Return the texts in a column of the pieces, the most frequent first, and how often each occurs."""
+        return {text: count for text, count in Counter(column(self.pieces, name)).most_common() if text}
+
+    def check_not_empty(self) -> None:
+        if len(self.pieces) == 0:
+            causes = ", ".join(f"{count} for {reason}" for reason, count in self.dropped.items())
+            rows = f"all {sum(self.dropped.values())} rows were dropped"
+            raise UserError(printable(f"{self.source}, split {self.split}: {rows}: {causes}"))
+
+    def facts(self) -> dict[str, str]:
+        """Return the counts in words, with the share of tokens that is trained on."""
+        facts = {printable(name): f"{count:,}" for name, count in self.counts.items()}
+        share = self.counts["trained on"] / max(self.counts["tokens"], 1)
+        return facts | {"trained on": f"{facts['trained on']} ({share:.0%})"}
+
+    def __str__(self) -> str:
+        side = ", held out" if self.held_out else f", {self.weight} times" if self.weight > 1 else ""
+        counts = "; ".join(f"{text} {name}" for name, text in self.facts().items())
+        return printable(f"{self.source}, {self.split}{side}: {counts}")
 
 
 class RunData(NamedTuple):
@@ -36,11 +84,11 @@ class RunData(NamedTuple):
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None
-    # Reports on what is trained on, in the order of the sources, then on what is held out.
+    # What is trained on, in the order of the sources, then what is held out.
     reports: list[DataReport]
     # What was decided about splits and files, one line each.
     notes: list[str]
-    # Malformed rows: source, place, error and row.
+    # Malformed rows: source, place, reason, error and row.
     skipped: list[dict[str, Any]]
 
 
@@ -60,45 +108,43 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
         source = sources.open_source(name)
         train_split, eval_split = choose_splits(source, data, want_eval)
         notes += notes_on(source, shown[name], train_split, data, want_eval and not eval_split)
-        trained.append(read_split(source, shown[name], train_split, tokenizer, data, weight))
+        trained.append(read_split(source, shown[name], train_split, tokenizer, data, weight=weight))
         if eval_split:
-            held_out.append(read_split(source, shown[name], eval_split, tokenizer, data))
+            held_out.append(read_split(source, shown[name], eval_split, tokenizer, data, held_out=True))
         elif want_eval:
             to_divide.append(trained[-1])
-    skipped = bad_rows(trained + held_out, data.skip_bad_rows)
+    malformed = [row for side in trained + held_out for row in side.malformed]
+    if malformed and not data.skip_bad_rows:
+        raise UserError(describe_malformed(malformed))
     for side in trained + held_out:
         side.check_not_empty()
     if to_divide:
         divided, decided = hold_out(to_divide, data, seed, needed=not held_out)
         held_out, notes = held_out + divided, notes + decided
     drop_copies(held_out, trained)
-    reports = make_reports(trained, False) + make_reports(held_out, True)
+    for sides in (trained, held_out):
+        add_counts(sides)
+    reports = trained + held_out
     if columns and not any(f"read as {formats.main_columns(columns)}" in report.counts for report in reports):
         raise UserError(f"columns: no row has {', '.join(columns.values())}")
     return RunData(
-        datasets.concatenate_datasets([side.dataset() for side in trained for _ in range(side.weight)]),
-        datasets.concatenate_datasets([side.dataset() for side in held_out]) if held_out else None,
+        datasets.concatenate_datasets([side.pieces for side in trained for _ in range(side.weight)]),
+        datasets.concatenate_datasets([side.pieces for side in held_out]) if held_out else None,
         reports,
         [printable(note) for note in notes],
-        skipped,
+        malformed,
     )
 
 
-def load_dataset_split(
-    name: str, split: str, tokenizer: Tokenizer, max_seq_len: int, **settings: Any
-) -> tuple[datasets.Dataset, DataReport]:
-    """Return one split of one source, and its report. settings: fields of DataConfig. Raises UserError."""
-    sources.open_split(name, split)  # raises for an unknown one, where load_data would take the only one
-    fields: dict[str, Any] = {"long_conversations": "truncate", "num_proc": 1} | settings
-    data = DataConfig(dataset=(name,), train_split=split, max_seq_len=max_seq_len, **fields)
-    found = load_data(data, tokenizer, seed=0, want_eval=False)
-    return found.train, found.reports[0]
-
-
 def column(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    """Return a column of numbers, without a loop over rows."""
+    """Return a column of numbers or texts, without a loop over rows."""
     values = dataset.data.column(name).to_numpy()
     return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
+
+
+def keep(dataset: datasets.Dataset, mask: np.ndarray) -> datasets.Dataset:
+    """Return the rows where the mask is true."""
+    return dataset.select(np.flatnonzero(mask))
 
 
 # ---------------------------------------------------------------- sources and their splits
@@ -160,58 +206,28 @@ def notes_on(source: sources.Source, shown: str, train_split: str, data: DataCon
             yield f"{shown}: {len(several):,} rows have fields of several lines, the first in {several[0]}"
 
 
-@dataclass
-class SourceSplit:
-    """A split of a source, tokenised, and which of its pieces are used."""
-
-    source: str
-    split: str
-    weight: int
-    rows: sources.Rows
-    pieces: datasets.Dataset
-    # Names of columns that are not read.
-    unused: list[str]
-    # Indices of the pieces that are used.
-    used: np.ndarray
-    # Reason to number of rows.
-    dropped: dict[str, int]
-
-    def column(self, name: str) -> np.ndarray:
-        """Return a column of numbers of the pieces that are used."""
-        return column(self.pieces, name)[self.used]
-
-    def texts(self, name: str) -> dict[str, int]:
-        """Return the texts in a column of the pieces that are used, the most frequent first, and how often each is."""
-        counts = Counter(self.pieces.data.column(name).take(pa.array(self.used)).to_pylist())
-        return {text: count for text, count in counts.most_common() if text}
-
-    @property
-    def conversations(self) -> int:
-        return int((self.column("piece") == 0).sum())
-
-    def dataset(self) -> datasets.Dataset:
-        return self.pieces.select(self.used)
-
-    def check_not_empty(self) -> None:
-        if len(self.used) == 0:
-            causes = ", ".join(f"{count} for {reason}" for reason, count in self.dropped.items())
-            rows = f"all {sum(self.dropped.values())} rows were dropped"
-            raise UserError(printable(f"{self.source}, split {self.split}: {rows}: {causes}"))
-
-
 def read_split(
-    source: sources.Source, shown: str, split: str, tokenizer: Tokenizer, data: DataConfig, weight: int = 1
-) -> SourceSplit:
-    """Return a split of a source with all its pieces. Raises UserError if there are no rows."""
+    source: sources.Source,
+    shown: str,
+    split: str,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    held_out: bool = False,
+    weight: int = 1,
+) -> DataReport:
+    """Return a split of a source with its pieces, not counted yet. Raises UserError if there are no rows."""
     columns = formats.parse_columns(data.columns)
     rows, unused = source.select(split).known_columns(columns)
     if len(rows) == 0:
-        raise UserError(f"{source.name}, split {split}, is empty")
+        raise UserError(f"{source.name}, split {split}, has no rows")
     pieces = tokenize(rows, tokenizer, data.max_seq_len, data.long_conversations, columns, data.num_proc)
-    reasons = pieces.data.column("reason")
-    dropped = dict(Counter(pc.filter(reasons, pc.not_equal(reasons, "")).to_pylist()))
-    used = np.flatnonzero(pc.equal(reasons, "").to_numpy())
-    return SourceSplit(shown, split, weight, rows, pieces, unused, used, dropped)
+    reasons = column(pieces, "reason")
+    malformed = []
+    for piece in keep(pieces, column(pieces, "error") != ""):
+        found = {"source": shown, "place": rows.place(piece["row"]), "row": rows.text(piece["row"])}
+        malformed.append(found | {"reason": piece["reason"], "error": piece["error"]})
+    dropped = dict(Counter(reasons[reasons != ""]))
+    return DataReport(shown, split, held_out, weight, keep(pieces, reasons == ""), unused, dropped, malformed)
 
 
 # ---------------------------------------------------------------- malformed rows
@@ -219,43 +235,41 @@ def read_split(
 MOST_CAUSES = 8
 
 
-def bad_rows(sides: list[SourceSplit], skip: bool) -> list[dict[str, Any]]:
-    """Return source, place, error and row of each malformed row. Raises UserError, with one line per cause, unless they
-    are skipped."""
-    found, causes = [], defaultdict(list)
-    for side in sides:
-        columns = pa.table({name: side.pieces.data.column(name) for name in ("row", "reason", "error")})
-        for row in columns.filter(pc.not_equal(columns["error"], "")).to_pylist():
-            place, text = side.rows.place(row["row"]), side.rows.text(row["row"])
-            found.append({"source": side.source, "place": place, "error": row["error"], "row": text})
-            causes[side.source, row["reason"]].append(found[-1])
-    if skip or not found:
-        return found
+def describe_malformed(rows: list[dict[str, Any]]) -> str:
+    """Return one line per cause, with its first places and what to do."""
+    causes = defaultdict(list)
+    for row in rows:
+        causes[row["source"], row["reason"]].append(row)
     lines = []
     for (source, _), cases in causes.items():
         where = "; ".join(case["place"] for case in cases[:3]) + ("; ..." if len(cases) > 3 else "")
         counted = f"{len(cases):,} rows, " if len(cases) > 1 else ""
         lines.append(" ".join(printable(f"{source}, {counted}{where}: {cases[0]['error']}").split()))
     if len(lines) == 1:
-        raise UserError(f"{lines[0]} (--skip-bad-rows drops such rows)")
+        return f"{lines[0]} (--skip-bad-rows drops such rows)"
     if len(lines) > MOST_CAUSES:
         lines[MOST_CAUSES:] = [f"and {len(lines) - MOST_CAUSES:,} more causes"]
-    raise UserError("\n  ".join([f"{len(found):,} rows cannot be used (--skip-bad-rows drops them):", *lines]))
+    return "\n  ".join([f"{len(rows):,} rows cannot be used (--skip-bad-rows drops them):", *lines])
+
+
+def write_skipped(run: str | Path, skipped: list[dict[str, Any]]) -> str:
+    """Write malformed rows to the run's skipped.jsonl. Return a line that says so."""
+    path = Path(run, "skipped.jsonl")
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))
+    return f"{len(skipped):,} malformed rows were skipped; {path} has them, with their reasons"
 
 
 # ---------------------------------------------------------------- what is held out
 
 
-def hold_out(
-    sides: list[SourceSplit], data: DataConfig, seed: int, needed: bool
-) -> tuple[list[SourceSplit], list[str]]:
+def hold_out(sides: list[DataReport], data: DataConfig, seed: int, needed: bool) -> tuple[list[DataReport], list[str]]:
     """Move the conversations whose number in a lottery is below eval_fraction to new, held-out sides. Return those, and
     notes.
 
     The number depends on the seed and on the text, so a conversation stays on its side when others are added, and
     copies are on the same side. needed: if no number is below eval_fraction, the lowest one is held out.
     """
-    numbers = [lottery(side.column("content"), seed) for side in sides]
+    numbers = [lottery(column(side.pieces, "content"), seed) for side in sides]
     drawn, limit = np.concatenate(numbers), data.eval_fraction
     if needed and not (drawn < limit).any():
         limit = np.nextafter(drawn.min(initial=1.0), 2.0)
@@ -264,45 +278,41 @@ def hold_out(
         raise UserError(f"{names}: too few different conversations to hold some out; --eval-steps 0 holds out none")
     divided, notes = [], []
     for side, number in zip(sides, numbers, strict=True):
-        held = replace(side, weight=1, used=side.used[number < limit], dropped={})
+        held = replace(side, held_out=True, weight=1, pieces=keep(side.pieces, number < limit), dropped={})
         divided += [held] if held.conversations else []
         notes.append(
             f"{side.source} has no split {data.eval_split!r}: {held.conversations:,} of the {side.conversations:,} "
             f"conversations of {side.split} are held out (eval_fraction {data.eval_fraction})"
         )
-        side.used = side.used[number >= limit]
+        side.pieces = keep(side.pieces, number >= limit)
     return divided, notes
 
 
 def lottery(content: np.ndarray, seed: int) -> np.ndarray:
-    """Return evenly distributed numbers from 0 to 1 that depend on nothing else (splitmix64,
-    https://doi.org/10.1145/2660193.2660195)."""
-    x = content.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) / 2.0**64
+    """Return evenly distributed numbers from 0 to 1 that depend on nothing else (pandas hashes with splitmix64)."""
+    return pd.util.hash_array(content.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)) / 2.0**64
 
 
-def drop_copies(held_out: list[SourceSplit], trained: list[SourceSplit]) -> None:
+def drop_copies(held_out: list[DataReport], trained: list[DataReport]) -> None:
     """Drop held-out conversations that also occur in the training data. Raises UserError if nothing is left."""
-    seen = np.concatenate([side.column("content") for side in trained])
+    seen = np.concatenate([column(side.pieces, "content") for side in trained])
     for side in held_out:
-        copies, before = np.isin(side.column("content"), seen), side.conversations
-        side.used = side.used[~copies]
+        copies, before = np.isin(column(side.pieces, "content"), seen), side.conversations
+        side.pieces = keep(side.pieces, ~copies)
         if copies.any():
             side.dropped = side.dropped | {"also trained on": before - side.conversations}
-    if held_out and not any(len(side.used) for side in held_out):
+    if held_out and not any(len(side.pieces) for side in held_out):
         held_out[0].check_not_empty()
 
 
 # ---------------------------------------------------------------- counting
 
 
-def make_reports(sides: list[SourceSplit], held_out: bool) -> list[DataReport]:
-    """Return one report per split, vectorised."""
-    seen, reports = np.array([], np.int64), []
+def add_counts(sides: list[DataReport]) -> None:
+    """Count what each side has, vectorised."""
+    seen = np.array([], np.int64)
     for side in sides:
-        contents = side.column("content")[side.column("piece") == 0]
+        contents = column(side.pieces, "content")[column(side.pieces, "piece") == 0]
         different = np.setdiff1d(contents, seen)
         seen = np.union1d(seen, different)
         unused = Counter(dict.fromkeys(side.unused, side.conversations))
@@ -310,18 +320,16 @@ def make_reports(sides: list[SourceSplit], held_out: bool) -> list[DataReport]:
             unused.update(dict.fromkeys(names.split("\n"), count))
         usual = {
             "conversations": side.conversations,
-            "pieces": len(side.used),
-            "tokens": int(side.column("length").sum()),
-            "trained on": int(side.column("targets").sum()),
+            "pieces": len(side.pieces),
+            "tokens": int(column(side.pieces, "length").sum()),
+            "trained on": int(column(side.pieces, "targets").sum()),
         }
         rare = {
-            "cut": int((side.column("cut") > 0).sum()),
+            "cut": int((column(side.pieces, "cut") > 0).sum()),
             "duplicates": len(contents) - len(different),
-            "with control tokens as text": int(side.column("templated").sum()),
+            "with control tokens as text": int(column(side.pieces, "templated").sum()),
             **{f"read as {columns}": count for columns, count in side.texts("read_as").items()},
             **{f"dropped: {reason}": count for reason, count in side.dropped.items()},
             **{f"not used: {name}": count for name, count in unused.items()},
         }
-        counts = usual | {name: count for name, count in rare.items() if count}
-        reports.append(DataReport(side.source, side.split, held_out, side.weight, counts))
-    return reports
+        side.counts = usual | {name: count for name, count in rare.items() if count}

@@ -11,22 +11,16 @@ import csv
 import itertools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from config import PRESETS, UserError
+from config import PRESETS, DataConfig, UserError
 from files import read_json
 from launch.command_line import Arguments, one_line_errors, parse_arguments, parse_flags
-
-if TYPE_CHECKING:
-    import datasets
-
-    from data.report import DataReport
-    from dataset import RunData
 
 # torch, datasets and matplotlib take a while to import, so each command imports what it needs.
 
@@ -80,43 +74,27 @@ class Data:
         config, tokenizer, *_ = find_start(arguments, join_world(arguments.config.compute.device))
         options, seed = config.data, config.compute.seed
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
-        found = list(pieces(data, self.row))
+        found = [
+            (report, i)
+            for report in data.reports
+            for i, number in enumerate(column(report.pieces, "row").tolist())
+            if number == self.row - 1 or not (self.row or report.held_out)  # row 0: all that are trained on
+        ]
         if not found:
             raise UserError(f"no piece of row {self.row} is used: no such row exists, or it was dropped")
         if not self.row:
             collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
             rows = RowStream(data.train, collator, seed, options.shuffle)
-            print(*data.notes, table(data, rows, config), "", sep="\n")
-            print(
-                spread({"tokens per piece": rows.lengths, "targets per piece": column(data.train, "targets")}),
-                "",
-                sep="\n",
-            )
+            counts = {"tokens per piece": rows.lengths, "targets per piece": column(data.train, "targets")}
+            print(*data.notes, table(data, rows, config), "", spread(counts), "", sep="\n")
             found = random.Random(seed).sample(found, min(max(self.random, 0), len(found)))
         print(on_screen(LEGEND))
-        for report, dataset, place in found:
-            piece = dataset[place]
+        for report, i in found:
+            piece = report.pieces[i]
             where = f"{report.source}, {report.split}, row {piece['row'] + 1}, piece {piece['piece'] + 1}"
-            counts = f"{piece['length']:,} tokens, {piece['targets']:,} of them trained on"
-            print(f"\n{where}, {'held out' if report.held_out else 'trained on'}: {counts}")
+            side = "held out" if report.held_out else "trained on"
+            print(f"\n{where}, {side}: {piece['length']:,} tokens, {piece['targets']:,} of them trained on")
             print(on_screen(colour(tokenizer, piece["input_ids"], piece["mask"])))
-
-
-def pieces(data: "RunData", row: int) -> "Iterator[tuple[DataReport, datasets.Dataset, int]]":
-    """Yield each piece of a row of each source, by its place in a dataset; row 0: all pieces that are trained on.
-    load_data puts sources one after another, each as often as its weight."""
-    from dataset import column
-
-    ends = {False: 0, True: 0}
-    for report in data.reports:
-        dataset = data.held_out if report.held_out else data.train
-        start = ends[report.held_out]
-        ends[report.held_out] += report.counts["pieces"] * report.weight
-        if dataset is not None and (row or not report.held_out):
-            numbers = column(dataset, "row")[start : start + report.counts["pieces"]]
-            for i, number in enumerate(numbers.tolist()):
-                if not row or number == row - 1:
-                    yield report, dataset, start + i
 
 
 def show_data(words: list[str]) -> None:
@@ -146,14 +124,15 @@ class Rows:
     def show(self) -> None:
         from data.sources import open_source
         from datacollator import DataCollator, RowStream
-        from dataset import load_dataset_split
+        from dataset import load_data
         from tokenizer import Tokenizer
         from view.terminal import LEGEND, colour, draw_row, on_screen
 
         tokenizer = Tokenizer(chat_template=self.chat_template)
         split = next(iter(open_source(self.dataset).splits))
-        data, report = load_dataset_split(self.dataset, split, tokenizer, self.max_seq_len)
-        rows = RowStream(data, DataCollator(self.max_seq_len, tokenizer.pad_token_id))
+        options = DataConfig((self.dataset,), train_split=split, max_seq_len=self.max_seq_len)
+        data = load_data(options, tokenizer, seed=0, want_eval=False)
+        rows, (report,) = RowStream(data.train, DataCollator(self.max_seq_len, tokenizer.pad_token_id)), data.reports
         print(on_screen(f"{report}\n\n{LEGEND}\n\n{colour(tokenizer, *rows.piece(0))}\n"))
         padding = 1 - report.counts["tokens"] / (rows.rows_per_epoch * self.max_seq_len)
         print(f"{rows.rows_per_epoch:,} rows of {self.max_seq_len:,} tokens, {padding:.2%} padding; the first ten:\n")

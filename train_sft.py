@@ -31,9 +31,8 @@ import torch
 
 import parallel
 from checkpoint import load_model_and_tokenizer
-from data.report import too_few_rows, write_skipped
 from datacollator import DataCollator, RowStream
-from dataset import load_data
+from dataset import load_data, write_skipped
 from launch.build import build_model, parameter_summary
 from launch.cost import memory_errors
 from launch.dry_run import fit_to_memory, report
@@ -43,7 +42,7 @@ from parallel import World
 from tokenizer import Tokenizer
 from trainer import Trainer
 from view.plots import plot_runs
-from view.terminal import table
+from view.terminal import table, too_few_rows
 
 
 @memory_errors()

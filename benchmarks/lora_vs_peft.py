@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM
 
 import lora
 from checkpoint import load_model_and_tokenizer, load_pretrained, resolve_checkpoint, save_pretrained
-from config import LoraConfig, OptimizerConfig, UserError
+from config import DataConfig, LoraConfig, OptimizerConfig, UserError
 from datacollator import IGNORE, Batch, DataCollator, Piece, RowStream
-from dataset import load_dataset_split
+from dataset import load_data
 from hub import peft as peft_files
 from launch.command_line import one_line_errors
 from optimizer import make_optimizers
@@ -104,9 +104,10 @@ def new_adapter(base: Path, directory: str) -> None:
 
 
 def load_rows(options: Options, tokenizer: Tokenizer, split: str) -> RowStream:
-    data, report = load_dataset_split(options.dataset, split, tokenizer, MAX_TOKENS, num_proc=2)
-    print(report)
-    return RowStream(data, DataCollator(MAX_TOKENS, tokenizer.pad_token_id, packing=False), seed=0)
+    source = DataConfig((options.dataset,), train_split=split, max_seq_len=MAX_TOKENS, long_conversations="truncate")
+    data = load_data(source, tokenizer, seed=0, want_eval=False)
+    print(*data.reports)
+    return RowStream(data.train, DataCollator(MAX_TOKENS, tokenizer.pad_token_id, packing=False), seed=0)
 
 
 def batches_of(rows: RowStream, count: int) -> Batches:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import ModelConfig, OptimizerConfig
+from config import DataConfig, ModelConfig, OptimizerConfig
 from datacollator import IGNORE, Batch, DataCollator, Piece, RowStream, pack_best_fit
 from hub.tokenizer_json import save_tokenizer
 from model import DeepSeekV2, LossOutput
@@ -65,10 +65,11 @@ def benchmark_config(**changes: Any) -> ModelConfig:
 
 def load_conversations(count: int, vocab_size: int) -> list[list[Piece]]:
     """Return `count` batches of 8 shuffled chitchat conversations of less than 1,000 tokens."""
-    from dataset import load_dataset_split  # takes 200 MB, which are not part of a training step
+    from dataset import load_data  # takes 200 MB, which are not part of a training step
 
     tokenizer = Tokenizer(vocab_size=vocab_size)
-    data, _ = load_dataset_split("chitchat", "train", tokenizer, MAX_TOKENS)
+    options = DataConfig(("chitchat",), train_split="train", max_seq_len=MAX_TOKENS, long_conversations="truncate")
+    data = load_data(options, tokenizer, seed=0, want_eval=False).train
     rows = RowStream(data, DataCollator(MAX_TOKENS, tokenizer.pad_token_id, packing=False), seed=0)
     short = (i for i in range(rows.rows_per_epoch) if rows.lengths[rows.row_indices(i)[0]] < MAX_TOKENS)
     return [[rows.row(next(short))[0] for _ in range(BATCH_SIZE)] for _ in range(count)]

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch.distributed as dist
 
-from config import PRESETS
+from config import PRESETS, DataConfig
 from launch.cost import Traffic, parameter_counts
 from launch.dry_run import dry_run
 from launch.start import model_shape
@@ -66,7 +66,7 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     """Return the bytes that this rank sends per step, and the tokens per second of all ranks."""
     import train_sft
     from datacollator import DataCollator, RowStream
-    from dataset import load_dataset_split
+    from dataset import load_data
     from launch.build import build_model
     from launch.start import find_start
     from parallel import join_world, leave_world, replicate
@@ -79,7 +79,8 @@ def train(engine: str, steps: int, preset: str) -> dict[str, float]:
     world = join_world(arguments.config.compute.device)
     config, tokenizer, *_ = find_start(arguments, world)
     width = config.data.max_seq_len
-    data, _ = load_dataset_split("chitchat", "train", tokenizer, width)
+    options = DataConfig(("chitchat",), train_split="train", max_seq_len=width, long_conversations="truncate")
+    data = load_data(options, tokenizer, seed=0, want_eval=False).train
     rows = RowStream(data, DataCollator(width, tokenizer.pad_token_id), config.compute.seed)
     model = build_model(config, None, world)
     trainer = Trainer(config, replicate(model, engine, world), tokenizer, rows, None, world)

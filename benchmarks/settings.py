@@ -13,7 +13,7 @@ import torch
 from rivals import in_child, measure_peak, peak_memory  # first: sets the environment
 from torch import nn
 
-from config import ModelConfig, TrainConfig
+from config import DataConfig, ModelConfig, TrainConfig
 from datacollator import DataCollator, RowStream, Step, StepLoader
 from launch.build import build_model
 from launch.cost import attention_flops, training_cost
@@ -84,10 +84,11 @@ def measure(config: TrainConfig, number: int) -> Measured | None:
 
 def load_steps(config: TrainConfig, world: World, number: int) -> list[Step]:
     """Return steps whose batches have fixed shapes, as on GPUs and in compiled code."""
-    from dataset import load_dataset_split
+    from dataset import load_data
 
     tokenizer, width = Tokenizer(vocab_size=config.model.vocab_size), config.data.max_seq_len
-    data, _ = load_dataset_split("chitchat", "train", tokenizer, width)
+    options = DataConfig(("chitchat",), train_split="train", max_seq_len=width, long_conversations="truncate")
+    data = load_data(options, tokenizer, seed=0, want_eval=False).train
     rows = RowStream(data, DataCollator(width, tokenizer.pad_token_id), seed=0)
     loader = StepLoader(rows, config.batch, world, fixed_length=True)
     return [loader.load(step * loader.rows_per_step) for step in range(number)]

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from rivals import autocast, transformers_loss, transformers_model  # first: sets the environment
 
-from config import ModelConfig
+from config import DataConfig, ModelConfig
 from datacollator import IGNORE, DataCollator, RowStream
-from dataset import load_dataset_split
+from dataset import load_data
 from launch.run_directory import read_metrics
 from parallel import choose_dtype
 from tokenizer import Tokenizer
@@ -48,7 +48,8 @@ LOOP_MODEL = ModelConfig(
 
 
 def rows(split: str, tokenizer: Tokenizer, shuffle: bool) -> RowStream:
-    data, _ = load_dataset_split("chitchat", split, tokenizer, WIDTH)
+    options = DataConfig(("chitchat",), train_split=split, max_seq_len=WIDTH, long_conversations="truncate")
+    data = load_data(options, tokenizer, seed=0, want_eval=False).train
     return RowStream(data, DataCollator(WIDTH, tokenizer.pad_token_id, packing=False), seed=0, shuffle=shuffle)
 
 

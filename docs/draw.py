@@ -24,9 +24,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
 from checkpoint import iterate_weights, load_config
-from config import PRESETS, ModelConfig
+from config import PRESETS, DataConfig, ModelConfig
 from datacollator import IGNORE, DataCollator, RowStream
-from dataset import load_dataset_split
+from dataset import load_data
 from kernels import sort_by_expert
 from quantization import BLOCK, LEVELS, quantize
 from tokenizer import Tokenizer
@@ -249,7 +249,8 @@ def tokens_of_a_conversation(out: Path) -> None:
 def fullest_row(out: Path) -> None:
     """Draw the row with the most conversations of chitchat's test split."""
     tokenizer = Tokenizer()
-    data, _ = load_dataset_split("chitchat", "test", tokenizer, 512)
+    options = DataConfig(("chitchat",), train_split="test", max_seq_len=512, long_conversations="truncate")
+    data = load_data(options, tokenizer, seed=0, want_eval=False).train
     rows = RowStream(data, DataCollator(512, tokenizer.pad_token_id))
     batch = rows.batch([max(range(rows.rows_per_epoch), key=lambda i: len(rows.row_indices(i)))])
     draw_packing(batch["sequence_ids"][0].numpy(), batch["labels"][0].numpy(), out)

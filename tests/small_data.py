@@ -9,8 +9,7 @@ import datasets
 import pytest
 
 from config import DataConfig
-from data.report import DataReport
-from dataset import RunData, load_data
+from dataset import DataReport, RunData, load_data
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(vocab_size=512)

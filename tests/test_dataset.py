@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import tokenizer as tokenizer_module
 import vocabulary
-from config import UserError
+from config import DataConfig, UserError
 from data import formats, pieces, sources, text_files
 from data.pieces import tokenize_row
 from data.sources import BUILT_IN, open_split, read_chatterbot, read_chitchat_text
-from dataset import load_dataset_split
+from dataset import load_data
 from small_data import GOOD, HELLO, TOKENIZER, dropped, own_cache, write, write_table  # noqa: F401
 from tokenizer import ROLES, Tokenizer
 
@@ -29,9 +29,11 @@ def answered(content):
     return {"messages": [HELLO[0], {"role": "assistant", "content": content}]}
 
 
-def load(name, split="train", max_seq_len=512, **arguments):
-    dataset, report = load_dataset_split(str(name), split, TOKENIZER, max_seq_len, **arguments)
-    return dataset.select_columns(["input_ids", "mask"]), report
+def load(name, split="train", max_seq_len=512, tokenizer=TOKENIZER, **settings):
+    fields = {"long_conversations": "truncate", "num_proc": 1} | settings
+    options = DataConfig((str(name),), train_split=split, max_seq_len=max_seq_len, **fields)
+    data = load_data(options, tokenizer, seed=0, want_eval=False)
+    return data.train.select_columns(["input_ids", "mask"]), data.reports[0]
 
 
 def load_rows(path, rows, **arguments):
@@ -64,9 +66,10 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
 
 
 def test_a_new_process_finds_what_was_tokenised(tmp_path):
-    dataset, _ = load_dataset_split("chatterbot", "train", TOKENIZER, 512)
-    arguments = "'chatterbot', 'train', Tokenizer(vocab_size=512), 512"
-    program = f"from dataset import *; print(load_dataset_split({arguments})[0].cache_files[0]['filename'])"
+    dataset, _ = load("chatterbot", long_conversations="split")
+    options = "DataConfig(('chatterbot',), train_split='train', max_seq_len=512)"
+    loaded = f"load_data({options}, Tokenizer(vocab_size=512), 0, False)"
+    program = f"from dataset import *; print({loaded}.train.cache_files[0]['filename'])"
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == dataset.cache_files[0]["filename"]
@@ -200,11 +203,6 @@ def test_names_that_are_no_source_are_refused(name, message):
         load(name)
 
 
-def test_a_wrong_split_is_refused_with_the_valid_ones(tmp_path):
-    with pytest.raises(UserError, match="has no split 'train_sft', only train"):
-        load_rows(tmp_path, [GOOD], split="train_sft")
-
-
 # --- Size ---
 
 
@@ -280,7 +278,7 @@ def test_rows_are_tokenised_once_and_again_when_anything_changes(tmp_path, monke
         if not path.exists() or path.read_text().count("\n") != len(rows):
             write(path, *rows)
         calls.clear()
-        load_dataset_split(str(path), "train", tokenizer, max_seq_len)
+        load(path, tokenizer=tokenizer, max_seq_len=max_seq_len)
         return len(calls) // len(HELLO)
 
     assert rendered() == 2

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUT = """
 config files parallel vocabulary tokenizer
-data.formats data.text_files data.sources data.pieces data.report dataset
+data.formats data.text_files data.sources data.pieces dataset
 documents kernels datacollator model optimizer quantization lora generation
 hub.weights hub.config_json hub.tokenizer_json hub.peft hub.gguf hub.card checkpoint
 launch.command_line launch.run_directory launch.start launch.build launch.cost launch.dry_run trainer

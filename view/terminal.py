@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config import TrainConfig
-from data.report import too_few_rows
 from files import printable
 
 if TYPE_CHECKING:
@@ -54,6 +53,13 @@ def course(train: "RowStream", config: TrainConfig, processes: int) -> str:
     epochs = f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / rows:.3g} epochs"
     problem = too_few_rows(config, rows, rows_per_step)
     return f"an epoch has {rows:,} rows of up to {width:,} tokens{packed}; {problem or epochs}"
+
+
+def too_few_rows(config: TrainConfig, rows: int, rows_per_step: int) -> str:
+    """Return why a run with this number of rows per epoch is refused, or nothing if it has a step."""
+    names = ", ".join(config.data.dataset)
+    too_few = f"{names}: {rows} rows do not fill one step of {rows_per_step}"
+    return f"{too_few}; lower batch_size or gradient_accumulation_steps" if rows < rows_per_step else ""
 
 
 def spread(columns: dict[str, np.ndarray]) -> str:
