@@ -15,13 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
 import torch
 import tyro
 
 from checkpoint import load_model_and_tokenizer
 from config import Quantization, UserError
 from data import formats
-from data.text_files import READERS, file_kind, parse_line, read_files
+from data.sources import open_split
 from files import printable
 from generation import Answer, Prompt, check_sampling, encode, fit_into_context, room, write
 from launch.command_line import one_line_errors, parse_flags
@@ -40,7 +41,7 @@ class ChatConfig:
     prompt: str | None = None
     # Continue this text and exit, without a chat template: for base models.
     complete: str | None = None
-    # Answer the prompts in this file: the lines of a .txt file, or rows as for training, up to their last answer.
+    # Answer these prompts: the lines of a .txt file, or rows of a dataset as for training, up to their last answer.
     prompts: str | None = None
     # Write the answers to this .jsonl file instead of printing them.
     out: str | None = None
@@ -238,7 +239,7 @@ def given_prompts(config: ChatConfig) -> list[Asked]:
     if config.complete is not None:
         rows.append(("--complete", {"text": config.complete}))
     if config.prompts is not None:
-        rows += read_file(Path(config.prompts))
+        rows += read_rows(config.prompts)
     asked: list[Asked] = []
     for place, row in rows:
         try:
@@ -248,24 +249,22 @@ def given_prompts(config: ChatConfig) -> list[Asked]:
     return asked
 
 
-def read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the place and the row of each line of a .txt file, or of each row of any other, which is read as training
-    reads it. Raises UserError with the place."""
-    if file_kind(path) not in READERS:
-        raise UserError(f"{path}: prompts are read from {', '.join(READERS)} (or .gz of them)")
-    rows, place = [], str(path)
+def read_rows(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the place and the row of each line of a .txt file, or of each row of any other dataset, which is read as
+    training reads it. Raises UserError with the place."""
+    datasets.disable_progress_bars()  # prompts are few
+    rows, found = open_split(name, "train"), list[tuple[str, dict[str, Any]]]()
     try:
-        for line in read_files([str(path)], [""], []):
-            place = f"{path}, {line['place']}"
-            rows.append((place, parse_line(line)))
-    except (ValueError, formats.RowError) as error:
-        raise UserError(f"{place}: {error}") from error
-    if path.suffix == ".txt":  # a single row
-        lines = enumerate(rows[0][1]["text"].splitlines(), start=1)
-        rows = [(f"{path}, line {i}", {"prompt": line}) for i, line in lines if line.strip()]
-    if not rows:
-        raise UserError(f"{path} has no prompts")
-    return rows
+        for row in rows:
+            found.append((f"{name}, {rows.place(len(found))}", row))
+    except formats.RowError as error:
+        raise UserError(f"{name}, {rows.place(len(found))}: {error}") from error
+    if name.endswith(".txt"):  # a single row
+        lines = enumerate(found[0][1]["text"].splitlines(), start=1)
+        found = [(f"{name}, line {i}", {"prompt": line}) for i, line in lines if line.strip()]
+    if not found:
+        raise UserError(f"{name} has no prompts")
+    return found
 
 
 def answer_all(config: ChatConfig, asked: list[Asked]) -> None:
