@@ -7,21 +7,18 @@ import json
 import platform
 import re
 import shlex
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from config import PRESETS, flatten
-from files import read_json
-from hub.config_json import parse_config
+from config import PRESETS, TrainConfig
 
-# Settings that stay out of the command: they name places here, or do not change the result.
-LOCAL = {
-    "output_dir", "resume", "num_proc", "device", "save_steps", "save_total_limit", "report_to", "debug",
-    "sample_prompts",
+# Settings that stay out of the card: they are published elsewhere, name places here, or do not change the result.
+LEFT_OUT = {
+    "model", "dataset", "tokenizer", "init_from", "output_dir", "resume", "num_proc", "device", "save_steps",
+    "save_total_limit", "report_to", "debug", "sample_prompts",
 }  # fmt: skip
 BUILT_IN = {source.partition(":")[0] for preset in PRESETS.values() for source in preset.data.dataset}
 
@@ -51,8 +48,7 @@ def model_card(
         template_path=str(Path(__file__).with_name("card_template.md")),
         title=escaped(name),
         adapter=is_adapter,
-        rows=training_rows(sources, metrics),
-        command=shlex.join(command(config, base_name)) if config else "",
+        rows=training_rows(sources, config, metrics),
         path=json.dumps(name, ensure_ascii=False),
         auto_model="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         lines=[shlex.join(words) for words in (*download, ["python", "chat.py", name])],
@@ -72,49 +68,27 @@ def public_name(source: str, placeholder: str) -> str:
     return placeholder if is_local and name not in BUILT_IN else source
 
 
-def training_rows(sources: list[str], metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the lines of the card's table; none for a model without metrics."""
+def training_rows(sources: list[str], config: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the rows of the card's table: data, losses, and the settings that are not config.py's defaults. None for a
+    model without metrics."""
     steps = [line for line in metrics if "loss" in line]
     if not steps:
         return []
     first, last = steps[0], steps[-1]
-    return [
-        ("data", escaped(", ".join(dict.fromkeys(sources)))),
+    rows = [
+        ("data", ", ".join(dict.fromkeys(sources))),
         ("steps", f"{last['step']:,}"),
         ("tokens", f"{last['num_tokens']:,}"),
         ("loss, first and last step", f"{rounded(first['loss'])}, {rounded(last['loss'])}"),
         *[(f"held-out loss, step {e['step']:,}", rounded(e["eval_loss"])) for e in metrics if "eval_loss" in e][-1:],
         ("versions", f"Python {platform.python_version()}, torch {version('torch')}"),
     ]
+    for name, default in json.loads(json.dumps(TrainConfig().flat())).items():
+        if config.get(name, default) != default and name not in LEFT_OUT:
+            rows.append((name, json.dumps(config[name], ensure_ascii=False)))
+    return [(name, escaped(text)) for name, text in rows]
 
 
 def rounded(value: float | None) -> str:
     """Return a metric with four digits; metrics.jsonl has null for what is not finite."""
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def command(config: dict[str, Any], base_name: str) -> list[str]:
-    """Return the command line with a run's settings, starting from the preset that needs the fewest flags."""
-    start = config.get("init_from")
-    left_out = LOCAL | ({"tokenizer", "chat_template", "model.vocab_size"} if start else set())
-    ours = {name: value for name, value in flatten(config).items() if name not in left_out}
-
-    def changes(preset: str) -> dict[str, Any]:
-        default = PRESETS[preset].flat()
-        source = start or default["init_from"]
-        if source and (shape := Path(source, "config.json")).is_file():
-            default["model"] = asdict(parse_config(shape, read_json(shape)))
-        known = flatten(json.loads(json.dumps(default)))
-        return {name: value for name, value in ours.items() if known.get(name, value) != value}
-
-    preset = min(PRESETS, key=lambda name: len(changes(name)))
-    words = ["python", "train_sft.py", preset]
-    for name, value in changes(preset).items():
-        flag = name.replace("_", "-")
-        values = [str(item) for item in (value if isinstance(value, list) else [value])]
-        if name in ("dataset", "tokenizer", "init_from"):
-            values = [public_name(item, f"YOUR_{name.upper()}") for item in values]
-        if name == "init_from" and base_name:
-            values = [base_name]
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", *values]
-    return words
