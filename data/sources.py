@@ -123,35 +123,28 @@ def open_source(name: str) -> Source:
         problem = f"{cache} cannot be written ({error.strerror})"
         raise UserError(f"{problem}; set HF_HOME to a directory for caches") from error
     try:
-        if path.exists() and not is_saved(path) and name not in BUILT_IN:
+        if name in BUILT_IN:
+            tables = open_built_in(name)
+        elif is_saved(path):
+            tables = open_saved(path)
+        elif path.exists():
             files, notes = files_of(path)
             return Source(name, {split: open_files(path, files[split]) for split in files}, notes)
-        tables = open_tables(name)
-        splits = {key: Rows(table, [(f"split {key}, ", range(len(table)))]) for key, table in tables.items()}
-        return Source(name, splits, [])
+        elif name in PRESETS:
+            raise UserError(f"{name} is a preset, not a dataset; it comes first: train_sft.py {name} --dataset ...")
+        elif not HUB_NAME.fullmatch(name) or file_kind(path) in KINDS:
+            raise UserError(f"there is no file or directory {name}")
+        else:
+            tables = datasets.load_dataset(name)
     except UserError:
         raise
     except ConnectionError as error:
         raise UserError(f"{name} is not a local file or directory, and the Hub cannot be reached: {error}") from error
     except Exception as error:  # whatever the reader of some format or the Hub's client raises
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        cause = error.__cause__ or error  # `datasets` wraps what a reader raises
         raise UserError(f"{name} cannot be read as a dataset: {' '.join(str(cause).split())}") from error
-
-
-def open_tables(name: str) -> dict[str, datasets.Dataset]:
-    """Return the splits of a dataset that is built in, saved by `datasets`, or on the Hub. Raises UserError."""
-    path = Path(name)
-    if name in BUILT_IN:
-        return open_built_in(name)
-    if is_saved(path):
-        return open_saved(path)
-    if name in PRESETS:
-        raise UserError(f"{name} is a preset, not a dataset; it comes first: train_sft.py {name} --dataset ...")
-    if not HUB_NAME.fullmatch(name) or file_kind(path) in KINDS:
-        raise UserError(f"there is no file or directory {name}")
-    return datasets.load_dataset(name)
+    splits = {key: Rows(table, [(f"split {key}, ", range(len(table)))]) for key, table in tables.items()}
+    return Source(name, splits, [])
 
 
 # ---------------------------------------------------------------- directories
