@@ -14,7 +14,8 @@ b'H|el|lo|<|||im|_|end|||>'
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ BYTE_TO_CHAR = byte_to_char()
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 MAX_VOCAB_SIZE = 1_000_000
 # Steps before BPE that neither drop nor add text at a message's borders.
-SUPPORTED_STEPS = {"NFC", "NFD", "NFKC", "NFKD", "Split", "Digits", "Punctuation", "ByteLevel"}
+SUPPORTED_STEPS = {"NFC", "NFD", "NFKC", "NFKD", "Split", "Digits", "Punctuation", "ByteLevel", "Sequence"}
 
 
 def load_directory(directory: Path, vocab_size: int | None) -> Vocabulary:
@@ -167,19 +168,10 @@ def check_spec(spec: dict[str, Any]) -> None:
             raise UserError(f"the name of a token is {name!r}; it must be text")
     if "ByteLevel" not in json.dumps(spec["decoder"]):
         raise UserError("it has no byte-level decoder; only byte-level tokenizers are supported")
-    for step in [*flat_steps(spec.get("normalizer")), *flat_steps(spec.get("pre_tokenizer"))]:
-        if step["type"] not in SUPPORTED_STEPS or step.get("add_prefix_space"):
-            setting = " with add_prefix_space" if step.get("add_prefix_space") else ""
-            raise UserError(f"{step['type']}{setting} changes the text where a message begins or ends")
-
-
-def flat_steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield the steps of a normaliser or pre-tokenizer, which may be nested sequences."""
-    if step and step["type"] == "Sequence":
-        for inner in step.get("normalizers") or step.get("pretokenizers") or ():
-            yield from flat_steps(inner)
-    elif step:
-        yield step
+    steps = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])  # each may be a sequence of others
+    found = {*re.findall(r'"type": "([^"]+)"', steps), *re.findall('add_prefix_space(?=": true)', steps)}
+    if unsupported := sorted(found - SUPPORTED_STEPS):
+        raise UserError(f"{', '.join(unsupported)} changes the text where a message begins or ends")
 
 
 def merge_pairs(spec: dict[str, Any]) -> list[list[str]]:
