@@ -108,9 +108,7 @@ class Hub(Export):
         def write(directory: Path) -> None:
             for file in source.iterdir():
                 if PUBLISHED.fullmatch(file.name):
-                    publish(inside(source, file.name), directory / file.name)
-            if is_adapter:
-                peft.publish_base(directory, self.base_name)
+                    publish(inside(source, file.name), directory / file.name, self.base_name)
             card = model_card(out.name, self.base_name, self.license, is_adapter, config, metrics)
             (directory / "README.md").write_text(card, encoding="utf-8")
             if metrics:
@@ -120,10 +118,12 @@ class Hub(Export):
             write_directory(out, write, checksums=False)
 
 
-def publish(file: Path, copy: Path) -> None:
-    """Copy a checkpoint's file. Settings that are absolute paths, as some libraries record them, are left out."""
+def publish(file: Path, copy: Path, base_name: str) -> None:
+    """Copy a checkpoint's file. What names its base's directory here gives its name on the Hub. Other settings that are
+    absolute paths, as some libraries record them, are left out."""
     if file.suffix == ".json" and file.name != "tokenizer.json":
         content = read_json(file)
+        content |= {key: base_name for key in peft.BASE_NAMES if key in content}
         write_json(copy, {k: v for k, v in content.items() if not (isinstance(v, str) and Path(v).is_absolute())})
     else:
         shutil.copyfile(file, copy)

@@ -21,6 +21,8 @@ from lora import LoRAExperts, LoRALinear, adaptable_weights, adapters, attach
 from parallel import full_tensor, load_weights
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+# Fields of these files that name the base.
+BASE_NAMES = ("base_model_name_or_path", "relative")
 # Settings in PEFT's files that are read here, or that change nothing once an adapter is trained.
 KNOWN_OPTIONS = {
     "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
@@ -79,14 +81,6 @@ def peft_config(model: nn.Module, base: str | None) -> dict[str, Any]:
         "target_modules": sorted({target.rpartition(".")[2] for target in ranks if ".mlp." not in target}),
         "target_parameters": [target for target in ranks if ".mlp." in target],
     }
-
-
-def publish_base(adapter: Path, name: str) -> None:
-    """Make an adapter's files give its base's name on the Hub instead of its directory here."""
-    write_json(adapter / ADAPTER_CONFIG, read_json(adapter / ADAPTER_CONFIG) | {"base_model_name_or_path": name})
-    if (adapter / BASE).is_file():
-        kept = {key: value for key, value in read_json(adapter / BASE).items() if key in ("weights", "config")}
-        write_json(adapter / BASE, kept | {"relative": name})
 
 
 # ---------------------------------------------------------------- reading
