@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import AutoLocator, LogLocator
 
 matplotlib.rcParams["text.parse_math"] = False  # names of runs may contain $
 Metrics = list[dict[str, Any]]  # the lines of a run's metrics.jsonl
@@ -23,7 +22,6 @@ class Panel(NamedTuple):
 
     metric: str
     title: str
-    scale: str = "linear"
     # Training metrics jump from step to step: drawn faintly, with a running mean on top.
     noisy: bool = False
     # Another metric of the same kind, drawn as a dashed line.
@@ -31,10 +29,10 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("loss", "loss; dashed: eval_loss", "log", noisy=True, dashed="eval_loss"),
+    Panel("loss", "loss; dashed: eval_loss", noisy=True, dashed="eval_loss"),
     Panel("eval_bpb", "eval_bpb (held-out bits per byte)"),
     Panel("learning_rate", "learning_rate"),
-    Panel("grad_norm", "grad_norm", "log", noisy=True),
+    Panel("grad_norm", "grad_norm", noisy=True),
     Panel("expert_load", "expert_load: busiest expert over mean (1: balanced)", noisy=True),
     Panel("tokens_per_second", "tokens_per_second", noisy=True),
 )
@@ -51,12 +49,7 @@ def plot_runs(runs: dict[str, Metrics], out: str | Path, metrics: Sequence[str] 
         for number, lines in enumerate(runs.values()):
             draw_metric(axis, panel, lines, f"C{number % 10}")
         axis.set_title(panel.title, fontsize=10)
-        axis.set(xlabel="step", yscale=panel.scale)
-        if panel.scale == "log":  # 2, 3 and 5 instead of 2 x 10^0; within a decade, ticks as on a linear axis
-            low, high = axis.get_ylim()
-            axis.yaxis.set_major_locator(AutoLocator() if high < 10 * low else LogLocator(subs=(1, 2, 3, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("")
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     for axis in axes.flat:
         axis.set_visible(len(axis.lines) > 0)  # a run may have no evaluations
