@@ -72,6 +72,7 @@ def test_names_are_drawn_as_they_are_and_null_is_a_gap(tmp_path: Path, monkeypat
 def test_the_running_mean_is_a_loop_over_finite_neighbours() -> None:
     values = np.array([4.0, 1.0, math.nan, 3.0, math.inf, 8.0, 2.0])
     for half in (0, 1, 2):
-        near = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
-        expected = [window[np.isfinite(window)].sum() / max(np.isfinite(window).sum(), 1) for window in near]
-        assert plots.running_mean(values, half) == pytest.approx(expected)
+        windows = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
+        near = [window[np.isfinite(window)] for window in windows]
+        expected = [window.mean() if len(window) else math.nan for window in near]
+        assert plots.running_mean(values, half) == pytest.approx(expected, nan_ok=True)

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
@@ -82,7 +83,4 @@ def points(lines: Metrics, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 def running_mean(values: np.ndarray, half: int) -> np.ndarray:
     """Return the mean of each value and its finite neighbours, up to `half` on either side."""
-    finite = np.isfinite(values)
-    window = np.ones(2 * half + 1)
-    sums, counts = (np.convolve(each, window, "same") for each in (np.where(finite, values, 0.0), finite.astype(float)))
-    return sums / np.maximum(counts, 1)
+    return pd.Series(values).rolling(2 * half + 1, center=True, min_periods=1).mean().to_numpy()
