@@ -7,7 +7,6 @@ python show.py model tiny                                # the architecture as a
 python show.py runs runs/tiny runs/other                 # runs compared in a table and a picture
 """
 
-import csv
 import itertools
 import random
 import sys
@@ -18,8 +17,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from config import PRESETS, DataConfig, UserError
-from files import read_json
+from config import PRESETS, DataConfig, UserError, flatten
+from files import printable, read_json
 from launch.command_line import Arguments, one_line_errors, parse_arguments, parse_flags
 
 # torch, datasets and matplotlib take a while to import, so each command imports what it needs.
@@ -185,9 +184,10 @@ class Runs:
     metrics: tuple[str, ...] = ()
 
     def show(self) -> None:
+        import pandas as pd
+
         from launch.run_directory import read_metrics
         from view.plots import PANELS, plot_runs
-        from view.terminal import align
 
         if not self.runs:
             raise UserError("name a run's directory, or several")
@@ -195,11 +195,10 @@ class Runs:
         if unknown := {*self.metrics} - known:
             raise UserError(f"--metrics: unknown {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
         lines = {run: read_metrics(run) for run in self.runs}
-        rows = compare(lines)
-        print(align(rows))
+        table = pd.DataFrame(compare(lines)).fillna("-")
+        print(printable(table.to_string(index=False)))
         if self.csv:
-            with open(self.csv, "w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows(rows)
+            table.to_csv(self.csv, index=False)
         if self.out:
             plot_runs(lines, self.out, self.metrics)
         print(*(f"wrote {path}" for path in (self.csv, self.out) if path), sep="\n")
@@ -209,11 +208,9 @@ class Runs:
 BEST: dict[str, Callable] = {"loss": min, "eval_loss": min, "eval_bpb": min, "tokens_per_second": max}
 
 
-def compare(runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Return a header and one row of cells per run: its name, the fields in which the configurations differ, its last
-    step, and the last and the best value of each metric."""
-    from launch.run_directory import flatten
-
+def compare(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
+    """Return a row per run: its name, the fields in which the configurations differ, its last step, and the last and
+    the best value of each metric."""
     configs = [flatten(read_json(Path(run, "config.json"))) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config if name != "output_dir")
     fields = [name for name in names if len({str(config.get(name)) for config in configs}) > 1]
@@ -225,8 +222,7 @@ def compare(runs: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
             found = [line[metric] for line in lines if line.get(metric) is not None]
             row |= {metric: f"{found[-1]:.4g}", f"best {metric}": f"{best(found):.4g}"} if found else {}
         table.append(row)
-    head = list(dict.fromkeys(name for row in table for name in row))
-    return [head, *([row.get(name, "-") for name in head] for row in table)]
+    return table
 
 
 COMMANDS: Any = Data | Tokens | Rows | Model | Runs

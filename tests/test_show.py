@@ -291,10 +291,10 @@ def test_a_row_of_each_source_is_shown_once_with_its_name_and_side(shown: Callab
 
 def test_the_spread_is_the_percentiles() -> None:
     printed = terminal.spread({"tokens per piece": np.arange(101), "targets per piece": np.arange(0, 2020, 20)})
-    assert [re.split("  +", line.strip()) for line in printed.splitlines()] == [
+    assert [line.split() for line in printed.splitlines()] == [
         ["least", "10%", "median", "90%", "most"],
-        ["tokens per piece", "0", "10", "50", "90", "100"],
-        ["targets per piece", "0", "200", "1,000", "1,800", "2,000"],
+        ["tokens", "per", "piece", "0", "10", "50", "90", "100"],
+        ["targets", "per", "piece", "0", "200", "1,000", "1,800", "2,000"],
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from config import TrainConfig
 from files import printable
@@ -21,26 +22,14 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- tables
 
 
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Join rows of cells into lines: the first column on the left, the others on the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([f"{row[0]:{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return printable("\n".join(line.rstrip() for line in lines))
-
-
 def table(data: "RunData", train: "RowStream", config: TrainConfig, processes: int = 1) -> str:
     """Return a column of counts per source and side, then the rows, steps and epochs of the run."""
-    columns = [report.facts() for report in data.reports]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    names.sort(key=lambda name: (name.startswith("dropped: "), name.startswith("not used: ")))
-    heads = [["", *(report.source for report in data.reports)]]
-    heads += [["", *(f"{report.split}{', held out' if report.held_out else ''}" for report in data.reports)]]
-    return f"{align(heads + [[name, *(c.get(name, '-') for c in columns)] for name in names])}\n\n" + course(
-        train, config, processes
-    )
+    counts = pd.DataFrame([report.facts() for report in data.reports]).T
+    sides = [(report.source, f"{report.split}{' (held out)' if report.held_out else ''}") for report in data.reports]
+    counts.columns = pd.MultiIndex.from_tuples(sides)
+    order = sorted(counts.index, key=lambda name: (name.startswith("dropped: "), name.startswith("not used: ")))
+    text = printable(counts.loc[order].to_string(na_rep="-", sparsify=False))
+    return f"{text}\n\n{course(train, config, processes)}"
 
 
 def course(train: "RowStream", config: TrainConfig, processes: int) -> str:
@@ -64,9 +53,8 @@ def too_few_rows(config: TrainConfig, rows: int, rows_per_step: int) -> str:
 
 def spread(columns: dict[str, np.ndarray]) -> str:
     """Return a table of the smallest and largest value, the median and the deciles next to it."""
-    percentiles = {"least": 0, "10%": 10, "median": 50, "90%": 90, "most": 100}
-    rows = [[name, *(f"{n:,.0f}" for n in np.percentile(v, [*percentiles.values()]))] for name, v in columns.items()]
-    return align([["", *percentiles], *rows])
+    names = {0.0: "least", 0.1: "10%", 0.5: "median", 0.9: "90%", 1.0: "most"}
+    return pd.DataFrame(columns).quantile(list(names)).T.rename(columns=names).map("{:,.0f}".format).to_string()
 
 
 # ---------------------------------------------------------------- tokens and rows in colour
