@@ -36,7 +36,7 @@ from files import checksum, disk_errors, inside, printable, read_json, write_jso
 from hub.config_json import hub_config, parse_config, transformers_differences
 from hub.peft import ADAPTER_CONFIG, find_base, load_adapter
 from hub.tokenizer_json import save_tokenizer
-from hub.weights import StoredTensor, stored_tensors, write_tensors
+from hub.weights import StoredTensor, check_fit, stored_tensors, write_tensors
 from model import DeepSeekV2
 from parallel import ALONE, World, from_all_ranks, from_first_rank, full_tensor, load_weights
 from quantization import NF4, plan, quantized_weights
@@ -147,21 +147,9 @@ def stored_weights(directory: Path, config: ModelConfig) -> dict[str, tuple[Tens
         raise UserError(f"{directory}: {described}, but the weight files hold only {len(stored)} tensors")
     with torch.device("meta"):
         expected = dict(DeepSeekV2(config).named_parameters())
-    found: dict[str, list[StoredTensor]] = {name: [] for name in expected}
-    wrong = []
-    for name, parameter in expected.items():
-        for part_name, part in hub_parts(name, parameter):
-            tensor = stored.pop(part_name, None)
-            if tensor is None:
-                wrong.append(f"{part_name} is missing")
-            elif tensor.shape != part.shape:
-                wrong.append(f"{part_name} has shape {tuple(tensor.shape)}, not {tuple(part.shape)}")
-            else:
-                found[name].append(tensor)
-    wrong += [f"{printable(name)} is not part of the model" for name in stored]
-    if wrong:
-        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(wrong[:10])}{more}")
+    parts = {name: dict(hub_parts(name, parameter)) for name, parameter in expected.items()}
+    check_fit(directory, stored, {name: part.shape for several in parts.values() for name, part in several.items()})
+    found = {name: [stored[part_name] for part_name in several] for name, several in parts.items()}
     return {name: (parameter.detach().to(widest(found[name])), found[name]) for name, parameter in expected.items()}
 
 

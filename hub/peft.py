@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from config import ModelConfig, UserError
 from files import checksum, inside, printable, read_json, write_json
 from hub.config_json import checked, hub_config, parse_config
-from hub.weights import stored_tensors, write_tensors
+from hub.weights import check_fit, stored_tensors, write_tensors
 from lora import LoRAExperts, LoRALinear, adaptable_weights, adapters, attach
 from parallel import full_tensor, load_weights
 
@@ -116,15 +116,10 @@ def read_adapter(model: nn.Module, directory: str | Path) -> Iterator[tuple[str,
     """Yield values for the model's adapters from a directory. Raises UserError if they do not fit."""
     path = inside(Path(directory), ADAPTER_WEIGHTS)
     tensors, names = stored_tensors(path), peft_names(model)
-    if wrong := sorted(names.values() ^ tensors.keys()):
-        shown = printable(", ".join(wrong[:5]))
-        raise UserError(f"{path}: {len(wrong)} tensors are missing or fit no weight: {shown}")
-    for name, parameter in adapters(model).items():
-        tensor = tensors[names[name]]
-        wanted = to_peft(torch.empty(parameter.shape, device="meta"), name).shape
-        if tensor.shape != wanted:
-            raise UserError(f"{path}: {names[name]} has shape {tuple(tensor.shape)}, not {tuple(wanted)}")
-        yield name, from_peft(tensor.read(), parameter.shape, name)
+    empty = {name: torch.empty(parameter.shape, device="meta") for name, parameter in adapters(model).items()}
+    check_fit(path, tensors, {names[name]: to_peft(tensor, name).shape for name, tensor in empty.items()})
+    for name, tensor in empty.items():
+        yield name, from_peft(tensors[names[name]].read(), tensor.shape, name)
 
 
 def read_scaling(path: Path) -> float:

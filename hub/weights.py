@@ -55,6 +55,19 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def check_fit(place: Path, stored: Mapping[str, StoredTensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise one UserError that lists stored tensors that are missing, have another shape, or are not expected."""
+    wrong = [f"{name} is missing" for name in shapes if name not in stored]
+    for name, tensor in stored.items():
+        if name not in shapes:
+            wrong.append(f"{printable(name)} is not part of the model")
+        elif tensor.shape != shapes[name]:
+            wrong.append(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shapes[name])}")
+    if wrong:
+        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise UserError(f"{place}: the weights do not fit the model: {'; '.join(wrong[:10])}{more}")
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Iterable[Tensor] | None = None) -> None:
     """Write a .safetensors file, one tensor at a time. values: the tensors to write, if those of `tensors` only have
     their shapes and dtypes (on the meta device); they may be computed as they are written. Raises OSError."""
