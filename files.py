@@ -13,8 +13,10 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from config import UserError
 
@@ -52,6 +54,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not contain a JSON object")
     return content
+
+
+def read_value(kind: Any, value: Any, name: str) -> Any:
+    """Return a value from JSON as the declared type of its field. Raises TypeError."""
+    options = get_args(kind)
+    if is_dataclass(kind) and isinstance(value, dict):
+        kinds = get_type_hints(kind)
+        return kind(**{key: read_value(kinds.get(key), entry, f"{name}.{key}") for key, entry in value.items()})  # type: ignore[operator]
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(read_value(options[0], entry, name) for entry in value)
+    if get_origin(kind) in (Union, UnionType):
+        for option in options:
+            with contextlib.suppress(TypeError):
+                return read_value(option, value, name)
+    allowed = value in options if get_origin(kind) is Literal else type(value) is kind
+    if allowed or (kind is float and type(value) is int):
+        return value
+    raise TypeError(f"{name} is {value!r}, which is not of type {kind.__name__ if isinstance(kind, type) else kind}")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from config import ModelConfig, RopeScaling, UserError
-from files import printable
+from files import printable, read_value
 from model import rope_frequencies, yarn_mscale
 
 # Settings of DeepSeek-V2's config.json that this model has no choice in. A missing one means the same.
@@ -61,18 +61,19 @@ def parse_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
         if raw.get(name, supported) != supported:
             raise UserError(f"{path}: {name} is {raw[name]!r}; only {supported!r} is supported")
     theta, scaling = read_rope(path, raw)
-    examples = vars(ModelConfig(q_lora_rank=1, rope_scaling=scaling))
-    config = ModelConfig(**checked(path, raw | {"rope_theta": theta, "rope_scaling": scaling}, examples, REQUIRED))
-    if config.topk_method not in ("greedy", "group_limited_greedy"):
-        raise UserError(f"{path}: topk_method {config.topk_method!r} is not supported")
+    raw = raw | {"rope_theta": theta, "rope_scaling": scaling}
+    given = {field.name: raw[field.name] for field in fields(ModelConfig) if raw.get(field.name) is not None}
+    if missing := sorted(REQUIRED - given.keys()):
+        raise UserError(f"{path} lacks {', '.join(missing)}")
     try:
+        config: ModelConfig = read_value(ModelConfig, given, "model")
         config.validate()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    except (TypeError, UserError) as error:
+        raise UserError(f"{path}: {printable(str(error))}") from None
     return config
 
 
-def read_rope(path: Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
+def read_rope(path: Path, raw: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     """Return rope_theta and YaRN's settings, from rope_scaling or rope_parameters. A missing mscale is 1 and a missing
     mscale_all_dim 0, as in DeepSeek's code."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -85,10 +86,11 @@ def read_rope(path: Path, raw: dict[str, Any]) -> tuple[Any, RopeScaling | None]
         return theta, None
     if kind != "yarn":
         raise UserError(f"{path}: rope_scaling of type {kind!r} is not supported; only 'yarn' is")
-    if unknown := rope.keys() - {field.name for field in fields(RopeScaling)}:
-        raise UserError(f"{path}: rope_scaling's {printable(', '.join(sorted(unknown)))} is not supported")
-    required = {"factor", "original_max_position_embeddings"}
-    return theta, RopeScaling(**checked(f"{path}: rope_scaling", rope, vars(RopeScaling()), required))
+    known, required = vars(RopeScaling()).keys(), {"factor", "original_max_position_embeddings"}
+    if not required <= rope.keys() <= known:
+        needs = f"it needs {', '.join(sorted(required))}, and may have only {', '.join(known)}"
+        raise UserError(f"{path}: rope_scaling has {printable(', '.join(rope))}; {needs}")
+    return theta, rope
 
 
 def changed_config(loaded: ModelConfig, wanted: ModelConfig, given: set[str], source: Path) -> ModelConfig:
@@ -112,17 +114,3 @@ def changed_config(loaded: ModelConfig, wanted: ModelConfig, given: set[str], so
             stretched = config.rope_scaling.factor * config.rope_scaling.original_max_position_embeddings
             config.max_position_embeddings = round(stretched)
     return config
-
-
-def checked(place: object, raw: dict[str, Any], examples: dict[str, Any], required: set[str]) -> dict[str, Any]:
-    """Return the values of a JSON object that have a name in `examples` and are not null. Raises UserError, naming the
-    place, if a required one is missing, or for one that has not the type of its example. An int passes for a float, a
-    bool for neither."""
-    given = {name: raw[name] for name in examples if raw.get(name) is not None}
-    if missing := sorted(required - given.keys()):
-        raise UserError(f"{place} lacks {', '.join(missing)}")
-    for name, value in given.items():
-        wanted = type(examples[name])
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise UserError(f"{place}: {name} is {value!r}; it must be of type {wanted.__name__}")
-    return given

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from config import ModelConfig, UserError
 from files import checksum, inside, printable, read_json, write_json
-from hub.config_json import checked, hub_config, parse_config
+from hub.config_json import hub_config, parse_config
 from hub.weights import check_fit, stored_tensors, write_tensors
 from lora import LoRAExperts, LoRALinear, adaptable_weights, adapters, attach
 from parallel import full_tensor, load_weights
@@ -168,8 +168,9 @@ def find_base(adapter: Path) -> tuple[Path, ModelConfig | None]:
     places, weights, config = [Path(name)], dict[str, Any](), None
     if (adapter / BASE).is_file():
         path = inside(adapter, BASE)
-        fields = {"relative": "", "weights": {}, "config": {}}
-        record = checked(path, read_json(path), fields, required=set(fields))
+        record, kinds = read_json(path), {"relative": str, "weights": dict, "config": dict}
+        if any(type(record.get(name)) is not kind for name, kind in kinds.items()):
+            raise UserError(f"{path} does not name an adapter's base: it needs {', '.join(kinds)}")
         places.append(Path(os.path.abspath(adapter / record["relative"])))
         weights, config = record["weights"], parse_config(path, record["config"])
     there = [place for place in places if place.is_dir()]

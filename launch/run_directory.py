@@ -10,15 +10,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from tqdm import tqdm
 
 from config import TrainConfig, UserError, flatten
-from files import disk_errors, read_json, replace_file, write_json
+from files import disk_errors, read_json, read_value, replace_file, write_json
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 # What a resumed run cannot change, because its weights or its place in the data would no longer fit. Data may move: its
@@ -91,24 +89,6 @@ def saved_configuration(run: str | Path) -> TrainConfig:
         return default.changed(**{name: read_value(kinds[name], value, name) for name, value in values.items()})
     except TypeError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def read_value(kind: Any, value: Any, name: str) -> Any:
-    """Return a value from JSON as the declared type of its field. Raises TypeError."""
-    options = get_args(kind)
-    if is_dataclass(kind) and isinstance(value, dict):
-        kinds = get_type_hints(kind)
-        return kind(**{key: read_value(kinds.get(key), entry, f"{name}.{key}") for key, entry in value.items()})  # type: ignore[operator]
-    if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(read_value(options[0], entry, name) for entry in value)
-    if get_origin(kind) in (Union, UnionType):
-        for option in options:
-            with contextlib.suppress(TypeError):
-                return read_value(option, value, name)
-    allowed = value in options if get_origin(kind) is Literal else type(value) is kind
-    if allowed or (kind is float and type(value) is int):
-        return value
-    raise TypeError(f"{name} is {value!r}, which is not of type {getattr(kind, '__name__', kind)}")
 
 
 def changes_between(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
