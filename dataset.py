@@ -13,7 +13,7 @@ chatterbot, test, held out: 44 conversations; 46 pieces; 2,583 tokens; 1,472 (57
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,14 +237,11 @@ MOST_CAUSES = 8
 
 def describe_malformed(rows: list[dict[str, Any]]) -> str:
     """Return one line per cause, with its first places and what to do."""
-    causes = defaultdict(list)
-    for row in rows:
-        causes[row["source"], row["reason"]].append(row)
     lines = []
-    for (source, _), cases in causes.items():
-        where = "; ".join(case["place"] for case in cases[:3]) + ("; ..." if len(cases) > 3 else "")
+    for (source, _), cases in pd.DataFrame(rows).groupby(["source", "reason"], sort=False):
+        where = "; ".join(cases["place"][:3]) + ("; ..." if len(cases) > 3 else "")
         counted = f"{len(cases):,} rows, " if len(cases) > 1 else ""
-        lines.append(" ".join(printable(f"{source}, {counted}{where}: {cases[0]['error']}").split()))
+        lines.append(" ".join(printable(f"{source}, {counted}{where}: {cases['error'].iloc[0]}").split()))
     if len(lines) == 1:
         return f"{lines[0]} (--skip-bad-rows drops such rows)"
     if len(lines) > MOST_CAUSES:
