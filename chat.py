@@ -39,9 +39,8 @@ class ChatConfig:
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     # Answer this and exit; without it, a conversation begins.
     prompt: str | None = None
-    # Continue this text and exit, without a chat template: for base models.
-    complete: str | None = None
-    # Answer these prompts: the lines of a .txt file, or rows of a dataset as for training, up to their last answer.
+    # Answer these prompts: the lines of a .txt file, or rows of a dataset as for training, up to their last answer; a
+    # row with a text is continued without a chat template, for base models.
     prompts: str | None = None
     # Write the answers to this .jsonl file instead of printing them.
     out: str | None = None
@@ -81,8 +80,6 @@ class ChatConfig:
             raise UserError(f"--host {self.host} opens the page to others: give --auth USER:PASSWORD, or --no-auth")
         if not self.web and (self.port or self.auth or self.host != "127.0.0.1"):
             raise UserError("--host, --port and --auth need --web")
-        if self.complete is not None and self.system is not None:
-            raise UserError("--system has no effect on --complete, which uses no chat template")
         if self.auth is not None and not all(self.auth.partition(":")):
             raise UserError("--auth is not USER:PASSWORD")
         if self.max_new_tokens < 1:
@@ -94,9 +91,9 @@ def chat(config: ChatConfig) -> None:
     config.validate()
     asked = given_prompts(config)
     if config.web and asked:
-        raise UserError("--web answers what is typed on the page: leave out --prompt, --complete and --prompts")
+        raise UserError("--web answers what is typed on the page: leave out --prompt and --prompts")
     if not asked and (config.out or (config.compare and not config.web)):
-        raise UserError("--out and --compare need --prompt, --complete or --prompts")
+        raise UserError("--out and --compare need --prompt or --prompts")
     if config.web:
         if find_spec("gradio") is None:
             raise UserError("--web needs Gradio: pip install -r requirements-web.txt")
@@ -109,10 +106,9 @@ def chat(config: ChatConfig) -> None:
         answer_all(config, asked)
     else:
         writer = load(config.checkpoint, config)
-        for _, _, prompt in asked:
-            print(prompt if isinstance(prompt, str) else "", end="")
-            print_answer(writer, prompt)
-        if not asked:
+        if asked:
+            print_answer(writer, asked[0][2])
+        else:
             converse(writer)
 
 
@@ -155,7 +151,7 @@ def print_answer(writer: Writer, prompt: Prompt) -> str:
     except KeyboardInterrupt:
         print()
         note("interrupted")
-        if writer.config.prompt is not None or writer.config.complete is not None:
+        if writer.config.prompt is not None:
             raise
         return printed
     assert answer
@@ -233,11 +229,7 @@ Asked = tuple[str, dict[str, Any], Prompt]
 
 def given_prompts(config: ChatConfig) -> list[Asked]:
     """Return the prompts on the command line and in --prompts. Raises UserError with the place."""
-    rows: list[tuple[str, dict[str, Any]]] = []
-    if config.prompt is not None:
-        rows.append(("--prompt", {"prompt": config.prompt}))
-    if config.complete is not None:
-        rows.append(("--complete", {"text": config.complete}))
+    rows = [] if config.prompt is None else [("--prompt", dict[str, Any](prompt=config.prompt))]
     if config.prompts is not None:
         rows += read_rows(config.prompts)
     asked: list[Asked] = []

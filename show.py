@@ -178,8 +178,6 @@ class Runs:
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
     # The picture to write; "": none.
     out: str = "runs.png"
-    # The table as a .csv file.
-    csv: str = ""
     # Draw only these metrics, as in --metrics loss eval_bpb; none: all.
     metrics: tuple[str, ...] = ()
 
@@ -195,13 +193,10 @@ class Runs:
         if unknown := {*self.metrics} - known:
             raise UserError(f"--metrics: unknown {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
         lines = {run: read_metrics(run) for run in self.runs}
-        table = pd.DataFrame(compare(lines)).fillna("-")
-        print(printable(table.to_string(index=False)))
-        if self.csv:
-            table.to_csv(self.csv, index=False)
+        print(printable(pd.DataFrame(compare(lines)).fillna("-").to_string(index=False)))
         if self.out:
             plot_runs(lines, self.out, self.metrics)
-        print(*(f"wrote {path}" for path in (self.csv, self.out) if path), sep="\n")
+            print(f"wrote {self.out}")
 
 
 # Metrics in the table, and what is best.

@@ -376,8 +376,6 @@ def test_a_conversation_is_asked_up_to_its_last_answer_and_a_text_continued(
     answered = text_of([token for (token,) in generate(model, [chat_prompt], 10)], tokenizer)
     continued = text_of([token for (token,) in generate(model, [tokenizer.encode("Once")], 10)], tokenizer)
     assert [printable(line["answer"]) for line in read(tmp_path / "a.jsonl")] == [answered, answered, continued]
-    completed = say(run, "--complete", "Once", *GREEDY)
-    assert completed == f"Once{continued}\n"
 
 
 @pytest.mark.parametrize(
@@ -460,10 +458,8 @@ def test_an_answer_ends_with_the_context(
         (["RUN", "--web", "--host", "0.0.0.0"], "--host 0.0.0.0 opens the page to others: give --auth USER:PASSWORD"),
         (["RUN", "--web", "--auth", "user"], "--auth is not USER:PASSWORD"),
         (["RUN", "--port", "8000"], "--host, --port and --auth need --web"),
-        (["RUN", "--complete", "Hi", "--system", "Be brief"], "--system has no effect on --complete"),
-        (["RUN", "--complete", ""], "a prompt is empty"),
-        (["RUN", "--compare", "RUN"], "--out and --compare need --prompt, --complete or --prompts"),
-        (["RUN", "--out", "a.jsonl"], "--out and --compare need --prompt, --complete or --prompts"),
+        (["RUN", "--compare", "RUN"], "--out and --compare need --prompt or --prompts"),
+        (["RUN", "--out", "a.jsonl"], "--out and --compare need --prompt or --prompts"),
         (["RUN", "--prompts", "q.jsonl", "--out", "q.jsonl"], "would overwrite the prompts"),
         (["RUN", "--prompts", "nowhere.txt"], "nowhere.txt"),
         (["RUN", "--prompts", "q.jsonl"], "q.jsonl, line 2: columns: of no known format"),
