@@ -167,10 +167,9 @@ def note(text: str) -> None:
     print(f"({text})", file=sys.stderr, flush=True)
 
 
-def opening(system: str | None, *questions: str) -> list[dict[str, str]]:
+def opening(system: str | None) -> list[dict[str, str]]:
     """Return the start of a conversation."""
-    messages = [{"role": "user", "content": question} for question in questions]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    return [{"role": "system", "content": system}] if system else []
 
 
 # ---------------------------------------------------------------- a conversation
