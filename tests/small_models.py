@@ -24,7 +24,7 @@ WIDE: dict[str, Any] = {
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    """One dense layer and two with experts; all widths differ, so that no two can be exchanged."""
+    """Return a shape of one dense layer and two with experts. All widths differ, so no two can be confused."""
     defaults: dict[str, Any] = {
         "vocab_size": 112,
         "hidden_size": 48,

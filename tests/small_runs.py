@@ -11,12 +11,12 @@ import pty
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -26,6 +26,7 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run as torchrun
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from tqdm import tqdm
@@ -145,7 +146,6 @@ def print_to(log: Path) -> None:
 
 def run_child(arguments: list[str], log: Path, fault: Fault | None) -> None:
     print_to(log)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and a child inherits that
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # a killed process would not release a lock between processes
     if fault:
@@ -156,15 +156,15 @@ def run_child(arguments: list[str], log: Path, fault: Fault | None) -> None:
 def train_in_child(arguments: list[str], log: Path, fault: Fault | None = None) -> int:
     """Return the exit code, or minus the signal that ended the child."""
     child = start(arguments, log, fault)
-    child.join(120)
-    assert child.exitcode is not None, f"still running: {log.read_text()}"
+    child.join()
+    assert child.exitcode is not None
     return child.exitcode
 
 
 def wait_for(text: str, log: Path, child: ForkServerProcess) -> None:
     """Wait until the child has printed the text, or has ended."""
     while not (log.exists() and text in log.read_text()) and child.is_alive():
-        time.sleep(0.001)
+        time.sleep(0.01)
 
 
 def kill_after(seconds: float, arguments: list[str], log: Path) -> int:
@@ -183,29 +183,29 @@ def kill_after(seconds: float, arguments: list[str], log: Path) -> int:
 Work = Callable[[World], object]
 
 
-def run_ranks(number: int, work: Work, folder: Path, timeout: timedelta = TIMEOUT) -> list[str]:
+def run_ranks(number: int, work: Work, folder: Path) -> list[str]:
     """Call `work` in children that form a process group. Return the text of each one's result, or of its UserError.
 
     Rank N works in the directory folder/N. All ranks append their output to folder/log.
     """
     server = start_forkserver()
-    ranks = [server.Process(target=be_rank, args=(rank, number, work, folder, timeout)) for rank in range(number)]
+    ranks = [server.Process(target=be_rank, args=(rank, number, work, folder)) for rank in range(number)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(400)
+        process.join()
         assert process.exitcode == 0, (folder / "log").read_text()
     return [(folder / str(rank) / "result").read_text() for rank in range(number)]
 
 
-def be_rank(rank: int, number: int, work: Work, folder: Path, timeout: timedelta) -> None:
+def be_rank(rank: int, number: int, work: Work, folder: Path) -> None:
     print_to(folder / "log")
     torch.set_num_threads(1)
     place = folder / str(rank)
     place.mkdir(exist_ok=True)
     os.chdir(place)
     store = dist.FileStore(str(folder / "store"), number)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=number, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=number, timeout=TIMEOUT)
     try:
         result = work(World(rank, number, torch.device("cpu"), min(number, 2), store))  # as nodes of two ranks
     except UserError as error:
@@ -219,27 +219,41 @@ def be_rank(rank: int, number: int, work: Work, folder: Path, timeout: timedelta
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start_job(
-    folder: Path, log: Path, ranks: int, *words: object, launcher: tuple[str, ...] = (), **options: Any
-) -> subprocess.Popen:
-    """Start torchrun on a script of ours; the output of all its ranks is appended to `log`."""
+def run_job(folder: Path, log: Path, *words: object) -> int:
+    """Return the exit code of torchrun on one node, in a child; its ranks are forks of it, which saves their imports.
+    All of them append their output to `log`."""
+    child = start_forkserver().Process(target=be_torchrun, args=([str(word) for word in words], log, folder / "cache"))
+    child.start()
+    child.join()
+    return child.exitcode or 0
+
+
+def be_torchrun(words: list[str], log: Path, cache: Path) -> None:
+    print_to(log)
+    datasets.config.HF_DATASETS_CACHE = cache
+    try:
+        torchrun.main(["--standalone", "--nproc-per-node=2", "--run-path", "--start-method=fork", *words])
+    except Exception as error:
+        sys.exit(str(error))
+
+
+def run_nodes(folder: Path, logs: list[Path], *words: object) -> list[int]:
+    """Return the exit codes of torchrun on several nodes with one rank each, started as a user does."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
         "HF_DATASETS_CACHE": str(folder / "cache"),
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *(launcher or ("--standalone",))]
-    line = [*torchrun, "--nproc-per-node", str(ranks), *(str(word) for word in words)]
-    with log.open("a") as output:
-        return subprocess.Popen(line, env=environment, stdout=output, stderr=subprocess.STDOUT, **options)
-
-
-def finish_job(job: subprocess.Popen) -> int:
-    """Return a job's exit code, or end it after 400 seconds."""
-    try:
-        return job.wait(400)
-    except subprocess.TimeoutExpired:
-        job.terminate()  # torchrun passes it on
-        raise
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    line = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(logs)}", "--rdzv-backend=c10d", endpoint]
+    line += ["--local-addr=127.0.0.1", *map(str, words)]
+    with contextlib.ExitStack() as ending:
+        jobs = []
+        for log in logs:
+            output = ending.enter_context(log.open("a"))
+            jobs.append(subprocess.Popen(line, env=environment, stdout=output, stderr=subprocess.STDOUT))
+            ending.callback(jobs[-1].terminate)  # if the test runs out of time
+        return [job.wait() for job in jobs]
 
 
 # ---------------------------------------------------------------- faults
@@ -269,12 +283,13 @@ def fill_disk(step: int, size: int) -> None:
     trainer.Trainer.save = save_on_full_disk  # type: ignore[method-assign]
 
 
-def save_slowly() -> None:
-    """Make saving print a line and take a minute."""
+def save_forever() -> None:
+    """Make saving print a line and never end."""
 
     def save(self: trainer.Trainer) -> None:
         print("saving", flush=True)
-        time.sleep(60)
+        while True:
+            time.sleep(1)
 
     trainer.Trainer.save = save  # type: ignore[method-assign]
 
@@ -324,23 +339,28 @@ def lose_terminal(step: int) -> None:
     ours, terminal = pty.openpty()
     for descriptor in (1, 2):
         os.dup2(terminal, descriptor)
+    os.close(terminal)
+    closing = threading.Event()
+
+    def show() -> None:
+        while not closing.is_set():
+            os.read(ours, 4096)
+        os.close(ours)
+
+    screen = threading.Thread(target=show)
+    screen.start()
     forward = trainer.Trainer.forward
 
     def interrupted(self: trainer.Trainer, micro_batch: MicroBatch) -> Any:
-        if self.step + 1 == step and self.model.training:
-            os.close(ours)
+        if self.step + 1 == step and self.model.training and not closing.is_set():
+            closing.set()
+            with contextlib.suppress(OSError):  # unless it is closed already
+                os.write(1, b"the last output that is shown")
+            screen.join()
             os.kill(os.getpid(), signal.SIGHUP)
         return forward(self, micro_batch)
 
     trainer.Trainer.forward = interrupted  # type: ignore[method-assign]
-    threading.Thread(target=drain, args=(ours,), daemon=True).start()
-
-
-def drain(descriptor: int) -> None:
-    """Read all output, like a terminal."""
-    with contextlib.suppress(OSError):
-        while os.read(descriptor, 4096):
-            pass
 
 
 # ---------------------------------------------------------------- results of a run

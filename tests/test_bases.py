@@ -194,7 +194,7 @@ def test_the_run_of_an_adapter_is_resumed_after_both_have_moved(
 
 
 def test_a_full_run_is_resumed_without_its_base(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own checkpoint has weights, shape and tokenizer; here a tokenizer with tokens that the base's lacks, too."""
+    """The checkpoint has weights, shape and tokenizer, here one with tokens that the base's lacks."""
     flags = ("--add-control-tokens", "--chat-template", "llama3")
     command = arguments(folder / "data.jsonl", Path("runs/full"), *flags, init_from="runs/tiny", **SHORT)
     assert train_here(command, folder) == 0

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.sources import read_chitchat
@@ -37,7 +37,6 @@ def numbered_conversations(count: int, seed: int = 0) -> list[tuple[list[int], l
 # --- Packing ---
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, seed=st.integers(0, 99))
 def test_packing_is_best_fit_decreasing_and_its_size_does_not_depend_on_the_order(lengths, seed):
     rooms: list[int] = []  # room left in each row, by trying all rows
@@ -68,7 +67,6 @@ def test_chitchat_is_packed_with_at_most_one_percent_of_padding():
 # --- Batches ---
 
 
-@settings(deadline=None)
 @given(rows=ROWS, packing=st.booleans())
 def test_a_batch_is_what_a_loop_over_tokens_writes(rows, packing):
     if not packing:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer as tokenizer_module
@@ -225,7 +225,6 @@ CONVERSATION = st.lists(
 ).filter(lambda messages: any(message["role"] == "assistant" for message in messages))
 
 
-@settings(deadline=None)
 @given(messages=CONVERSATION, max_seq_len=st.integers(2, 60))
 def test_truncation_keeps_a_prefix_with_targets_or_drops_the_row(messages, max_seq_len):
     ids, mask = TOKENIZER.render(messages)
@@ -238,7 +237,6 @@ def test_truncation_keeps_a_prefix_with_targets_or_drops_the_row(messages, max_s
         assert row["input_ids"] == row["mask"] == [] and "nothing to learn" in row["reason"]
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=200), max_seq_len=st.integers(2, 60))
 def test_each_token_of_a_text_except_the_first_is_a_target_once(text, max_seq_len):
     found = tokenize_row({"text": text}, TOKENIZER, max_seq_len)

@@ -81,7 +81,8 @@ def cudas_path() -> Iterator[None]:
 
 
 def plain_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One document's, by the formulas of the FlashAttention paper (section 3): autograd is off within an operation."""
+    """Return one document's gradients by the formulas of the FlashAttention paper (section 3), since autograd is off
+    within an operation."""
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     p = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).softmax(dim=-1)
     dp = torch.einsum("qhd,khd->hqk", grad, v)
@@ -374,7 +375,7 @@ def test_weights_gradients_moments_and_activations_are_predicted() -> None:
 
 @pytest.mark.parametrize(("ranks", "engine", "shards"), [(64, "fsdp", 64), (512, "hsdp", 8), (64, "ddp", 1)])
 def test_ranks_hold_and_send_their_share(ranks: int, engine: str, shards: int) -> None:
-    """In a process group that sends nothing. Per micro-batch, experts are gathered in bf16 twice and their gradients
+    """The process group sends nothing. Per micro-batch, experts are gathered in bf16 twice and their gradients
     scattered in fp32; those of a replica are reduced once per step."""
     whole, rank = planned(), planned(ranks, parallel=engine)
     for kind in ("weights", "optimizer", *(["gradients"] if engine == "fsdp" else [])):  # hsdp's wait in buffers
@@ -385,15 +386,14 @@ def test_ranks_hold_and_send_their_share(ranks: int, engine: str, shards: int) -
 
 
 def test_the_batch_that_hides_the_traffic_is_recommended() -> None:
-    """Oracle: the prediction for that batch, and for the one that was asked for."""
-    settings = {"dtype": "bfloat16", "batch_size": 1, "gradient_accumulation_steps": 2, "max_seq_len": 4096}
+    """Oracle: the prediction for that batch."""
+    settings = {"dtype": "bfloat16", "batch_size": 1, "gradient_accumulation_steps": 1, "max_seq_len": 4096}
     wide = {"hidden_size": 960, "moe_intermediate_size": 512}
     config = TrainConfig().changed(model=PLANNED, parallel="fsdp", dry_run_ranks=64, **settings).changed(**wide)
     printed = re.search(r"communication +([\d.]+) ms, hidden with --batch-size (\d+)\n", report(config))
     assert printed and float(printed[1]) > 1 and int(printed[2]) > 1
-    exposed = [dry_run(config.changed(batch_size=n), 64).seconds["communication"] for n in (1, int(printed[2]))]
-    assert exposed[0] * 1e3 == pytest.approx(float(printed[1]), abs=0.01)
-    assert exposed[1] < 0.02 * exposed[0]
+    hidden = dry_run(config.changed(batch_size=int(printed[2])), 64)
+    assert hidden.seconds["communication"] * 1e3 < 0.02 * float(printed[1])
 
 
 def test_replicas_of_half_a_node_are_refused() -> None:
@@ -441,20 +441,20 @@ def test_a_gpu_out_of_memory_is_one_line_that_names_the_flags(
 def test_a_run_on_a_gpu_is_planned_where_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In bf16, even if the processor that plans it cannot multiply in it."""
+    """The dtype is bf16 even if this machine's processor does not multiply in it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     data = write_jsonl(tmp_path / "data.jsonl", conversations(20))
     plans = []
-    for device, dtype in (("cuda", "float32"), ("cuda", "bfloat16"), ("auto", "auto"), ("cuda:1", "auto")):
+    for device, dtype in (("cuda", "float32"), ("auto", "auto"), ("cuda:1", "auto")):
         changes: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": 64, "max_seq_len": 1024}
         command = arguments(data, tmp_path / "run", model_num_hidden_layers=1, model_first_k_dense_replace=0, **changes)
         assert train_here([*command, "--dry-run"], tmp_path) == 0
         plans.append(capsys.readouterr().out.partition("all of them targets; ")[2])
-    fp32, expected, *others = plans
-    assert others == [expected, expected]
-    assert expected.startswith("bfloat16 on cuda\n") and "at the peak" in expected
-    assert expected.splitlines()[1:] != fp32.splitlines()[1:]
+    fp32, automatic, numbered = plans
+    assert automatic == numbered
+    assert automatic.startswith("bfloat16 on cuda\n") and "at the peak" in automatic
+    assert automatic.splitlines()[1:] != fp32.splitlines()[1:]
 
 
 def test_a_device_that_torch_does_not_know_is_not_planned_for(capsys: pytest.CaptureFixture[str]) -> None:

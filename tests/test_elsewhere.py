@@ -17,11 +17,6 @@ from tokenizer import CHAT_TEMPLATES, Tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(vocab_size=512)
-
-
-@pytest.fixture(scope="module")
 def model() -> DeepSeekV2:
     return small_model(vocab_size=512, max_position_embeddings=256).eval()
 

@@ -52,7 +52,7 @@ def adapted(tmp_path: Path) -> DeepSeekV2:
 def test_merging_writes_a_plain_model_with_the_same_logits(
     adapted: DeepSeekV2, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As do the adapter and its base, loaded together."""
+    """The adapter and its base, loaded together, give them too."""
     loaded, tokenizer = load_model_and_tokenizer(tmp_path / "run")
     torch.testing.assert_close(loaded(TOKENS), adapted(TOKENS))
     assert tokenizer.vocab_size == 512
@@ -120,7 +120,7 @@ def read_card(directory: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_a_run_is_published_with_a_card(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its front matter is read by huggingface_hub; its settings, losses and code for transformers are right."""
+    """huggingface_hub reads the front matter; settings, losses and code for transformers are right."""
     flags = ["hub", str(trained), str(tmp_path / "small"), "--license", "mit", "--base-name", "org/base"]
     assert run_main(export.main, flags, tmp_path) == 0
     assert published(tmp_path / "small", tmp_path, trained.parent, "private.jsonl", "My secret") == {

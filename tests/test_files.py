@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -83,23 +81,6 @@ def test_windows_does_not_flush_directories(tmp_path: Path, monkeypatch: pytest.
         flush_to_disk(tmp_path)
         flush_to_disk(tmp_path / "file")
     assert opened == [tmp_path / "file"]
-
-
-def test_a_directory_that_cannot_be_deleted_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What was written is in place by then."""
-
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    place = tmp_path / "place"
-    write_directory(place, lambda directory: write_json(directory / "a.json", {"a": 1}))
-    monkeypatch.setattr(shutil, "rmtree", refuse)
-    write_directory(place, lambda directory: write_json(directory / "a.json", {"a": 2}))
-    assert read_json(place / "a.json") == {"a": 2}
-    assert damaged_files(place) == []
-    assert re.fullmatch(r"warning: .*\.place\..*\.tmp cannot be deleted .*\n", capsys.readouterr().err)
 
 
 def test_checksums_cover_subdirectories_and_nothing_outside(tmp_path: Path) -> None:

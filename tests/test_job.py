@@ -1,27 +1,35 @@
-"""What the ranks of a job must have in common: two processes in a real group, with a short timeout."""
+"""Jobs of several ranks: what the ranks must have in common, torchrun's restarts, errors, signals and nodes."""
 
 import contextlib
 import functools
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import parallel
 import train_sft
-from config import TrainConfig, UserError
-from launch.command_line import parse_arguments
-from launch.run_directory import run_lock
+from config import MINI, TrainConfig, UserError
+from launch.command_line import one_line_errors, parse_arguments
+from launch.run_directory import read_metrics, run_lock
 from launch.start import check_shared_files, find_start, look_up
-from parallel import ALONE, World, from_all_ranks
-from small_runs import Work, cheap_process, conversations, run_ranks, write_jsonl
+from parallel import ALONE, World
+from small_runs import (
+    ROOT,
+    Work,
+    cheap_process,
+    conversations,
+    run_job,
+    run_nodes,
+    run_ranks,
+    train_here,
+    write_jsonl,
+)
+from test_parallel import assert_same_run, command
 from tokenizer import Tokenizer
-
-TIMEOUT = 2  # seconds, of every collective
-
-
-def two_ranks(work: Work, folder: Path) -> list[str]:
-    return run_ranks(2, work, folder, timedelta(seconds=TIMEOUT))
 
 
 @pytest.fixture
@@ -35,14 +43,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def take_long(world: World) -> Path | None:
-    time.sleep(2 * TIMEOUT if world.is_main else 0)
+def wait_for_the_other(world: World) -> Path | None:
+    """Return on the first rank once the other one waits for it, without a collective: that would run into a timeout."""
+    if world.is_main and world.store:
+        world.store.wait(["the other rank polls"], timedelta(minutes=5))
     return None
 
 
 def look_for_long(world: World) -> object:
-    found = look_up(functools.partial(take_long, world), world)
-    return found, from_all_ranks(world.rank, world)
+    def sleep(seconds: float) -> None:
+        if world.store:
+            world.store.set("the other rank polls", "")
+        time.sleep(seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "time", SimpleNamespace(sleep=sleep))
+        return look_up(functools.partial(wait_for_the_other, world), world)
 
 
 def look_up_base(world: World) -> object:
@@ -60,8 +76,9 @@ def load_rows(world: World) -> object:
         return len(train_sft.load_rows(config, Tokenizer(vocab_size=512), world)[0].lengths)
 
 
-def test_work_of_the_first_rank_may_exceed_the_timeout(folder: Path) -> None:
-    assert two_ranks(look_for_long, folder) == ["(None, [0, 1])"] * 2
+def test_no_collective_waits_for_work_of_the_first_rank(folder: Path) -> None:
+    """Which may take longer than the timeout of a collective."""
+    assert run_ranks(2, look_for_long, folder) == ["None"] * 2
 
 
 @pytest.mark.parametrize(
@@ -76,7 +93,7 @@ def test_work_of_the_first_rank_may_exceed_the_timeout(folder: Path) -> None:
     ],
 )
 def test_ranks_with_different_files_are_refused(work: Work, message: str, folder: Path) -> None:
-    for rank, result in enumerate(two_ranks(work, folder)):
+    for rank, result in enumerate(run_ranks(2, work, folder)):
         assert result.startswith(message.format(folder / str(rank)))
 
 
@@ -84,3 +101,113 @@ def test_a_restarted_job_that_would_start_anew_is_refused(tmp_path: Path, monkey
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(UserError, match="restarted this job: pass --resume auto"):
         find_start(parse_arguments(["tiny", "--output-dir", str(tmp_path / "run")]), ALONE)
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:3311",
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL 2.29",
+        "[Rank 1] NCCL communicator was aborted on rank 1.",
+    ],
+)
+def test_the_death_of_another_rank_is_quiet(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Gloo and with NCCL, whose own errors take many lines. Any other error keeps its traceback."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    with pytest.raises(SystemExit) as leaving, one_line_errors():
+        raise RuntimeError(words)
+    assert leaving.value.code == 1
+    with pytest.raises(RuntimeError, match="out of bounds"), one_line_errors():
+        raise RuntimeError("index out of bounds")
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_PORT", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"])
+def test_incomplete_variables_of_torchrun_are_one_line(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
+    variables |= {"LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+    variables["TORCHELASTIC_ERROR_FILE"] = "error.json"
+    for name, value in (variables | {"TORCHELASTIC_RUN_ID": "run"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(UserError, match=f"{missing}.*: start with torchrun, or unset it"):
+        parallel.join_world("cpu")
+
+
+def test_compile_is_refused_with_sharded_blocks() -> None:
+    """Norms and routers are gathered separately in bf16: seven graph breaks per step."""
+    for engine in ("fsdp", "hsdp"):
+        with pytest.raises(UserError, match="compile works only with parallel ddp"):
+            MINI.changed(compile=True, dtype="bfloat16", parallel=engine).validate()
+    MINI.changed(compile=True, dtype="bfloat16", parallel="ddp").validate()
+
+
+# ---------------------------------------------------------------- whole jobs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with data.jsonl and "alone", a run of eight steps in one process."""
+    whole = tmp_path_factory.mktemp("jobs")
+    write_jsonl(whole / "data.jsonl", conversations(60))
+    assert train_here(command(whole, "packed", "1", whole / "alone", max_steps=8), whole) == 0
+    return whole
+
+
+def assert_resumed_as_alone(run: Path, whole: Path) -> None:
+    """Resume a run in one process, and compare it with the one that was never interrupted."""
+    assert train_here(command(whole, "packed", "1", run, "--resume", max_steps=8), whole) == 0
+    assert_same_run(run, whole / "alone")
+
+
+def our_frames(printed: str) -> list[str]:
+    """Return a traceback's lines that name a file of ours; a virtual environment may be inside the checkout."""
+    frames = [line for line in printed.splitlines() if "File" in line and "site-packages" not in line]
+    return [line for line in frames if str(ROOT) in line]
+
+
+def errors(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("error: ")]
+
+
+def test_a_job_outlives_an_error_and_a_kill_and_an_interrupt_saves_once(whole: Path, tmp_path: Path) -> None:
+    """The job fails in step 4, after the checkpoint of step 3. After the restart, the last rank is killed in step 6;
+    after another one, torchrun is interrupted in step 7."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = command(whole, "packed", "fsdp-2", run, "--resume", "auto", max_steps=8, save_steps=3)
+    faults = "raise:4,kill:6,interrupt:7"
+    assert run_job(whole, log, "--max-restarts=2", ROOT / "tests/faulty_rank.py", faults, *words) == 1
+    printed = log.read_text()
+    assert errors(printed) == ["error: out of cheese"]
+    assert re.search(r"failed \(exitcode: -9\) local_rank: 1", printed)
+    assert re.findall(r"step \d to 8", printed) == ["step 0 to 8", "step 3 to 8", "step 3 to 8"]
+    assert printed.count("finishing this step") == 1
+    assert len(re.findall("Closing process .* via signal SIGINT", printed)) == 2
+    assert "SIGKILL" not in printed.partition("signal SIGINT")[2]
+    assert not our_frames(printed)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000006", "step-000007"]
+    assert [line["step"] for line in read_metrics(run) if "loss" in line] == [*range(1, 8)]
+    assert_resumed_as_alone(run, whole)
+
+
+def test_an_error_of_every_rank_is_printed_once_in_one_line(whole: Path, tmp_path: Path) -> None:
+    log, words = tmp_path / "log", command(whole, "packed", "ddp-2", tmp_path / "run", lora_alpha=3)
+    assert run_job(whole, log, ROOT / "train_sft.py", *words) == 1
+    assert errors(log.read_text()) == ["error: lora_alpha has no effect: lora_rank is 0"]
+    assert not our_frames(log.read_text())
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_nodes_form_one_job_and_name_the_rank_that_fails(whole: Path, tmp_path: Path) -> None:
+    """Two torchrun agents with one rank each; the second raises an error in step 5."""
+    run, logs = tmp_path / "run", [tmp_path / f"log-{node}" for node in (0, 1)]
+    words = ("raise:5", *command(whole, "packed", "ddp-2", run, max_steps=8))
+    assert 0 not in run_nodes(whole, logs, ROOT / "tests/faulty_rank.py", *words)
+    printed = "".join(log.read_text() for log in logs)
+    assert re.search(r", 8 rows each \(.* epochs\) on 2 x cpu", printed)
+    assert re.search(r"rank +: 1 (.*\n)+? +traceback : error: out of cheese", printed)
+    assert errors(printed) == ["error: out of cheese"]
+    assert not our_frames(printed)
+    assert_resumed_as_alone(run, whole)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,7 +100,6 @@ def test_the_worked_example_of_sorting() -> None:
         assert (places.tolist(), ends.tolist()) == (expected_places, expected_ends)
 
 
-@settings(deadline=None)
 @given(experts=st.lists(st.integers(0, 5), max_size=40), run=st.sampled_from((1, 4, 64)))
 def test_rows_are_sorted_by_expert_and_keep_their_order(experts: list[int], run: int) -> None:
     places, ends = sort_by_expert(torch.tensor(experts, dtype=torch.int64), 6, run)

@@ -214,7 +214,7 @@ def test_balance_loss_reaches_the_router_and_counts_every_token_once() -> None:
 # ---------------------------------------------------------------- packing, padding, accumulation
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     rows=st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=4), min_size=1, max_size=3), seed=st.integers(0, 9)
 )
@@ -243,19 +243,6 @@ def test_values_in_padding_do_not_change_loss_or_gradients() -> None:
     again, got = loss_and_gradients(model, **batch)
     assert torch.equal(output.loss_sum, again.loss_sum)
     assert all(torch.equal(got[name], expected[name]) for name in got)
-
-
-def test_accumulated_micro_batches_equal_one_big_batch() -> None:
-    model = small_model()
-    batch = make_batch([[30], [4, 8], [17], [1, 2, 3]])
-    big, expected = loss_and_gradients(model, **batch)
-    model.zero_grad()
-    parts = [model(**{name: batch[name][rows] for name in batch}) for rows in (slice(0, 1), slice(1, 3), slice(3, 4))]
-    for part in parts:
-        (part.loss_sum + part.balance_loss).backward()
-    assert sum(part.num_targets for part in parts) == big.num_targets
-    assert sum(part.loss_sum.item() for part in parts) == pytest.approx(big.loss_sum.item(), rel=1e-5)
-    assert_same_gradients(gradients(model), expected)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

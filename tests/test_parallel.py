@@ -1,46 +1,35 @@
-"""DDP, FSDP and HSDP on this machine's CPU, against the same runs in one process; and real torchrun jobs.
+"""DDP, FSDP and HSDP on this machine's CPU, against the same runs in one process.
 
 Two groups of processes (of two and of four ranks) do most of the runs, one after the other, and the tests examine what
 they wrote. ranks.py defines what is recorded.
 """
 
 import functools
+import gc
 import json
-import os
-import re
-import signal
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-import parallel
+import train_sft
 from checkpoint import load_pretrained, newest_checkpoint
-from config import MINI, UserError
 from files import read_json
-from launch.command_line import one_line_errors
 from launch.run_directory import read_metrics
-from ranks import take_over, train_runs
+from ranks import WatchedTrainer, take_over, train_runs
 from small_runs import (
     arguments,
     conversations,
     final_tensors,
-    finish_job,
     numbers,
     optimizer_tensors,
     run_ranks,
-    start_job,
     train_here,
     write_jsonl,
 )
 from trainer import STATE
 
-pytestmark = pytest.mark.timeout(900)
-
-ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVED = 4, 2
 ADAPTED = ["--lora-target-modules", "kv_b_proj", "o_proj", "down_proj", "experts.gate_up_proj"]
 LORA = {"lora_rank": 4, "init_from": "packed-1"}
@@ -50,21 +39,21 @@ SHAPE = {"hidden_size": WIDTH, "kv_lora_rank": 64, "intermediate_size": 64, "moe
 SHAPE |= {"v_head_dim": 32, "n_routed_experts": 6}
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "packed": (["--packing"], {}),
-    "padded": (["--no-packing", "--model.tie-word-embeddings", "--gradient-checkpointing"], {}),
+    "padded": (["--no-packing", "--model.tie-word-embeddings", "--gradient-checkpointing"], {"save_steps": 0}),
     # All experts for every token: in bf16 a rounding error can send one that is near a tie to another expert.
     "bf16": ([], {"dtype": "bfloat16", "model_num_experts_per_tok": 6}),
     "muon": ([], {"optimizer": "muon"}),
     "lora": ([], LORA),
-    "nf4": (ADAPTED, LORA | {"quantize": "nf4"}),
-    "lora-bf16": (ADAPTED, LORA | {"dtype": "bfloat16"}),
+    "nf4": (ADAPTED, LORA | {"quantize": "nf4", "save_steps": 0}),
+    "lora-bf16": (ADAPTED, LORA | {"dtype": "bfloat16", "save_steps": 0}),
 }
 # Other roundings of the same sums: in bf16 they grow with the steps, so that step 2 is held to 1e-5 in a test of its
 # own. Muon's iteration makes them larger.
 TOLERANCES = {"bf16": 5e-3, "muon": 1e-4}
 OF_ENGINE = {
-    "ddp-2": list(VARIANTS),
+    "ddp-2": ["packed", "padded", "bf16", "nf4", "lora-bf16"],
     "fsdp-2": ["packed", "padded", "bf16", "muon", "lora-bf16"],
-    "fsdp-4": ["packed", "padded", "lora"],
+    "fsdp-4": ["packed", "lora"],
     "hsdp-4": ["packed", "bf16"],  # as two nodes of two ranks
 }
 RUNS = [(variant, engine) for engine, variants in OF_ENGINE.items() for variant in variants]
@@ -106,8 +95,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("parallel")
     write_jsonl(folder / "data.jsonl", conversations(60))
-    for variant in VARIANTS:
-        assert train_here(command(folder, variant, "1", folder / f"{variant}-1"), folder) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sft, "Trainer", WatchedTrainer)
+        for variant in VARIANTS:
+            assert train_here(command(folder, variant, "1", folder / f"{variant}-1"), folder) == 0
+    gc.unfreeze()
     assert train_here(command(folder, "packed", "1", folder / "epoch-1", **EPOCHS), folder) == 0
     for ranks in (2, 4):
         runs: list[tuple[list[str], Path, Path | None]] = []
@@ -166,7 +158,7 @@ def test_ranks_train_the_same_model_as_one_process(folder: Path, variant: str, e
 
 @pytest.mark.parametrize("engine", ["ddp-2", "fsdp-2", "hsdp-4"])
 def test_two_steps_in_bf16_are_exact(folder: Path, engine: str) -> None:
-    """What is gathered in bf16 is multiplied in bf16 anyway, and gradients are summed in fp32."""
+    """Weights that are gathered in bf16 are multiplied in bf16 anyway, and gradients are summed in fp32."""
     saved = [folder / f"bf16-{where}/checkpoints/step-{SAVED:06d}" for where in (engine, "1")]
     ours, theirs = map(optimizer_tensors, saved)
     assert ours.keys() == theirs.keys()
@@ -181,7 +173,7 @@ def test_any_number_of_ranks_resumes_a_checkpoint_of_any_other(folder: Path, run
 
 
 def test_more_ranks_with_the_same_flags_keep_their_place_in_data_and_schedule(folder: Path) -> None:
-    """From step 2 on, two ranks take twice as many rows per step, like one process with twice the batch."""
+    """Two ranks take twice as many rows per step from step 2 on, like one process with twice the batch."""
     run, reference = folder / "epoch-ddp-2", folder / "epoch-reference"
     take_over(folder / "epoch-1", reference)
     assert train_here(command(folder, "packed", "1", reference, "--resume", **EPOCHS, batch_size=4), folder) == 0
@@ -204,8 +196,9 @@ def test_every_engine_writes_the_same_files(folder: Path, engine: str) -> None:
     load_pretrained(ours)
 
 
-@pytest.mark.parametrize("variant", ["packed", "padded"])
-@pytest.mark.parametrize("engine", ["ddp-2", "fsdp-2", "fsdp-4"])
+@pytest.mark.parametrize(
+    ("variant", "engine"), [run for run in RUNS if run[0] in ("packed", "padded") and run[1] != "hsdp-4"]
+)
 def test_every_held_out_target_counts_once(folder: Path, variant: str, engine: str) -> None:
     """Five conversations with 115 targets, one in two pieces; at least one of four ranks gets no conversation."""
     ranks = ranks_of(folder / f"{variant}-{engine}")
@@ -255,9 +248,9 @@ def test_ranks_print_no_warning_about_broadcast_buffers(folder: Path) -> None:
 
 @pytest.mark.parametrize(("variant", "engine"), [run for run in RUNS if run[1] != "ddp-2"])
 def test_a_rank_holds_its_share(folder: Path, variant: str, engine: str) -> None:
-    """Parameters, gradients and optimizer state, against those of a DDP rank, which holds everything. The peak of the
-    gradients, between micro-batches, is the same."""
-    whole, ranks = ranks_of(folder / f"{variant}-ddp-2")[0], ranks_of(folder / f"{variant}-{engine}")
+    """Parameters, gradients and optimizer state, against those of one process. The peak of the gradients, between
+    micro-batches, is the same."""
+    (whole,), ranks = (ranks_of(folder / f"{variant}-{where}") for where in ("1", engine))
     assert len(ranks) == int(engine[-1])
     shards = 2 if engine == "hsdp-4" else len(ranks)
     for rank in ranks:
@@ -267,7 +260,7 @@ def test_a_rank_holds_its_share(folder: Path, variant: str, engine: str) -> None
 
 
 def test_bf16_halves_what_is_gathered(folder: Path) -> None:
-    """Of the blocks' matrices: embedding and head stay fp32, and so do sums of gradients."""
+    """Embedding, head and sums of gradients stay fp32; the blocks' matrices are halved."""
     exact, rounded = (ranks_of(folder / f"{variant}-fsdp-2")[0]["sent"][0] for variant in ("packed", "bf16"))
     assert rounded["_reduce_scatter_base_"] == exact["_reduce_scatter_base_"]
     root = 4 * (2 * 512 * WIDTH + WIDTH) / 2
@@ -276,131 +269,8 @@ def test_bf16_halves_what_is_gathered(folder: Path) -> None:
 
 
 def test_no_rank_holds_the_whole_model_while_building_or_saving(folder: Path) -> None:
-    """Its share, the tensor at hand and the one before."""
+    """A rank holds its share, the current tensor and the previous one."""
     size = whole_bytes(folder / "packed-1")
     for rank in ranks_of(folder / "packed-fsdp-4"):
         assert rank["peak"] <= 1.1 * size / 4 + 2 * rank["largest"] < size
         assert 0 < rank["saving"] <= 2 * rank["gathered"] < size
-
-
-# ---------------------------------------------------------------- failures, signals, nodes
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "[../third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:3311",
-        "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL 2.29",
-        "[Rank 1] NCCL communicator was aborted on rank 1.",
-    ],
-)
-def test_the_death_of_another_rank_is_quiet(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Gloo and with NCCL, whose own errors take many lines. Any other error keeps its traceback."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    with pytest.raises(SystemExit) as leaving, one_line_errors():
-        raise RuntimeError(words)
-    assert leaving.value.code == 1
-    with pytest.raises(RuntimeError, match="out of bounds"), one_line_errors():
-        raise RuntimeError("index out of bounds")
-
-
-@pytest.mark.parametrize("missing", ["RANK", "MASTER_PORT", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"])
-def test_incomplete_variables_of_torchrun_are_one_line(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
-    variables |= {"LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
-    variables["TORCHELASTIC_ERROR_FILE"] = "error.json"
-    for name, value in (variables | {"TORCHELASTIC_RUN_ID": "run"}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv(missing)
-    with pytest.raises(UserError, match=f"{missing}.*: start with torchrun, or unset it"):
-        parallel.join_world("cpu")
-
-
-def test_compile_is_refused_with_sharded_blocks() -> None:
-    """In bf16 their norms and routers are gathered separately: seven graph breaks per step."""
-    for engine in ("fsdp", "hsdp"):
-        with pytest.raises(UserError, match="compile works only with parallel ddp"):
-            MINI.changed(compile=True, dtype="bfloat16", parallel=engine).validate()
-    MINI.changed(compile=True, dtype="bfloat16", parallel="ddp").validate()
-
-
-@pytest.fixture(scope="module")
-def eight_steps(folder: Path) -> Path:
-    """A longer run in one process."""
-    assert train_here(command(folder, "packed", "1", folder / "eight", max_steps=8), folder) == 0
-    return folder / "eight"
-
-
-def test_a_restarted_job_resumes_its_own_run_and_a_killed_rank_ends_it(
-    folder: Path, eight_steps: Path, tmp_path: Path
-) -> None:
-    """The job fails in step 4, after the checkpoint of step 3. After the restart, the last rank is killed in step 6."""
-    run, log = tmp_path / "run", tmp_path / "log"
-    words = command(folder, "packed", "fsdp-2", run, "--resume", "auto", max_steps=8, save_steps=3)
-    launcher = ("--standalone", "--max-restarts=1")
-    job = start_job(folder, log, 2, ROOT / "tests/faulty_rank.py", "raise:4,kill:6", *words, launcher=launcher)
-    assert finish_job(job) != 0
-    printed = log.read_text()
-    assert "error: out of cheese" in printed
-    assert [found.group() for found in re.finditer(r"step \d to 8", printed)] == ["step 0 to 8", "step 3 to 8"]
-    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 .*\(SIGKILL\)", printed)
-    steps = [line["step"] for line in read_metrics(run) if "loss" in line]
-    assert steps == [1, 2, 3, 4, 5]
-    assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=8), folder) == 0
-    assert_same_run(run, eight_steps)
-
-
-def our_frames(printed: str) -> list[str]:
-    """Return a traceback's lines that name a file of ours; a virtual environment may be inside the checkout."""
-    frames = [line for line in printed.splitlines() if "File" in line and "site-packages" not in line]
-    return [line for line in frames if str(ROOT) in line]
-
-
-def errors(printed: str) -> list[str]:
-    return [line for line in printed.splitlines() if line.startswith("error: ")]
-
-
-def test_an_error_of_every_rank_is_printed_once_in_one_line(folder: Path, tmp_path: Path) -> None:
-    log, words = tmp_path / "log", command(folder, "packed", "ddp-2", tmp_path / "run", lora_alpha=3)
-    assert finish_job(start_job(folder, log, 2, ROOT / "train_sft.py", *words)) != 0
-    assert errors(log.read_text()) == ["error: lora_alpha has no effect: lora_rank is 0"]
-    assert not our_frames(log.read_text())
-    assert not (tmp_path / "run").exists()
-
-
-def test_two_nodes_form_one_job_and_name_the_rank_that_fails(folder: Path, eight_steps: Path, tmp_path: Path) -> None:
-    """Two torchrun agents with one rank each; the second raises an error in step 5."""
-    run, logs = tmp_path / "run", [tmp_path / f"log-{node}" for node in (0, 1)]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    launcher = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
-    words = ("raise:5", *command(folder, "packed", "ddp-2", run, max_steps=8))
-    jobs = [start_job(folder, log, 1, ROOT / "tests/faulty_rank.py", *words, launcher=launcher) for log in logs]
-    assert 0 not in [finish_job(job) for job in jobs]
-    printed = "".join(log.read_text() for log in logs)
-    assert re.search(r", 8 rows each \(.* epochs\) on 2 x cpu", printed)
-    assert re.search(r"rank +: 1 (.*\n)+? +traceback : error: out of cheese", printed)
-    assert errors(printed) == ["error: out of cheese"]
-    assert not our_frames(printed)
-    assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=8), folder) == 0
-    assert_same_run(run, eight_steps)
-
-
-def test_an_interrupt_reaches_all_ranks_and_saves_once(folder: Path, tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
-    words = command(folder, "packed", "ddp-2", run, max_steps=100_000, save_steps=0, eval_steps=0)
-    job = start_job(folder, log, 2, ROOT / "tests/faulty_rank.py", "raise:0", *words, start_new_session=True)
-    metrics = run / "metrics.jsonl"
-    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGINT)  # as Ctrl-C does; torchrun then sends it to its ranks again
-    assert finish_job(job) == 1  # torchrun's own code
-    printed = log.read_text()
-    assert len(re.findall("Sending process .* closing signal SIGINT", printed)) == 2
-    assert "SIGKILL" not in printed
-    assert printed.count("finishing this step") == 1
-    assert not our_frames(printed)
-    last = read_metrics(run)[-1]["step"]
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{last:06d}"]
-    assert train_here(command(folder, "packed", "1", run, "--resume", max_steps=last + 1, eval_steps=0), folder) == 0
-    assert read_metrics(run)[-1]["step"] == last + 1

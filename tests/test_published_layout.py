@@ -22,7 +22,6 @@ from generation import answers
 from launch.run_directory import read_metrics
 from small_models import relative_difference, small_model, transformers_model
 from small_runs import arguments, conversations, optimizer_tensors, train_here, write_jsonl
-from tokenizer import Tokenizer
 
 # More entries than the tokenizer has, as published; YaRN far beyond its original context.
 SHAPE: dict[str, Any] = {"vocab_size": 512, "moe_intermediate_size": 24, "max_position_embeddings": 640}
@@ -126,30 +125,13 @@ def transformers_loss(model: torch.nn.Module, tokenizer: Any, texts: list[list[d
 
 @torch.no_grad()
 def test_logits_before_training_are_transformers(published: Path) -> None:
-    """To 1e-5 in fp32; in the bf16 of the files, as near to that as transformers comes."""
+    """They agree to 1e-5 in fp32; in the files' bf16, ours are as close to fp32 as transformers' are."""
     exact = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)(tokens()).logits
     assert relative_difference(load_pretrained(published, torch.float32)(tokens()), exact) < 1e-5
     theirs = AutoModelForCausalLM.from_pretrained(published, dtype=torch.bfloat16)(tokens()).logits
     ours = load_pretrained(published)(tokens())
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert (ours - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean()
-
-
-def test_conversations_are_tokenised_as_in_transformers(published: Path) -> None:
-    ours, theirs = Tokenizer(str(published)), AutoTokenizer.from_pretrained(published)
-    assert ours.chat_template == "deepseek"
-    for messages in TEXTS:
-        rendered = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        assert ours.render(messages) == (rendered["input_ids"], rendered["assistant_masks"])
-
-
-def test_text_never_becomes_a_control_token_special_or_not(published: Path) -> None:
-    """In transformers' tokenizer it does."""
-    ours, theirs = Tokenizer(str(published)), AutoTokenizer.from_pretrained(published)
-    for name in ours.control_ids:
-        assert ours.control_ids[name] in theirs.encode(f"a{name}b")
-        assert not set(ours.control_ids.values()) & set(ours.encode(f"a{name}b"))
-        assert ours.decode(ours.encode(f"a{name}b")) == f"a{name}b"
 
 
 # ---------------------------------------------------------------- after training
@@ -174,14 +156,6 @@ def test_losses_before_and_after_training_are_those_of_transformers_and_peft(
     assert first["loss"] == pytest.approx(wanted, rel=tolerance)
     assert evaluation["eval_loss"] == pytest.approx(transformers_loss(*with_peft, TEXTS), rel=tolerance)
     assert max(evaluation["eval_loss"], last["loss"]) < first["loss"] - 0.5
-
-
-@torch.no_grad()
-def test_logits_after_training_are_pefts(run: Path, published: Path, with_peft: tuple[Any, Any]) -> None:
-    theirs = with_peft[0](tokens()).logits
-    ours, _ = load_model_and_tokenizer(run, torch.float32)
-    assert relative_difference(ours(tokens()), theirs) < 1e-5
-    assert relative_difference(load_pretrained(published, torch.float32)(tokens()), theirs) > 1e-2
 
 
 def test_the_checkpoint_holds_adapters_only(run: Path, published: Path) -> None:

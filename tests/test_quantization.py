@@ -91,7 +91,7 @@ def test_levels_are_those_of_bitsandbytes() -> None:
     assert torch.equal(torch.tensor(ABSMAX_LEVELS), bnb.create_dynamic_map())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.one_of(
         st.tuples(st.integers(1, 40), st.integers(1, 5)),
@@ -106,7 +106,7 @@ def test_levels_are_those_of_bitsandbytes() -> None:
 def test_codes_and_numbers_are_those_of_bitsandbytes(
     shape: tuple[int, ...], dtype: torch.dtype, scale: float, zeros: float, chunk: int, seed: int
 ) -> None:
-    """For any shape of whole blocks, a matrix or a stack, in any dtype; also where blocks are zero."""
+    """Matrices and stacks of whole blocks, some of them zero, in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     *rows, blocks = shape
     weight = torch.randn(*rows, 64 * blocks, generator=generator) * scale
@@ -335,7 +335,7 @@ def test_a_run_prints_what_is_quantised_and_learns(folder: Path, capsys: pytest.
 
 
 def test_a_resumed_run_ends_with_the_same_bits(folder: Path) -> None:
-    """From its second step on, and as a run whose blocks are not checkpointed."""
+    """The run is resumed from step 2; a run without gradient checkpointing ends with them too."""
     take_over(folder / "adapted", folder / "resumed", step=2)
     assert train_here(quantized_run(folder, "resumed", "--resume"), folder) == 0
     whole, resumed = final_tensors(folder / "adapted"), final_tensors(folder / "resumed")
@@ -346,17 +346,9 @@ def test_a_resumed_run_ends_with_the_same_bits(folder: Path) -> None:
     assert differing(whole, final_tensors(folder / "plain")) == []
 
 
-def test_a_run_cannot_be_resumed_with_its_base_in_4_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = quantized_run(folder, "unquantised", max_steps=1, eval_steps=0)
-    place = command.index("--quantize")
-    assert train_here(command[:place] + command[place + 2 :], folder) == 0
-    assert train_here([*command, "--resume"], folder) == 2
-    assert "quantize None -> 'nf4'" in capsys.readouterr().err
-
-
 @torch.no_grad()
 def test_the_adapter_opens_in_peft_on_the_original_base(folder: Path) -> None:
-    """What it was trained on is a directory with full weights, which it names."""
+    """The adapter names the directory with the full weights."""
     adapter, base = newest_checkpoint(folder / "adapted"), newest_checkpoint(folder / "base")
     assert adapter is not None
     assert json.loads((adapter / peft_files.ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(base)

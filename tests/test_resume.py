@@ -9,8 +9,10 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from small_runs import (
     kill_after,
     numbers,
     start,
+    start_forkserver,
     train_here,
     train_in_child,
     wait_for,
@@ -82,9 +85,8 @@ def files(directory: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("changes", "flags"),
     [
-        pytest.param({"gradient_accumulation_steps": 2, "optimizer": "muon"}, ["--packing"], id="accumulation-muon"),
-        pytest.param({"batch_size": 4, "dtype": "bfloat16"}, ["--no-packing"], id="padding-bf16"),
-        pytest.param({"init_from": "alone", "lora_rank": 2, "lora_dropout": 0.2}, [], id="lora"),
+        ({"gradient_accumulation_steps": 2, "optimizer": "muon"}, ["--packing"]),
+        ({"init_from": "alone", "lora_rank": 2, "lora_dropout": 0.2, "dtype": "bfloat16"}, ["--no-packing"]),
     ],
 )
 def test_a_run_that_is_killed_four_times_ends_like_an_undisturbed_one(
@@ -176,18 +178,16 @@ def test_a_run_outlives_its_terminal_until_it_has_saved(data: Path, alone: Path,
 
 def test_a_second_interrupt_exits_at_once(data: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    child = start(arguments(data, tmp_path / "run", eval_steps=0, save_steps=1), log, small_runs.save_slowly)
-    wait_for("saving", log, child)  # which would take a minute
+    child = start(arguments(data, tmp_path / "run", eval_steps=0, save_steps=1), log, small_runs.save_forever)
+    wait_for("saving", log, child)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGINT)
-    child.join(0.2)
+    wait_for("finishing this step", log, child)
     assert child.is_alive()
-    for _ in range(100):  # those that follow within a second count as one
+    while child.is_alive():  # those that follow within a second count as one
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGINT)
         child.join(0.2)
-        if not child.is_alive():
-            break
     assert child.exitcode == 130
     assert not (tmp_path / "run/checkpoints").exists()
 
@@ -312,6 +312,7 @@ def test_changes_that_a_resumed_run_can_make_are_printed(
 def test_added_and_removed_settings_are_described() -> None:
     plain, stretched = (TrainConfig(model=ModelConfig(rope_scaling=scaling)) for scaling in (None, RopeScaling()))
     assert "model.rope_scaling.factor None -> 40.0" in fixed_changes(plain, stretched)
+    assert fixed_changes(plain, plain.changed(quantize="nf4")) == ["quantize None -> 'nf4'"]
     assert "model.rope_scaling.factor 40.0 -> None" in fixed_changes(stretched, plain)
 
 
@@ -337,57 +338,60 @@ def test_a_failed_start_leaves_an_earlier_run_in_place(run: Path, data: Path, tm
 
 # ---------------------------------------------------------------- one run per directory
 
-HOLD = """
-import sys, time
-from launch.run_directory import run_lock
-try:
-    with run_lock(sys.argv[1]):
-        print("held", flush=True)
-        time.sleep(float(sys.argv[2]))
-except Exception as error:
-    print(error, flush=True)
-"""
+
+def hold(run: Path, answers: Connection) -> None:
+    """Hold a run's lock until the other end of the connection is closed; send "held", or why it cannot be held."""
+    try:
+        with run_lock(run):
+            answers.send("held")
+            with contextlib.suppress(EOFError):
+                answers.recv()
+    except UserError as error:
+        answers.send(str(error))
 
 
-def hold(run: Path, seconds: float = 60) -> subprocess.Popen[str]:
-    """Start another process that holds the run's lock, or prints why it cannot."""
-    root = Path(small_runs.__file__).resolve().parents[1]
-    command = [sys.executable, "-c", HOLD, str(run), str(seconds)]
-    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
-
-
-def first_line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+@contextlib.contextmanager
+def holders(number: int, run: Path) -> Iterator[list[tuple[ForkServerProcess, str]]]:
+    """Processes that try to hold a run's lock at the same time, with their answers."""
+    pairs, server = [Pipe() for _ in range(number)], start_forkserver()
+    processes = [server.Process(target=hold, args=(run, theirs)) for _, theirs in pairs]
+    for process in processes:
+        process.start()
+    yield [(process, ours.recv()) for process, (ours, _) in zip(processes, pairs, strict=True)]
+    for process, (ours, _) in zip(processes, pairs, strict=True):
+        ours.close()
+        process.join()
 
 
 @pytest.mark.parametrize("flags", [[], [RESUME], [RESUME, "auto"]])
 def test_a_directory_in_use_is_refused_until_its_process_dies(
     flags: list[str], run: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = hold(run)
-    assert first_line(other) == "held"
-    before = files(run)
-    assert train_here(arguments(data, run, *flags), run.parent) == 2
-    holder = f"process {other.pid} on {socket.gethostname()}"
-    assert capsys.readouterr().err == f"error: {run} is in use by {holder}; stop it, or choose another --output-dir\n"
-    assert files(run) == before
-    other.kill()
-    other.wait()
-    with run_lock(run):
-        pass
+    with holders(1, run) as [(other, answer)]:
+        assert answer == "held"
+        before = files(run)
+        assert train_here(arguments(data, run, *flags), run.parent) == 2
+        remedy = "stop it, or choose another --output-dir"
+        expected = f"error: {run} is in use by process {other.pid} on {socket.gethostname()}; {remedy}\n"
+        assert capsys.readouterr().err == expected
+        assert files(run) == before
+        other.kill()
+        other.join()
+        with run_lock(run):
+            pass
 
 
 def test_one_of_four_processes_that_start_together_gets_the_directory(tmp_path: Path) -> None:
-    lines = [first_line(other) for other in [hold(tmp_path / "run", 3) for _ in range(4)]]
-    assert lines.count("held") == 1
-    assert sum("is in use by process" in line for line in lines) == 3
+    with holders(4, tmp_path / "run") as others:
+        answers = [answer for _, answer in others]
+    assert answers.count("held") == 1
+    assert sum("is in use by process" in answer for answer in answers) == 3
 
 
 def test_resume_auto_starts_resumes_or_starts_anew(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a requeued job needs: it repeats the same command."""
+    """A requeued job repeats the same command."""
 
     def train(**changes: Any) -> list[int]:
         settings = {"eval_steps": 0, "save_steps": 1} | changes
@@ -454,7 +458,7 @@ def test_links_in_a_run_directory_are_refused(
     ],
 )
 def test_saved_fields_have_their_declared_types(name: str, value: Any, message: str, tmp_path: Path) -> None:
-    """For example, the name of an unknown tracker is never imported."""
+    """A tracker's name that is unknown is never imported."""
     saved = TrainConfig().flat()
     saved[name] = saved[name] | value if name == "model" and value else value
     write_json(tmp_path / "config.json", saved)

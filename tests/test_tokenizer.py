@@ -101,15 +101,6 @@ def test_every_template_and_role_is_rendered_as_by_transformers(chitchat, small,
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_generation_prompt_equals_that_of_transformers(small, saved, name):
-    oracle = transformers.AutoTokenizer.from_pretrained(saved[name])
-    messages = [{"role": "user", "content": "Hello!"}]
-    for jinja in (HANDWRITTEN[name], None):
-        expected = oracle.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True)
-        assert small[name].render(messages, add_generation_prompt=True)[0] == expected["input_ids"]
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_text_equals_that_of_the_published_template(chitchat, small, saved, name, add_generation_prompt):
     """Including whitespace around content, and except for tool turns, which DeepSeek's template omits."""
@@ -297,7 +288,7 @@ TEXT = st.lists(
 CONVERSATION = st.lists(st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXT}), max_size=5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(messages=CONVERSATION)
 def test_decoding_gives_the_text_back_and_the_mask_is_the_assistants(every_tokenizer, messages):
     for tokenizer in every_tokenizer:
@@ -338,7 +329,7 @@ BORDER = st.text(
 PROMPT = st.lists(st.tuples(st.sampled_from(["system", "user", "tool"]), BORDER), max_size=4)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(prompt=PROMPT)
 def test_all_turns_but_the_assistants_equal_apply_chat_template_for_any_content(oracles, prompt):
     for tokenizer, oracle in oracles:
@@ -353,7 +344,7 @@ def test_all_turns_but_the_assistants_equal_apply_chat_template_for_any_content(
         )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(text=TEXT)
 def test_content_never_becomes_a_control_token(every_tokenizer, text):
     for tokenizer in every_tokenizer:

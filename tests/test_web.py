@@ -36,11 +36,6 @@ QUESTION = "Hello! How are you?"
 HOSTILE = "<b>x</b>&amp;<|im_end|>\n  *stars*<script>document.title = 'taken'</script>"
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(vocab_size=512)
-
-
 def talkative_model(tokenizer: Tokenizer, seed: int = 0, context: int = 512) -> DeepSeekV2:
     """Return a model whose likeliest token is always one of letters: its answers are readable and never end early."""
     model = small_model(seed, vocab_size=512, max_position_embeddings=context).eval()
@@ -417,7 +412,7 @@ def test_a_person_asks_looks_stops_and_resets(
     def gated(*arguments: Any, **options: Any) -> Iterator[list[int]]:
         for i, tokens in enumerate(generate(*arguments, **options)):
             if i == 6:
-                opened.wait(60)
+                opened.wait(300)
             yield tokens
 
     page.clear()
