@@ -231,7 +231,8 @@ class WatchConfig:
 
 @dataclass
 class TrainConfig:
-    """A run of supervised fine-tuning. On the command line, only the model's fields need their group's name."""
+    """Supervised fine-tuning: train_sft.py [tiny|base|mini|v2_lite] [--field value ...]. The preset is mini by default
+    if CUDA is available, otherwise tiny. On the command line, only the model's fields need their group's name."""
 
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     batch: OmitArgPrefixes[BatchConfig] = field(default_factory=BatchConfig)

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from config import BatchConfig
+from dataset import column
 from documents import IGNORE, Documents, find_documents
 from parallel import World
 
@@ -113,13 +114,6 @@ class Counts(NamedTuple):
     tokens: int
 
 
-def count_targets(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the number of targets per piece: tokens with mask 1, except the first, which nothing predicts."""
-    # the minimum: an empty piece has no first token
-    sums = np.concatenate(([0], np.cumsum(mask == 1)))
-    return sums[offsets[1:]] - sums[np.minimum(offsets[:-1] + 1, offsets[1:])]
-
-
 class RowStream:
     """An endless stream of rows; row i is a pure function of the data, the seed and i.
 
@@ -129,20 +123,18 @@ class RowStream:
     """
 
     def __init__(self, dataset: datasets.Dataset, collator: DataCollator, seed: int = 0, shuffle: bool = True):
-        """dataset: columns input_ids and mask, as `dataset.load_data` returns them."""
+        """dataset: columns input_ids, mask, length and targets, as `dataset.load_data` returns them."""
         self.collator = collator
         self.seed = seed
         self.shuffle = shuffle
         # Zero-copy Arrow buffers, usually memory-mapped; per chunk: offsets of the pieces, and values.
         chunks = [dataset.data.column(name).chunks for name in ("input_ids", "mask")]
-        self._ids, self._mask = ([(c.offsets.to_numpy(), c.values.to_numpy()) for c in column] for column in chunks)
+        self._ids, self._mask = ([(c.offsets.to_numpy(), c.values.to_numpy()) for c in part] for part in chunks)
         self._chunk_starts = np.cumsum([0] + [len(offsets) - 1 for offsets, _ in self._ids])
-        lengths = np.concatenate([np.diff(offsets) for offsets, _ in self._ids])
         # Index of each example in the buffers: not 0, 1, 2 … if the dataset is a selection.
         chosen = dataset._indices
-        self._places = np.arange(len(lengths)) if chosen is None else chosen.column(0).to_numpy().astype(np.int64)
-        self.lengths = lengths[self._places]
-        self.num_targets = np.concatenate([count_targets(*chunk) for chunk in self._mask])[self._places]
+        self._places = np.arange(len(dataset)) if chosen is None else chosen.column(0).to_numpy().astype(np.int64)
+        self.lengths, self.num_targets = column(dataset, "length"), column(dataset, "targets")
         # Changes with the tokens, the mask or their order.
         self.fingerprint = 0
         for values in (self._places, self.lengths, *(values for _, values in (*self._ids, *self._mask))):

@@ -18,7 +18,7 @@ from launch.command_line import Arguments, lasting_output, one_line_errors, pars
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # exits before the slow import of torch
     with one_line_errors():
-        parse_arguments(sys.argv[1:], __doc__)
+        parse_arguments(sys.argv[1:])
 # On CPU, torch allocates large tensors in huge pages if this is set before its import; small pages cost a tenth of a
 # step.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

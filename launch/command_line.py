@@ -144,10 +144,9 @@ class StopSignal:
         """shown: print a line when the first signal arrives."""
         self.number, self.interrupted, self.shown = 0, math.inf, shown
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> None:
         handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores
         self.handlers = {number: signal.signal(number, self.note) for number in handled}
-        return self
 
     def __exit__(self, error: object, *_: object) -> None:
         if error is None:  # after an error the process exits, and further signals must not disturb it
@@ -188,7 +187,7 @@ class Arguments(NamedTuple):
         return config if config.checkpoint.init_from not in ("none", "None") else config.changed(init_from=None)
 
 
-def parse_arguments(words: list[str], description: str | None = None) -> Arguments:
+def parse_arguments(words: list[str]) -> Arguments:
     """Parse the command line of train_sft.py. Raises UserError for an unknown preset; tyro exits for unknown flags."""
     preset, flags = "", list(words)
     if flags and not flags[0].startswith("-"):
@@ -196,10 +195,9 @@ def parse_arguments(words: list[str], description: str | None = None) -> Argumen
         if preset not in PRESETS:
             raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     given = given_fields(flags)
-    if {"-h", "--help"} & set(flags):
-        default = PRESETS[preset or "tiny"]
-        parse_flags(TrainConfig, args=flags, prog="train_sft.py", description=description, default=default)
-    if not preset:
+    if not preset and {"-h", "--help"} & set(flags):
+        preset = "tiny"  # without the slow import of torch
+    elif not preset:
         import torch
 
         preset = "mini" if torch.cuda.is_available() else "tiny"

@@ -267,12 +267,10 @@ class RunLog:
         lines = [f"saved {checkpoint}{'; the same command with --resume continues from there' if stopped else ''}"]
         lines += [f"talk to it: python chat.py {self.run}"]
         step, best, since = (counters[name] for name in ("step", "best_step", "evaluations_since"))
-        place = self.run / f"checkpoints/step-{best:06}"
         if step < self.total_steps and not stopped:
             lines += [f"ended after {step} of {self.total_steps} steps: {since} evaluations without a lower eval_loss"]
         if since:
-            kept = f"{place} has it" if place.exists() else "--save-best would have kept that checkpoint"
-            lines += [f"eval_loss was lowest after step {best}, {counters['best_loss']:.4f}: {kept}"]
+            lines += [f"eval_loss was lowest after step {best}, {counters['best_loss']:.4f} (--save-best keeps it)"]
         self.bar.close()
         self.print("\n".join(lines))
 

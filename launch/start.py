@@ -127,11 +127,10 @@ def refuse_useless_flags(config: TrainConfig, given: Collection[str]) -> None:
         (losses, model.n_group == 1, "it needs n_group > 1"),
         ("model.n_group model.topk_group", ungrouped, "it needs group_limited_greedy or a loss over groups"),
     ]
-    useless = [
-        f"{n} has no effect: {why}" for names, applies, why in reasons if applies for n in names.split() if n in given
-    ]
-    if useless:
-        raise UserError("; ".join(useless))
+    for names, applies, why in reasons:
+        for name in names.split():
+            if applies and name in given:
+                raise UserError(f"{name} has no effect: {why}")
 
 
 # ---------------------------------------------------------------- several ranks

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.pieces import PIECE
 from data.sources import read_chitchat
 from datacollator import DataCollator, RowStream, pack_best_fit
 from tokenizer import Tokenizer
@@ -21,11 +22,10 @@ ROWS = st.lists(st.lists(CONVERSATION, min_size=1, max_size=3), min_size=1, max_
 
 
 def as_dataset(conversations) -> datasets.Dataset:
-    features = datasets.Features(
-        {"input_ids": datasets.List(datasets.Value("int32")), "mask": datasets.List(datasets.Value("int8"))}
-    )
-    columns = {"input_ids": [list(c[0]) for c in conversations], "mask": [list(c[1]) for c in conversations]}
-    return datasets.Dataset.from_dict(columns, features=features)
+    features = datasets.Features({name: PIECE[name] for name in ("input_ids", "mask", "length", "targets")})
+    ids, masks = ([list(c[i]) for c in conversations] for i in (0, 1))
+    counts = {"length": [*map(len, ids)], "targets": [sum(mask[1:]) for mask in masks]}
+    return datasets.Dataset.from_dict({"input_ids": ids, "mask": masks} | counts, features=features)
 
 
 def numbered_conversations(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:

@@ -53,7 +53,8 @@ def one_cheap_process(tmp_path: Path) -> Iterator[None]:
 
 def rows(texts: list, packing: bool = False, shuffle: bool = False, width: int = WIDTH) -> RowStream:
     rendered = [TOKENIZER.render(messages) for messages in texts]
-    columns = {"input_ids": [ids for ids, _ in rendered], "mask": [mask for _, mask in rendered]}
+    ids, masks = ([turns[i] for turns in rendered] for i in (0, 1))
+    columns = {"input_ids": ids, "mask": masks, "length": [*map(len, ids)], "targets": [sum(m[1:]) for m in masks]}
     return RowStream(
         datasets.Dataset.from_dict(columns), DataCollator(width, TOKENIZER.pad_token_id, packing), 0, shuffle
     )
@@ -515,7 +516,7 @@ def test_the_best_checkpoint_is_kept_next_to_the_newest(
     assert capsys.readouterr().out.splitlines()[-3:] == [
         f"saved {checkpoints}/step-000005",
         f"talk to it: python chat.py {tmp_path}",
-        f"eval_loss was lowest after step 3, 2.0000: {checkpoints}/step-000003 has it",
+        "eval_loss was lowest after step 3, 2.0000 (--save-best keeps it)",
     ]
     shutil.copytree(checkpoints / "step-000005", tmp_path / "step 5")
     for values, expected in (([2.2, 2.3], [3, 7]), ([1.9, 2.3], [6, 7])):
@@ -535,7 +536,7 @@ def test_a_run_ends_early_if_eval_loss_does_not_fall(
     assert saved_steps(tmp_path) == [10]
     printed = capsys.readouterr().out
     assert "ended after 10 of 20 steps: 2 evaluations without a lower eval_loss\n" in printed
-    assert "lowest after step 6, 2.0000: --save-best would have kept that checkpoint\n" in printed
+    assert "lowest after step 6, 2.0000 (--save-best keeps it)\n" in printed
     assert [line["step"] for line in read_metrics(tmp_path) if "eval_loss" in line] == [2, 4, 6, 8, 10]
 
 
