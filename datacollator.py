@@ -41,18 +41,16 @@ Piece = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 
 
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Group indices of lengths into rows of at most `capacity` tokens: best fit decreasing.
+    """Group indices of lengths, of at most `capacity` tokens each, into rows of that: best fit decreasing.
 
     Longest first, each goes to the fullest row with room for it. The number of rows depends on the lengths, not on
-    their order, so every epoch has equally many. Raises ValueError for a length above capacity.
+    their order, so every epoch has equally many.
     """
     rows: list[list[int]] = []
     rows_with_room: dict[int, list[int]] = defaultdict(list)
     rooms: list[int] = []  # the keys of rows_with_room that have rows, sorted
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[index])
-        if length > capacity:
-            raise ValueError(f"piece {index} has {length} tokens, more than a row's {capacity}")
         at = bisect_left(rooms, length)
         if at == len(rooms):
             room, row = capacity, len(rows)

@@ -53,11 +53,6 @@ def test_packing_is_best_fit_decreasing_and_its_size_does_not_depend_on_the_orde
     assert len(pack_best_fit(shuffled, CAPACITY)) == len(rows)
 
 
-def test_a_piece_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="piece 1 has 25 tokens, more than a row's 24"):
-        pack_best_fit([3, 25], CAPACITY)
-
-
 def test_chitchat_is_packed_with_at_most_one_percent_of_padding():
     tokenizer = Tokenizer(vocab_size=8192)
     lengths = [min(len(tokenizer.render(row["messages"])[0]), 2048) for row in islice(read_chitchat("train", ""), 1500)]
