@@ -262,7 +262,7 @@ class TrainConfig:
         self.model.validate()
         for group in self.groups.values():
             check_ranges(group)
-        compute, model, watch = self.compute, self.model, self.watch
+        compute, model, lora = self.compute, self.model, self.lora
         length, context = self.data.max_seq_len, model.max_position_embeddings
         if length < 2:
             raise UserError("max_seq_len is 1; a row needs a token to learn from and one to learn")
@@ -278,19 +278,14 @@ class TrainConfig:
         if model.hidden_size % aligned or model.moe_intermediate_size % aligned:
             words = f"model.hidden_size and model.moe_intermediate_size must be multiples of {aligned}"
             raise UserError(f"{words} in {compute.dtype}, for the grouped product")
-        if (self.checkpoint.save_best or self.batch.early_stopping_patience) and not watch.eval_steps:
+        if (self.checkpoint.save_best or self.batch.early_stopping_patience) and not self.watch.eval_steps:
             raise UserError("save_best and early_stopping_patience need evaluations: set eval_steps")
-        self.validate_adaptation()
-
-    def validate_adaptation(self) -> None:
-        """Raise UserError if LoRA, 4 bits or new control tokens cannot be combined with the rest."""
-        lora = self.lora
         for name in ("lora_rank", "add_control_tokens", "evaluate_only"):
             if self.flat()[name] and self.checkpoint.init_from is None:
                 raise UserError(f"{name} needs init_from, a trained model")
         if lora.quantize and not lora.lora_rank:
             raise UserError("quantize needs lora_rank: with 4-bit weights only adapters can be trained")
-        if lora.quantize and (self.compute.parallel != "ddp" or self.compute.compile):
+        if lora.quantize and (compute.parallel != "ddp" or compute.compile):
             raise UserError("quantize works only with parallel ddp and without compile")
         if self.data.add_control_tokens and lora.lora_rank:
             raise UserError("add_control_tokens adds rows to embedding and head, which adapters do not train")
