@@ -118,7 +118,7 @@ def join_world(device: str, dry_run: bool = False) -> World:
         raise UserError(f"TORCHELASTIC_RUN_ID is set, but {error}: start with torchrun, or unset it") from error
     if nodes == "1":
         # A node keeps its store when it restarts the ranks (pytorch/pytorch#135712); they must not find the keys of the
-        # ranks before them. Several nodes count restarts each on their own: see the README for what they need.
+        # ranks before them. Several nodes count restarts each on their own: docs/jobs.md has what they need.
         store = dist.PrefixStore(f"start {restarts}", store)
     if device == "cuda":
         device = f"cuda:{local_rank}"
