@@ -41,7 +41,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     tensors of other than floating-point numbers."""
     found: dict[str, StoredTensor] = {}
     try:
-        with safe_open(path, "pt") as opened, path.open("rb") as file:
+        with safe_open(path, "numpy") as opened, path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")  # after the header and its length
             for name in opened.offset_keys():
                 header = opened.get_slice(name)

@@ -141,6 +141,16 @@ def test_tensors_of_other_than_floating_point_numbers_are_refused(dtype: torch.d
         stored_tensors(tmp_path / "file")
 
 
+def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
+    """Of a model merged into one file, only the tensor at hand is in memory. (The file is sparse.)"""
+    size = 2**40
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "file").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    assert stored_tensors(tmp_path / "file")["a"].shape == (size // 2,)
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(4)}, tmp_path / "file")
     stored = stored_tensors(tmp_path / "file")["a"]
