@@ -57,7 +57,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer(x)
         adapted = F.linear(F.dropout(x, self.dropout, self.training).to(compute_dtype(self.lora_A)), self.lora_A)
-        return base + (F.linear(adapted, self.lora_B) * self.scaling).to(base.dtype)
+        return base + F.linear(adapted * self.scaling, self.lora_B).to(base.dtype)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A and B by the name of the base layer's weight."""
@@ -87,7 +87,7 @@ class LoRAExperts(Experts):
         a, b = self.factors()[name]
         padding = -a.shape[1] % 8  # grouped_mm needs strides of 16 bytes: pad the rank with zeros
         a, b = F.pad(a, (0, 0, 0, padding)).to(x.dtype), F.pad(b, (0, padding)).to(x.dtype)
-        return output + product(product(x, a), b) * self.scaling
+        return output + product(product(x, a) * self.scaling, b)
 
 
 # ---------------------------------------------------------------- a model with adapters
