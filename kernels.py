@@ -11,6 +11,9 @@ experts, V entries of the vocabulary, M target tokens.
 
 import contextlib
 import functools
+import os
+import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,34 +44,62 @@ class Tuning(NamedTuple):
     unpacked: int = 2**20  # experts whose quantised weights exist in full precision at a time; a GPU never waits: all
     chunk: int = 2**24  # numbers at a time whose intermediate results fit into the processor's cache
     targets: int = 512  # target tokens whose logits exist at a time
-    fused: bool = False  # elementwise chains are compiled into one kernel, and products add to fp32 sums
-
-
-TUNING = {
-    "cpu": Tuning(longest_plain=1024, run=64, block=16, few=32, unpacked=1, chunk=2**18),
-    "cuda": Tuning(flash=256, targets=4096, fused=True),
-}
+    fused: "Compiler | None" = None  # compiles elementwise chains into one kernel; products also add to fp32 sums
 
 
 def tuning(x: Tensor) -> Tuning:
     return TUNING.get(x.device.type, Tuning())
 
 
-@functools.cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function compiled into fused kernels, or unchanged if there is no Triton."""
-    return torch.compile(function) if has_triton() else function
-
-
 @contextlib.contextmanager
-def tuned_as(device_type: str) -> Iterator[None]:
-    """Within the block, handle tensors on the CPU like those on another kind of device: for dry runs and tests."""
-    saved = TUNING["cpu"]
-    TUNING["cpu"] = TUNING.get(device_type, Tuning())._replace(run=1)
+def tuned_as(device_type: str, compiler: "Compiler | None" = None) -> Iterator[None]:
+    """Within the block, handle tensors on the CPU like those on another kind of device: for dry runs and tests.
+    compiler: takes the place of that device's."""
+    saved, other = TUNING["cpu"], TUNING.get(device_type, Tuning())
+    TUNING["cpu"] = other._replace(run=1, fused=other.fused and (compiler or other.fused))
     try:
         yield
     finally:
         TUNING["cpu"] = saved
+
+
+# ---------------------------------------------------------------- elementwise chains as one kernel
+
+Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+
+
+@functools.cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the function compiled by Triton, forward and backward, or unchanged if that cannot be done here."""
+    if has_triton() and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return torch.compile(function)
+    if torch.cuda.is_available():
+        warnings.warn("steps are slower: torch.compile needs Triton and a C compiler (CC, gcc or clang)", stacklevel=2)
+    return function
+
+
+TUNING = {
+    "cpu": Tuning(longest_plain=1024, run=64, block=16, few=32, unpacked=1, chunk=2**18),
+    "cuda": Tuning(flash=256, targets=4096, fused=compiled),
+}
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate a function of elementwise operations and sums over rows, which `Tuning.fused` compiles into one kernel,
+    and its gradients into another.
+
+    Run one by one, such operations read and write each number several times, and a GPU's memory is slower than its
+    arithmetic. Not in generation, which would compile for every length, and not under --compile, which fuses more.
+    """
+
+    @functools.wraps(function)
+    def wrapper(x: Tensor, *others: Any) -> Tensor:
+        compiler = tuning(x).fused
+        if compiler is None or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return function(x, *others)
+        return compiler(function)(x, *others)
+
+    return wrapper
 
 
 # ---------------------------------------------------------------- attention within documents
@@ -208,19 +239,26 @@ Product = GroupedProduct | RowProduct
 
 
 class Exchange(torch.autograd.Function):
-    """Rows in another order, and `copies` of each if that is more than one. The gradient is gathered, not scattered."""
+    """Rows in another order, each `size` of them added up. The gradient is gathered in the same way, not scattered.
+
+    there, size: of the output; back, back_size: of the gradient, its transpose.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sources: Tensor, places: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.copies = copies
-        return rows.index_select(0, sources)
+    def forward(ctx: Any, rows: Tensor, there: Tensor, size: int, back: Tensor, back_size: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.size = back_size
+        return sum_of_rows(rows, there, size)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (places,) = ctx.saved_tensors
-        grad = grad.index_select(0, places)
-        return grad if ctx.copies == 1 else grad.unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return sum_of_rows(grad, *ctx.saved_tensors, ctx.size), None, None, None, None
+
+
+def sum_of_rows(rows: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Return rows[indices], each `size` of them added up: (len(indices) / size, ...)."""
+    rows = rows.index_select(0, indices)
+    return rows if size == 1 else rows.unflatten(0, (-1, size)).sum(dim=1)
 
 
 class Routes(NamedTuple):
@@ -234,17 +272,18 @@ class Routes(NamedTuple):
     def to_experts(self, tokens: Tensor, copies: int = 1) -> Tensor:
         """Return `copies` rows of each token, (R / copies, ...), sorted by expert: (num_places, ...)."""
         if self.places is not None and self.order is not None:
-            return Exchange.apply(tokens, self.order // copies, self.places, copies)
+            return Exchange.apply(tokens, self.order // copies, 1, self.places, copies)
         rows = tokens.repeat_interleave(copies, dim=0)
         if self.places is None:
             return rows
         return rows.new_zeros(self.num_places, *rows.shape[1:]).index_copy(0, self.places, rows)
 
-    def to_tokens(self, rows: Tensor) -> Tensor:
-        """Return rows sorted by expert in the order of tokens, (R, ...)."""
+    def to_tokens(self, rows: Tensor, copies: int) -> Tensor:
+        """Return the sum over each token's `copies` rows, which are sorted by expert: (R / copies, ...)."""
         if self.places is not None and self.order is not None:
-            return Exchange.apply(rows, self.places, self.order, 1)
-        return rows if self.places is None else rows.index_select(0, self.places)
+            return Exchange.apply(rows, self.places, copies, self.order // copies, 1)
+        rows = rows if self.places is None else rows.index_select(0, self.places)
+        return rows.unflatten(0, (-1, copies)).sum(dim=1)
 
 
 def find_routes(experts: Tensor, num_experts: int) -> Routes:
@@ -323,17 +362,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         size = min(tuning(hidden).targets, len(targets))
-        block, fused = min(tuning(hidden).block, size), tuning(hidden).fused
+        block, compiler = min(tuning(hidden).block, size), tuning(hidden).fused
         with record_function("loss"), torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(dtype)
             all_logits = weight.new_empty(size, len(weight))
-            buffer = weight.new_empty(0 if fused else block, len(weight), dtype=torch.float32)
+            buffer = weight.new_empty(0 if compiler else block, len(weight), dtype=torch.float32)
             for start in range(0, len(targets), size or 1):
                 chunk = slice(start, start + size)
                 h = hidden[chunk].to(dtype)
                 logits = torch.mm(h, weight.T, out=all_logits[: len(h)])  # (size, V)
-                if fused:
-                    loss += fused_cross_entropy_(logits, targets[chunk, None]).sum()
+                if compiler:
+                    loss += softmax_minus_one_hot_(logits, targets[chunk, None]).sum()
                 else:
                     for z, y in zip(logits.split(block), targets[chunk, None].split(block), strict=True):
                         loss += cross_entropy_and_gradient_(z, y, buffer[: len(z)]).sum()
@@ -366,26 +405,15 @@ def cross_entropy_and_gradient_(logits: Tensor, targets: Tensor, buffer: Tensor)
     return (log_sum - target_logits).squeeze(1)
 
 
+@fused
 def softmax_minus_one_hot_(logits: Tensor, targets: Tensor) -> Tensor:
-    """`cross_entropy_and_gradient_` for the compiler, which needs no buffer."""
+    """`cross_entropy_and_gradient_` for a compiler, which needs no buffer."""
     z = logits.float()
     log_sum = z.logsumexp(dim=-1, keepdim=True)
     losses = log_sum - z.gather(1, targets)
     one_hot = torch.arange(z.shape[1], device=z.device) == targets
     logits.copy_((z - log_sum).exp() - one_hot.float())
     return losses.squeeze(1)
-
-
-@torch.library.custom_op("kernels::fused_cross_entropy_", mutates_args=("logits",))
-def fused_cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """`cross_entropy_and_gradient_`, which reads and writes the logits about once. A custom operation, so that dry
-    runs count it as one."""
-    return compiled(softmax_minus_one_hot_)(logits, targets)
-
-
-@fused_cross_entropy_.register_fake
-def _(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.new_empty(len(logits), dtype=torch.float32)
 
 
 ENTRIES = 8192  # rows of a sum at a time

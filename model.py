@@ -30,7 +30,16 @@ from torch.utils.checkpoint import checkpoint
 
 from config import ModelConfig
 from documents import Documents, find_documents
-from kernels import Linear, Product, compute_dtype, document_attention, find_routes, linear, sum_cross_entropy
+from kernels import (
+    Linear,
+    Product,
+    compute_dtype,
+    document_attention,
+    find_routes,
+    fused,
+    linear,
+    sum_cross_entropy,
+)
 
 
 class Routing(NamedTuple):
@@ -50,11 +59,15 @@ class LossOutput(NamedTuple):
     expert_counts: Tensor  # (MoE layers, E)
 
 
-class RMSNorm(nn.RMSNorm):
+@fused
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Root mean square normalisation, computed in fp32: x / sqrt(mean(x^2) + eps) * weight."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
 
+
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(compute_dtype(x))
+        return rms_norm(x, self.weight, self.eps, compute_dtype(x))
 
 
 # ---------------------------------------------------------------- positions: RoPE and YaRN
@@ -90,9 +103,9 @@ def rope_frequencies(config: ModelConfig, device: torch.device | None = None) ->
 Rope = tuple[Tensor, Tensor]  # cos and sin of each token's angles (N, 1, qk_rope_head_dim / 2)
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
+@fused
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate adjacent pairs of x (N, H, qk_rope_head_dim) by their token's angles."""
-    cos, sin = rope
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
 
@@ -141,10 +154,10 @@ class Attention(nn.Module):
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (config.num_attention_heads, self.qk_head_dim))
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q_pe = rotate(q_pe, rope)
+        q_pe = rotate(q_pe, *rope)
         # cached: latent (N, kv_lora_rank), rotary key (N, qk_rope_head_dim); equations 9 and 15
         latent, k_pe = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        latent, k_pe = self.kv_a_layernorm(latent), rotate(k_pe[:, None], rope)[:, 0]
+        latent, k_pe = self.kv_a_layernorm(latent), rotate(k_pe[:, None], *rope)[:, 0]
         # attention
         if isinstance(context, Documents):
             output = self.attend_expanded(q_nope, q_pe, latent, k_pe, context)
@@ -193,6 +206,18 @@ class Attention(nn.Module):
 # ---------------------------------------------------------------- feed-forward networks, dense and sparse (section 2.2)
 
 
+@fused
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@fused
+def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
+    """gate_up (R, 2 moe_intermediate_size), weights (R,) -> (R, moe_intermediate_size)"""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up * weights[:, None]
+
+
 class MLP(nn.Module):
     """SwiGLU feed-forward network."""
 
@@ -203,7 +228,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Router(nn.Module):
@@ -248,9 +273,8 @@ class Experts(nn.Module):
         routes = find_routes(experts.flatten(), self.num_experts)
         rows = routes.to_experts(x, copies=chosen)  # (N * K, hidden_size), sorted by expert
         scales = routes.to_experts(weights.flatten().to(x.dtype))
-        gate, up = self.project("gate_up_proj", rows, routes.product).chunk(2, dim=-1)
-        output = self.project("down_proj", F.silu(gate) * up * scales[:, None], routes.product)
-        return routes.to_tokens(output).unflatten(0, (-1, chosen)).sum(dim=1)
+        hidden = weighted_swiglu(self.project("gate_up_proj", rows, routes.product), scales)
+        return routes.to_tokens(self.project("down_proj", hidden, routes.product), copies=chosen)
 
     def project(self, name: str, x: Tensor, product: Product) -> Tensor:  # LoRA and NF4 override it
         return product(x, getattr(self, name).to(x.dtype))

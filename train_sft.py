@@ -61,7 +61,8 @@ def train(start: Start, world: World) -> None:
     train_rows, held_out, skipped = load_rows(start.config, tokenizer, world)
     config = asked = fit_warmup(start, train_rows.rows_per_epoch, world)
     if world.device.type == "cuda":
-        config, note = fit_to_memory(config, torch.cuda.mem_get_info(world.device)[1])
+        free = min(parallel.from_all_ranks(torch.cuda.mem_get_info(world.device)[0], world))
+        config, note = fit_to_memory(config, free, start.given)
         if note and world.is_main:
             print(note)
 

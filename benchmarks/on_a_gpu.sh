@@ -19,7 +19,9 @@ step "fused kernels equal the plain ones on the GPU (largest relative difference
 import torch
 from torch.utils._pytree import tree_map_only
 import kernels, quantization
+from config import ModelConfig
 from documents import find_documents
+from model import DeepSeekV2
 def difference(a, b): return ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
 torch.manual_seed(0)
 hidden, weight, labels = (x.cuda() for x in (torch.randn(5000, 256), torch.randn(8192, 256), torch.randint(0, 8192, (5000,))))
@@ -32,13 +34,24 @@ for loss in (kernels.sum_cross_entropy, kernels.plain_cross_entropy):
     pairs.append((value.detach(), h.grad, w.grad))
 print("loss, its gradients", [f"{difference(a, b):.1e}" for a, b in zip(*pairs)])
 codes, absmax = quantization.quantize(torch.randn(2**20).cuda())
-ours = quantization.dequantize(codes, absmax, None, torch.float32)
-plain = quantization.unpack(codes, absmax, torch.tensor(quantization.LEVELS, device="cuda"), torch.float32)
+table = quantization.pairs_of_levels().cuda()
+ours = quantization.dequantize(codes, absmax, table, torch.float32)
+plain = quantization.unpack.__wrapped__(codes, absmax, table.view(torch.float32).view(256, 2), torch.float32)
 print("NF4", f"{difference(ours, plain):.1e}")
 documents = tree_map_only(torch.Tensor, torch.Tensor.cuda, find_documents(torch.tensor([[1] * 300 + [2] * 200 + [0] * 12])))
 q, k, v = (torch.randn(500, 4, d, device="cuda", dtype=torch.bfloat16) for d in (192, 192, 128))
 fast, slow = (f(q, k, v, documents, 0.07) for f in (kernels.document_attention, kernels.plain_attention))
 print("attention", f"{difference(fast, slow):.1e}")
+model = DeepSeekV2(ModelConfig(vocab_size=8192, hidden_size=512, num_hidden_layers=2, n_routed_experts=8)).cuda()
+ids, results = torch.randint(0, 8192, (2, 512)).cuda(), []
+for tuning in (kernels.TUNING["cuda"], kernels.TUNING["cuda"]._replace(fused=None)):
+    kernels.TUNING["cuda"] = tuning
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        output = model(ids, labels=ids)
+    output.loss_sum.backward()
+    results.append((output.loss_sum.detach(), *(p.grad.clone() for p in model.model.layers[1].parameters())))
+print("a model, its loss and gradients", [f"{difference(a, b):.1e}" for a, b in zip(*results)])
 PYTHON
 run=(python train_sft.py mini --dataset chitchat --train-split train --eval-steps 0 --save-steps 0 --sample-prompts --max-steps 20 --warmup-steps 1)
 step "mini, 20 steps" "${run[@]}" --output-dir "$directory/mini"

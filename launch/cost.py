@@ -1,17 +1,20 @@
 """What a run costs: parameters, FLOPs, bytes sent; and how long a GPU would take for recorded operations."""
 
 import contextlib
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from config import GpuName, ModelConfig, UserError
 from model import DeepSeekV2
@@ -155,6 +158,8 @@ BANDWIDTH_SHARE = 0.85  # of the data sheet's, that long copies reach
 PRODUCT_SHARES = {"experts": 0.55, "other products": 0.67}  # of the peak, that cuBLAS and CUTLASS reach
 LAUNCH = 5e-6  # seconds that the host takes for an operation, which a short one cannot hide
 
+FUSED = "fused"  # name of a region
+
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::_grouped_mm": 0, "aten::addmm": 1, "aten::baddbmm": 1}  # first factor
 
 
@@ -165,33 +170,54 @@ class Roofline(Traffic):
 
     Regions: attention, experts (grouped products), other products, elementwise (everything else); within
     `record_function("loss")` or "optimizer" all counts as that. Operations that only make views or memory are free.
-    Tensors may be fake.
+    Within a FUSED region, elementwise operations are one kernel, and what is no longer alive after it was never in
+    memory. merge: so are all that follow one another outside the optimizer. Tensors may be fake.
     """
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, merge: bool = False) -> None:
         super().__init__()
-        self.gpu, self.seconds, self.within = gpu, Counter[str](), list[str]()
+        self.gpu, self.merge, self.seconds, self.within = gpu, merge, Counter[str](), list[str]()
+        # bytes that the fused kernel reads, by place, and writes, by storage while it is alive
+        self.read, self.made = dict[tuple[int, int, int], int](), WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # comes again with the local tensors
         name = func._schema.name
-        if name == "profiler::_record_function_enter_new":
-            self.within.append(args[0])
-        elif name == "profiler::_record_function_exit":
-            self.within.pop()
+        if name.startswith("profiler::_record_function"):
+            self.close_kernel()
+            self.within.append(args[0]) if name.endswith("enter_new") else self.within.pop()
         if name == "aten::_grouped_mm" and args[0].dtype == torch.float32:  # torch cannot do that on fake tensors
             a, b, ends = args[:3]
             result = a.new_empty((len(a), b.shape[-1]) if b.dim() == 3 else (len(ends), len(a), b.shape[-1]))
         else:
             result = super().__torch_dispatch__(func, types, args, kwargs)
-        moved = bytes_moved(func, args, kwargs or {}, result)
-        if moved:
-            kind, computing = self.compute(name, args)
-            seconds = max(moved / self.gpu.bandwidth / BANDWIDTH_SHARE, computing, LAUNCH)
-            region = next((region for region in self.within if region in ("loss", "optimizer")), kind)
-            self.seconds[region] += self.times * seconds  # type: ignore[assignment]
+        read, made = memory_of(func, args, kwargs or {}, result)
+        if made:
+            region, computing = self.compute(name, args)
+            if region == "elementwise" and (FUSED in self.within or (self.merge and "optimizer" not in self.within)):
+                for x in read:
+                    if (storage := x.untyped_storage()) not in self.made:
+                        self.read[storage._cdata, x.storage_offset(), x.nbytes] = x.nbytes
+                for x in made:
+                    storage = x.untyped_storage()
+                    self.made[storage] = max(x.nbytes, self.made.get(storage, 0))
+            else:
+                self.close_kernel()
+                self.add(region, sum(x.nbytes for x in read + made), computing)
         return result
+
+    def close_kernel(self) -> None:
+        """Count the elementwise operations since the last call as one kernel."""
+        if self.made:
+            self.add("elementwise", sum(self.read.values()) + sum(self.made.values()))
+        self.read.clear()
+        self.made.clear()
+
+    def add(self, region: str, moved: int, computing: float = 0.0) -> None:
+        seconds = max(moved / self.gpu.bandwidth / BANDWIDTH_SHARE, computing, LAUNCH)
+        region = next((name for name in self.within if name in ("loss", "optimizer")), region)
+        self.seconds[region] += self.times * seconds  # type: ignore[assignment]
 
     def compute(self, name: str, args: Any) -> tuple[str, float]:
         """Return the region of an operation, and the seconds that its matrix products take at the attainable rate."""
@@ -210,19 +236,52 @@ class Roofline(Traffic):
         return region, flops / share / (self.gpu.fp32 if a.dtype == torch.float32 else self.gpu.bf16)
 
 
-def bytes_moved(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
-    """Return the bytes of the tensors that an operation takes, and of those that it makes or changes; 0 if there are
-    none of these (views), or their memory is only reserved."""
+def memory_of(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors that an operation reads, and those that it makes or changes; there are none of these if it
+    only makes views or reserves memory."""
     schema = func._schema
     if schema.name.startswith(("c10d::", "prim::", "profiler::")) or "empty" in schema.name:
-        return 0
+        return [], []
     known = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
     made = [x for x in tensors(result) if x.untyped_storage()._cdata not in known]
     arguments = zip(schema.arguments, args, strict=False)
     changed = [value for argument, value in arguments if argument.alias_info and argument.alias_info.is_write]
-    made += tensors([*changed, kwargs.get("out")])
-    return sum(x.nbytes for x in tensors(args) + made) if made else 0
+    return tensors(args), made + tensors([*changed, kwargs.get("out")])
 
 
 def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class OneKernel(torch.autograd.Function):
+    """A function as the compiler for GPUs runs it: one kernel forward, and one backward, which computes what it needs
+    again from the function's arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        ctx.function = function
+        ctx.others = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+        with record_function(FUSED):
+            return function(*args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[1:]
+
+        def gradients() -> Iterator[Tensor]:
+            inputs = [
+                other if x is None else x.detach() for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+            ]
+            sources = [x.requires_grad_() for x, needs in zip(inputs, needed, strict=True) if needs]
+            with torch.enable_grad():
+                output = ctx.function(*inputs)
+            return iter(torch.autograd.grad(output, sources, grad))
+
+        with record_function(FUSED):
+            found = gradients()
+        return None, *(next(found) if needs else None for needs in needed)
+
+
+def as_one_kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return functools.partial(OneKernel.apply, function)

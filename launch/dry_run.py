@@ -3,14 +3,15 @@
 Memory is that of all tensors that are alive at the same time. Time is a roofline over all operations (cost.Roofline).
 What is sent is what the engines' collectives send, in a process group that sends nothing. (FSDPMemTracker of
 torch.distributed._tools does not cover modules that are gathered together.) Unknown: CUDA's context (half a GB), the
-allocator's gaps, NCCL's buffers, how well operations overlap, and what --compile fuses.
+allocator's gaps, NCCL's buffers, and how well operations overlap. With --compile, elementwise operations that follow
+one another count as one kernel.
 """
 
 import contextlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from datacollator import MicroBatch
 from documents import find_documents
 from kernels import tuned_as
 from launch.build import gathered_modules, plan_model
-from launch.cost import GPUS, Roofline, attention_flops, training_cost
+from launch.cost import FUSED, GPUS, Roofline, as_one_kernel, attention_flops, training_cost
 from model import DeepSeekV2
 from optimizer import make_optimizers
 from parallel import World, make_mesh, parallelize, synchronize_gradients
@@ -93,7 +94,7 @@ def dry_run(config: TrainConfig, ranks: int = 1) -> DryRun:
     """Predict for the configured LoRA, checkpointing, sharding and device; "auto" is CUDA."""
     world = World(0, ranks, torch.device("cpu"), min(ranks, NODE_SIZE))
     dtype = getattr(torch, config.compute.dtype)
-    with fake_group(ranks), tuned_as(kind_of(config.compute.device)):
+    with fake_group(ranks), tuned_as(kind_of(config.compute.device), as_one_kernel):
         mesh = make_mesh(config.compute.parallel, world)
         batch = full_rows(config.batch.batch_size, config.data.max_seq_len)
         with FakeTensorMode() as fake:
@@ -159,7 +160,7 @@ def step(
     """Take a step like Trainer.train_step's, and return its recorded operations. Micro-batches between the first and
     the last count like the first."""
     number, bf16 = config.batch.gradient_accumulation_steps, config.compute.dtype == "bfloat16"
-    with Roofline(GPUS[config.watch.dry_run_gpu]) as recorded:
+    with Roofline(GPUS[config.watch.dry_run_gpu], merge=config.compute.compile) as recorded:
         for last in (False, True)[-number:]:
             recorded.times = 1 if last else number - 1
             with synchronize_gradients(model, last):
@@ -175,7 +176,8 @@ def step(
 
 
 class LiveMemory(TorchDispatchMode):
-    """Watches the memory of all tensors, and records its kinds when it is largest. The optimizers must have state."""
+    """Watches the memory of all tensors, and records its kinds when it is largest. The optimizers must have state.
+    Within a FUSED region nothing is recorded: what is no longer alive after it was never in memory."""
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         super().__init__()
@@ -185,6 +187,7 @@ class LiveMemory(TorchDispatchMode):
         for tensor in (*self.weights, *self.states):
             self.storages[local(tensor).untyped_storage()] = None
         self.bound = self.peak = 0  # bytes: no more than bound are in use
+        self.fused = False
         self.at_peak = dict[str, int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -195,9 +198,11 @@ class LiveMemory(TorchDispatchMode):
         new = [storage for storage in made if storage not in self.storages]
         self.storages.update(dict.fromkeys(new))
         self.bound += sum(storage.nbytes() for storage in new)
+        if func.namespace == "profiler":
+            self.fused = type(args[0]) is str and args[0] == FUSED  # at a region's end it is no name
         if func.namespace == "c10d":
             self.bound = sys.maxsize  # FSDP refills storages around its collectives
-        if new and self.bound > self.peak:  # only then it pays to add up what is still alive
+        if new and not self.fused and self.bound > self.peak:  # only then it pays to add up what is still alive
             self.bound = sum(storage.nbytes() for storage in self.storages)
             if self.bound > self.peak:
                 self.peak, self.at_peak = self.bound, self.by_kind(self.bound)
@@ -222,30 +227,38 @@ def needed(peak: int) -> float:
     return peak * GAPS + CONTEXT
 
 
-def fit_to_memory(config: TrainConfig, memory: float) -> tuple[TrainConfig, str]:
-    """Return the configuration with the largest micro-batch whose predicted peak fits into `memory` bytes, and more of
-    them per step: the same global batch. The text says what has changed, and is "" if nothing has. Raises UserError
-    if not even one row fits. Under FSDP, whose shards need less, a rank is not predicted.
+def fit_to_memory(config: TrainConfig, memory: float, given: Collection[str] = ()) -> tuple[TrainConfig, str]:
+    """Return the fastest of these configurations whose predicted peak fits into `memory` bytes, and a text that says
+    what has changed, "" if nothing has: without checkpointing (unless that flag was given), as it is, with smaller
+    micro-batches and more of them per step. Losses stay the same. Raises UserError if not even one row fits. Under
+    FSDP, whose shards need less, a rank is not predicted.
     """
-    batch, peaks = config.batch, list[float]()
     if config.compute.parallel != "ddp":
         return config, ""
-    for size in (size for size in range(batch.batch_size, 0, -1) if batch.batch_size % size == 0):
-        number = batch.gradient_accumulation_steps * (batch.batch_size // size)
+    rows, number = config.batch.batch_size, config.batch.gradient_accumulation_steps
+    trials = [
+        config.changed(batch_size=size, gradient_accumulation_steps=number * (rows // size))
+        for size in range(rows, 0, -1)
+        if rows % size == 0
+    ]
+    if config.compute.gradient_checkpointing and "gradient_checkpointing" not in given:
+        trials.insert(0, config.changed(gradient_checkpointing=False))
+    sizes = dict[int, float]()  # predicted, by rows
+    for trial in trials:
+        size, number = trial.batch.batch_size, trial.batch.gradient_accumulation_steps
         # one micro-batch more than the first is enough for the peak
-        trial = config.changed(batch_size=size, gradient_accumulation_steps=min(number, 2))
-        peaks.append(needed(dry_run(trial).peak))
-        if peaks[-1] <= memory:
+        sizes[size] = needed(dry_run(trial.changed(gradient_accumulation_steps=min(number, 2))).peak)
+        if sizes[size] <= memory:
             break
     else:
         raise UserError(
-            f"the GPU has {memory / 1e9:.1f} GB, and batch_size 1 needs {peaks[-1] / 1e9:.1f} GB (predicted): lower "
-            "--max-seq-len, or use --gradient-checkpointing, --lora-rank with --init-from, or --quantize nf4"
+            f"the GPU has {memory / 1e9:.1f} GB free, and batch_size 1 needs {sizes[1] / 1e9:.1f} GB (predicted): "
+            "lower --max-seq-len, or use --gradient-checkpointing, --lora-rank with --init-from, or --quantize nf4"
         )
-    if size == batch.batch_size:
+    space = f"needs {sizes[rows] / 1e9:.1f} GB (predicted), the GPU has {memory / 1e9:.1f} GB free"
+    if trial.compute.gradient_checkpointing != config.compute.gradient_checkpointing:
+        return trial, f"note: training without gradient_checkpointing, which is faster, {space}"
+    if size == rows:
         return config, ""
-    text = (
-        f"note: batch_size {batch.batch_size} needs {peaks[0] / 1e9:.1f} GB (predicted), the GPU has "
-        f"{memory / 1e9:.1f} GB: using batch_size {size} and gradient_accumulation_steps {number} (same global batch)"
-    )
-    return config.changed(batch_size=size, gradient_accumulation_steps=number), text
+    using = f"using batch_size {size} and gradient_accumulation_steps {number} (same global batch)"
+    return trial, f"note: batch_size {rows} {space}: {using}"

@@ -19,7 +19,7 @@ from config import GpuName, TrainConfig
 from datacollator import IGNORE
 from launch import cost
 from launch.build import plan_model
-from launch.cost import GPUS, Gpu, Roofline, training_cost
+from launch.cost import GPUS, Gpu, Roofline, as_one_kernel, training_cost
 from small_models import WIDE, small_config, small_model
 
 TOKENS, TARGETS = 4000, 1500
@@ -121,6 +121,45 @@ def test_a_product_takes_the_longer_of_its_bytes_and_its_flops(
 def test_bytes_are_counted_where_they_are_read_or_written(work: Callable[..., Any], numbers: float) -> None:
     seconds = predicted(work, (500, 1000))
     assert seconds.total() == pytest.approx(numbers * 1e6 / 1e9 / 0.85)
+
+
+def chain(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sigmoid() + y
+
+
+@pytest.mark.parametrize(
+    ("work", "numbers"),
+    [
+        (lambda x, y: as_one_kernel(chain)(x, y), 3),  # two read, one written
+        (lambda x, y: chain(x, y), 3 + 2 + 3),
+        # forward 3; backward reads x and y, which is also the output's gradient, and writes theirs
+        (lambda x, y: torch.autograd.grad(as_one_kernel(chain)(x.requires_grad_(), y.requires_grad_()), (x, y), y), 7),
+    ],
+)
+def test_a_fused_chain_reads_its_inputs_and_writes_its_outputs(work: Callable[..., Any], numbers: float) -> None:
+    seconds = predicted(work, (500, 1000), (500, 1000))
+    assert seconds.total() == pytest.approx(numbers * 1e6 / 1e9 / 0.85)
+
+
+def test_compiled_blocks_fuse_what_lies_between_products() -> None:
+    """The product reads x, whose chain ends there: three numbers, then two for the chain of its output."""
+    x, y = (torch.empty(1000, 1000, dtype=torch.bfloat16) for _ in range(2))
+    with FakeTensorMode(allow_non_fake_inputs=True), Roofline(SLOW, merge=True) as roofline:
+        z = chain(x, y) @ y
+        z = z.sigmoid() * 2
+        with record_function("optimizer"):
+            pass
+    assert roofline.seconds["elementwise"] == pytest.approx(5 * 2e6 / 1e9 / 0.85)
+
+
+def test_one_kernel_computes_what_its_function_does() -> None:
+    """With its gradients, also for arguments that need none or are no tensors."""
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    x.requires_grad_()
+    ours, theirs = as_one_kernel(torch.sub)(x, y), torch.sub(x, y)
+    scaled = as_one_kernel(lambda x, y, power: (x * y) ** power)
+    assert torch.equal(ours, theirs)
+    assert torch.autograd.gradcheck(lambda x: scaled(x, y, 3), (x,))
 
 
 def test_operations_are_assigned_to_regions() -> None:

@@ -179,6 +179,32 @@ def test_the_fused_loss_equals_the_plain_one(targets: int, dtype: torch.dtype, m
 
 
 @pytest.mark.usefixtures("cudas_path", "flash_attention")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_chains_change_no_result(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, for batches of different sizes, of which the first ones compile all."""
+    plain, model = (small_model(num_hidden_layers=2).train() for _ in range(2))
+    model.model.gradient_checkpointing = checkpointing
+    torch._dynamo.reset()
+    counters.clear()
+    fused = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
+    graphs = []
+    for seed in range(6):
+        batch = packed_batch(seed)
+        expected = on_path(plain, batch)
+        with monkeypatch.context() as patch:
+            patch.setitem(kernels.TUNING, "cpu", kernels.TUNING["cpu"]._replace(fused=fused))
+            output = on_path(model, batch)
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert output.loss_sum.item() == pytest.approx(expected.loss_sum.item(), rel=1e-3)
+        ours, theirs = gradients(model), gradients(plain)
+        assert ours.keys() == theirs.keys()
+        for name, gradient in ours.items():
+            assert relative_difference(gradient, theirs[name]) < 0.02, name
+    assert 0 < graphs[-1] == graphs[2] <= 2 * graphs[0], graphs
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("cudas_path", "flash_attention")
 @pytest.mark.parametrize(("qk", "v", "flash"), [(24, 16, True), (22, 10, True), (10, 22, True), (260, 128, False)])
 def test_heads_of_any_width(qk: int, v: int, flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention takes multiples of 8 up to 256: others are padded, wider ones go another way."""
@@ -299,7 +325,7 @@ def test_packed_batches_are_compiled_once() -> None:
 @pytest.mark.parametrize("path", ["cpu", "cuda"])
 def test_without_flash_attention_the_first_batches_compile_all(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention stays in Python, and the results are those of uncompiled blocks."""
-    monkeypatch.setitem(kernels.TUNING, "cpu", kernels.TUNING[path]._replace(fused=False))
+    monkeypatch.setitem(kernels.TUNING, "cpu", kernels.TUNING[path]._replace(fused=None))
     plain, compiled = (small_model(num_hidden_layers=2, qk_nope_head_dim=260).train() for _ in range(2))
     torch._dynamo.reset()
     counters.clear()
@@ -419,9 +445,30 @@ def test_micro_batches_shrink_until_they_fit_and_the_global_batch_stays(monkeypa
     assert fit_to_memory(config, 30e9) == (config, "")
     changed, note = fit_to_memory(config, 24e9)
     assert (changed.batch.batch_size, changed.batch.gradient_accumulation_steps) == (2, 6)
-    assert "batch_size 4 needs 26.0 GB (predicted), the GPU has 24.0 GB: using batch_size 2" in note
-    with pytest.raises(UserError, match=r"the GPU has 12.0 GB, and batch_size 1 needs 14.0 GB"):
+    assert "batch_size 4 needs 26.0 GB (predicted), the GPU has 24.0 GB free: using batch_size 2" in note
+    with pytest.raises(UserError, match=r"the GPU has 12.0 GB free, and batch_size 1 needs 14.0 GB"):
         fit_to_memory(config, 12e9)
+
+
+def test_blocks_are_recomputed_only_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row needs 3 GB, without checkpointing 5 GB. A flag that was given decides."""
+    monkeypatch.setattr(dry_run_module, "needed", float)
+
+    def predicted(config: TrainConfig) -> SimpleNamespace:
+        return SimpleNamespace(peak=(3e9 if config.compute.gradient_checkpointing else 5e9) * config.batch.batch_size)
+
+    monkeypatch.setattr(dry_run_module, "dry_run", predicted)
+    config = TrainConfig().changed(batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=True)
+    changed, note = fit_to_memory(config, 10e9)
+    assert changed == config.changed(gradient_checkpointing=False)
+    assert (
+        "without gradient_checkpointing, which is faster, needs 10.0 GB (predicted), the GPU has 10.0 GB free" in note
+    )
+    assert fit_to_memory(config, 10e9, {"gradient_checkpointing"}) == (config, "")
+    assert fit_to_memory(config, 9e9) == (config, "")
+    changed, note = fit_to_memory(config, 5e9)
+    assert changed.compute.gradient_checkpointing and changed.batch.batch_size == 1
+    assert "batch_size 2 needs 6.0 GB (predicted), the GPU has 5.0 GB free: using batch_size 1" in note
 
 
 @pytest.mark.parametrize(("place", "name"), [(train_sft, "build_model"), (trainer.Trainer, "train_step")])

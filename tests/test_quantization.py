@@ -118,7 +118,7 @@ def test_codes_and_numbers_are_those_of_bitsandbytes(
         numbers = {kind: ours.dequantize(kind) for kind in (torch.float32, torch.bfloat16, torch.float16)}
         parts = [ours.dequantize(torch.float32, slice(i, i + 2)) for i in range(0, len(weight), 2)]
     with kernels.tuned_as("cuda"):
-        fused = {kind: ours.dequantize(kind) for kind in numbers}
+        in_one = {kind: ours.dequantize(kind) for kind in numbers}
         last_first = ours.dequantize(torch.float32, torch.arange(len(weight)).flip(0))
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     assert torch.equal(ours.codes.flatten(), codes.flatten())
@@ -128,7 +128,7 @@ def test_codes_and_numbers_are_those_of_bitsandbytes(
     for kind, ours_numbers in numbers.items():
         state.dtype = kind
         assert torch.equal(ours_numbers, bnb.dequantize_4bit(codes, state))
-        assert torch.equal(fused[kind], ours_numbers)
+        assert torch.equal(in_one[kind], ours_numbers)
     assert torch.equal(torch.cat(parts), numbers[torch.float32])
     assert torch.equal(last_first.flip(0), numbers[torch.float32])
 
