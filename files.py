@@ -33,16 +33,22 @@ def printable(text: str) -> str:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """Return the path of a file in a directory, given its plain name. A link may lead to another file of the directory
-    or to the blobs of a Hub cache. Raises UserError otherwise."""
-    root, path = directory.resolve(), directory / name
+    """Return the path of a file in a directory, given its plain name. Raises UserError, and as `check_inside`."""
+    path = directory / name
     if Path(name).name != name:
         raise UserError(f"{directory}: {name!r} lies outside of the directory")
     if not path.is_file():
         raise UserError(f"{printable(str(path))} does not exist")
-    if path.resolve().parent not in (root, root.parent.parent / "blobs"):
-        raise UserError(f"{printable(str(path))} lies outside of the directory, at {path.resolve()}")
+    check_inside(directory, path)
     return path
+
+
+def check_inside(directory: Path, path: Path) -> None:
+    """Raise UserError for a path that leads out of the directory. The Hub's cache links snapshots/REVISION to blobs."""
+    root, place = directory.resolve(), path.resolve()
+    blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    if not any(place.is_relative_to(allowed) for allowed in (root, *blobs)):
+        raise UserError(f"{printable(str(path))} lies outside of the directory, at {place}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

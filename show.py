@@ -178,24 +178,19 @@ class Runs:
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
     # The picture to write; "": none.
     out: str = "runs.png"
-    # Draw only these metrics, as in --metrics loss eval_bpb; none: all.
-    metrics: tuple[str, ...] = ()
 
     def show(self) -> None:
         import pandas as pd
 
         from launch.run_directory import read_metrics
-        from view.plots import PANELS, plot_runs
+        from view.plots import plot_runs
 
         if not self.runs:
             raise UserError("name a run's directory, or several")
-        known = {panel.metric for panel in PANELS}
-        if unknown := {*self.metrics} - known:
-            raise UserError(f"--metrics: unknown {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
         lines = {run: read_metrics(run) for run in self.runs}
         print(printable(pd.DataFrame(compare(lines)).fillna("-").to_string(index=False)))
         if self.out:
-            plot_runs(lines, self.out, self.metrics)
+            plot_runs(lines, self.out)
             print(f"wrote {self.out}")
 
 

@@ -26,7 +26,7 @@ from config import PRESETS, UserError
 from data import text_files
 from data.formats import KNOWN_COLUMNS, unknown_columns, without_nulls
 from data.text_files import LINES, READERS, file_kind, has_rows, parse_line, read_files
-from files import inside, read_json
+from files import check_inside, inside, read_json
 
 KINDS = (*READERS, ".parquet")
 # Types of columns that are read; decoders of others may open files that the data names.
@@ -185,9 +185,10 @@ def files_of(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
     return splits, notes
 
 
-def listing(directory: Path, files: Sequence[Path], most: int = 10) -> str:
-    names = ", ".join(str(file.relative_to(directory)) for file in files[:most])
-    return f"{names} and {len(files) - most:,} more" if len(files) > most else names
+def listing(directory: Path, files: Sequence[Path]) -> str:
+    """Return the names of the first ten files in words."""
+    names = ", ".join(str(file.relative_to(directory)) for file in files[:10])
+    return f"{names} and {len(files) - 10:,} more" if len(files) > 10 else names
 
 
 def files_below(directory: Path, top: Path, seen: set[Path]) -> Iterator[Path]:
@@ -197,20 +198,11 @@ def files_below(directory: Path, top: Path, seen: set[Path]) -> Iterator[Path]:
     for path in sorted(directory.iterdir()):
         if path.name.startswith("."):
             continue
-        check_inside(top, [path])
+        check_inside(top, path)
         if not path.is_dir():
             yield path
         elif path.resolve() not in seen:
             yield from files_below(path, top, seen)
-
-
-def check_inside(directory: Path, paths: list[Path]) -> None:
-    """Raise UserError for a path that leads out of the directory. The Hub's cache links snapshots/REVISION to blobs."""
-    root = directory.resolve()
-    roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
-    for path in paths:
-        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
-            raise UserError(f"{path} leads out of {directory}, to {path.resolve()}; name that as a separate dataset")
 
 
 def listed_files(directory: Path) -> dict[str, list[Path]]:
@@ -226,7 +218,8 @@ def listed_files(directory: Path) -> dict[str, list[Path]]:
     for split, patterns in sanitize_patterns(configs[name].get("data_files", [])).items():
         names = {name for pattern in patterns for name in glob(pattern, root_dir=directory, recursive=True)}
         found[split] = sorted(directory / name for name in names)
-        check_inside(directory, found[split])
+        for file in found[split]:
+            check_inside(directory, file)
         if not names or not all(file_kind(file) in KINDS for file in found[split]):
             raise UserError(f"{readme} lists {', '.join(patterns)}, which are no files of {', '.join(KINDS)}")
     return found

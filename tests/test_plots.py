@@ -26,11 +26,11 @@ def metrics(low: float, high: float) -> list[dict[str, Any]]:
     return lines
 
 
-def draw(runs: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Figure:
+def draw(runs: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
     """Draw runs and return the figure."""
     drawn: list[Figure] = []
     monkeypatch.setattr(plt, "close", drawn.append)
-    plots.plot_runs(runs, out / "loss.png", names)
+    plots.plot_runs(runs, out / "loss.png")
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     return drawn[0]
 

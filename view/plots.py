@@ -1,7 +1,5 @@
 """Pictures of runs: their metrics over steps."""
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,14 +37,10 @@ PANELS = (
 )
 
 
-def plot_runs(runs: dict[str, Metrics], out: str | Path, metrics: Sequence[str] = ()) -> None:
-    """Draw one panel per metric, over steps, with one colour per run. runs: by name. metrics: only these."""
-    panels = [panel for panel in PANELS if not metrics or panel.metric in metrics]
-    columns = min(3 if len(panels) > 4 else 2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    size = (4.25 * columns, 3.5 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis, panel in zip(axes.flat, panels, strict=False):
+def plot_runs(runs: dict[str, Metrics], out: str | Path) -> None:
+    """Draw one panel per metric, over steps, with one colour per run. runs: by name."""
+    figure, axes = plt.subplots(2, 3, figsize=(12.75, 7), layout="constrained")
+    for axis, panel in zip(axes.flat, PANELS, strict=True):
         for number, lines in enumerate(runs.values()):
             draw_metric(axis, panel, lines, f"C{number % 10}")
         axis.set_title(panel.title, fontsize=10)
