@@ -39,9 +39,6 @@ class DataReport:
     # The source's name, shortened to what tells it from the others.
     source: str
     split: str
-    held_out: bool
-    # Passes per epoch; not in the counts.
-    weight: int
     # The pieces that are used; their columns: data/pieces.py.
     pieces: datasets.Dataset
     # Names of columns that are not read.
@@ -50,6 +47,9 @@ class DataReport:
     dropped: dict[str, int]
     # Malformed rows: source, place, reason, error and row.
     malformed: list[dict[str, Any]]
+    held_out: bool = False
+    # Passes per epoch; not in the counts.
+    weight: int = 1
     # Conversations, pieces, tokens, trained on; and unless they are 0: cut, duplicates, "dropped: REASON" and others.
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -108,9 +108,9 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
         source = sources.open_source(name)
         train_split, eval_split = choose_splits(source, data, want_eval)
         notes += notes_on(source, shown[name], train_split, data, want_eval and not eval_split)
-        trained.append(read_split(source, shown[name], train_split, tokenizer, data, weight=weight))
+        trained.append(replace(read_split(source, shown[name], train_split, tokenizer, data), weight=weight))
         if eval_split:
-            held_out.append(read_split(source, shown[name], eval_split, tokenizer, data, held_out=True))
+            held_out.append(replace(read_split(source, shown[name], eval_split, tokenizer, data), held_out=True))
         elif want_eval:
             to_divide.append(trained[-1])
     malformed = [row for side in trained + held_out for row in side.malformed]
@@ -206,28 +206,19 @@ def notes_on(source: sources.Source, shown: str, train_split: str, data: DataCon
             yield f"{shown}: {len(several):,} rows have fields of several lines, the first in {several[0]}"
 
 
-def read_split(
-    source: sources.Source,
-    shown: str,
-    split: str,
-    tokenizer: Tokenizer,
-    data: DataConfig,
-    held_out: bool = False,
-    weight: int = 1,
-) -> DataReport:
+def read_split(source: sources.Source, shown: str, split: str, tokenizer: Tokenizer, data: DataConfig) -> DataReport:
     """Return a split of a source with its pieces, not counted yet. Raises UserError if there are no rows."""
-    columns = formats.parse_columns(data.columns)
-    rows, unused = source.select(split).known_columns(columns)
+    rows, unused = source.select(split).known_columns(formats.parse_columns(data.columns))
     if len(rows) == 0:
         raise UserError(f"{source.name}, split {split}, has no rows")
-    pieces = tokenize(rows, tokenizer, data.max_seq_len, data.long_conversations, columns, data.num_proc)
+    pieces = tokenize(rows, tokenizer, data)
     reasons = column(pieces, "reason")
     malformed = []
     for piece in keep(pieces, column(pieces, "error") != ""):
         found = {"source": shown, "place": rows.place(piece["row"]), "row": rows.text(piece["row"])}
         malformed.append(found | {"reason": piece["reason"], "error": piece["error"]})
     dropped = dict(Counter(reasons[reasons != ""]))
-    return DataReport(shown, split, held_out, weight, keep(pieces, reasons == ""), unused, dropped, malformed)
+    return DataReport(shown, split, keep(pieces, reasons == ""), unused, dropped, malformed)
 
 
 # ---------------------------------------------------------------- malformed rows

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import datasets
 from datasets.fingerprint import Hasher
 
-from config import UserError
-from data.formats import Message, RowError, read_row
+from config import DataConfig, UserError
+from data.formats import Message, RowError, parse_columns, read_row
 from data.sources import Rows
 from tokenizer import CHAT_TEMPLATES, Tokenizer
 
@@ -57,16 +57,10 @@ CONTROL_TOKENS = {token for template in CHAT_TEMPLATES.values() for token in tem
 CONTROL_TEXT = re.compile("|".join(map(re.escape, sorted(CONTROL_TOKENS))))
 
 
-def tokenize(
-    rows: Rows,
-    tokenizer: Tokenizer,
-    max_seq_len: int,
-    long_conversations: str,
-    columns: Mapping[str, str],
-    num_proc: int,
-) -> datasets.Dataset:
+def tokenize(rows: Rows, tokenizer: Tokenizer, data: DataConfig) -> datasets.Dataset:
     """Return the pieces of all rows, with the columns of PIECE; from the cache if they were tokenised before."""
-    settings = {"max_seq_len": max_seq_len, "long_conversations": long_conversations, "columns": columns}
+    settings: dict[str, Any] = {name: getattr(data, name) for name in ("max_seq_len", "long_conversations")}
+    settings["columns"] = parse_columns(data.columns)
     code = [Path(str(sys.modules[name].__file__)).read_bytes() for name in CODE]
     fingerprint = Hasher.hash([rows.table._fingerprint, tokenizer.fingerprint(), settings, *code])
     return rows.table.map(
@@ -75,7 +69,7 @@ def tokenize(
         with_indices=True,
         remove_columns=rows.table.column_names,
         fn_kwargs={"parse": rows.parser(), "tokenizer": tokenizer, **settings},
-        num_proc=num_proc if len(rows) > 5000 and num_proc > 1 else None,  # processes take a second to start
+        num_proc=data.num_proc if len(rows) > 5000 and data.num_proc > 1 else None,  # they take a second to start
         features=PIECE,
         new_fingerprint=fingerprint,
         cache_file_name=str(Path(datasets.config.HF_DATASETS_CACHE, f"sft-from-scratch-{fingerprint}.arrow")),
