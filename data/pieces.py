@@ -11,12 +11,12 @@ import hashlib
 import re
 import sys
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import pyarrow as pa
 from datasets.fingerprint import Hasher
 
 from config import DataConfig, UserError
@@ -79,9 +79,9 @@ def tokenize(rows: Rows, tokenizer: Tokenizer, data: DataConfig) -> datasets.Dat
 
 def tokenize_batch(
     batch: dict[str, list], indices: list[int], parse: Callable[[dict], dict], **settings: Any
-) -> dict[str, list]:
-    """Return the columns of PIECE for rows and their numbers in the source."""
-    out: dict[str, list] = defaultdict(list)
+) -> pa.Table:
+    """Return the pieces of rows, given their numbers in the source."""
+    found: list[dict[str, Any]] = []
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
         try:
             pieces = tokenize_row(parse(dict(zip(batch, values, strict=True))), **settings)
@@ -89,10 +89,8 @@ def tokenize_batch(
             pieces = [malformed(problem)]
         except UserError as problem:  # raised by the tokenizer
             pieces = [malformed(RowError("text", "not encodable", str(problem)))]
-        for number, piece in enumerate(pieces):
-            for column, value in (piece | {"row": index, "piece": number}).items():
-                out[column].append(value)
-    return out
+        found += [piece | {"row": index, "piece": number} for number, piece in enumerate(pieces)]
+    return pa.Table.from_pylist(found, PIECE.arrow_schema)
 
 
 def tokenize_row(
