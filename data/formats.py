@@ -160,7 +160,21 @@ def read_parts(row: Mapping[str, Any], parts: Mapping[str, str], unused: set[str
     if "text" in parts:
         return read_text(values["text"], parts["text"])
     if "messages" in parts:
-        return add_system(read_messages(values["messages"], parts["messages"], unused), values, parts)
+        messages = read_messages(values["messages"], parts["messages"], unused)
+    else:
+        messages = read_exchange(values, parts, unused)
+    first = messages[0]["content"] if messages[0]["role"] == "system" else None
+    system = read_text(values["system"], parts["system"]) if values.get("system") else ""
+    if system and first and system != first:
+        raise RowError(parts["system"], "the conversation has another system message")
+    tools = write_tools(values.get("tools"), parts.get("tools", ""))
+    content = "\n\n".join(filter(None, (system or first, tools)))
+    return [{"role": "system", "content": content}, *messages[first is not None :]] if content else messages
+
+
+def read_exchange(values: Mapping[str, Any], parts: Mapping[str, str], unused: set[str]) -> list[Message]:
+    """Return a prompt, or what it consists of, and its completion as messages. Only the completion is trained on, and
+    the earlier turns in Alpaca's `history`."""
     question = values["prompt"]
     if values.get("context"):
         texts = read_text(question, parts["prompt"]), read_text(values["context"], parts["context"])
@@ -171,7 +185,7 @@ def read_parts(row: Mapping[str, Any], parts: Mapping[str, str], unused: set[str
             message["weight"] = 0
     before[:0] = read_history(values.get("history"), parts.get("history", ""))
     answer = read_side(values["completion"], parts["completion"], "assistant", unused)
-    return add_system(before + answer, values, parts)
+    return before + answer
 
 
 def read_side(value: Any, field: str, role: str, unused: set[str]) -> list[Message]:
@@ -257,17 +271,6 @@ def read_text(content: Any, field: str, thoughts: list[str] | None = None) -> st
     return "".join(texts)
 
 
-def add_system(messages: list[Message], values: Mapping[str, Any], parts: Mapping[str, str]) -> list[Message]:
-    """Return the conversation with the row's system message and tools, if any, as its first message."""
-    first = messages[0]["content"] if messages[0]["role"] == "system" else None
-    system = read_text(values["system"], parts["system"]) if values.get("system") else ""
-    if system and first and system != first:
-        raise RowError(parts["system"], "the conversation has another system message")
-    tools = write_tools(values.get("tools"), parts.get("tools", ""))
-    content = "\n\n".join(filter(None, (system or first, tools)))
-    return [{"role": "system", "content": content}, *messages[first is not None :]] if content else messages
-
-
 # ---------------------------------------------------------------- tools, in the format of Hermes and Qwen
 
 
@@ -304,7 +307,7 @@ def json_list(value: Any, field: str) -> list[Any]:
     return found or []
 
 
-def parse_json(text: str, field: str) -> Any:
+def parse_json(text: str | bytes, field: str) -> Any:
     """Raises RowError, also where a key occurs twice in an object."""
     try:
         return json.loads(text, object_pairs_hook=object_of)

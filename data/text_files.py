@@ -46,11 +46,7 @@ def parse_line(row: dict[str, Any]) -> dict[str, Any]:
     """Return the row that one of LINES holds. Raises RowError."""
     if row["error"]:
         raise RowError("line", row["error"])
-    try:
-        text = row["json"].decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RowError("line", "invalid UTF-8", f"byte {error.start + 1}: {error.reason}") from error
-    values = parse_json(text, "line")
+    values = parse_json(row["json"], "line")
     if not isinstance(values, dict):
         raise RowError("line", "not a JSON object", f"it is {kind(values)}")
     return values

@@ -430,7 +430,11 @@ NO_ROWS = json.dumps({"data": [GOOD] * 9}, indent=1).encode()
         ("a.csv", b"prompt,completion\nx,\xff\n", "a.csv, line 2: line: invalid UTF-8"),
         ("a.csv", b"prompt\ncompletion\nx\n", "columns: of no known format (they are prompt; name them: --columns"),
         ("a.txt", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0"),
-        ("a.jsonl", b'{"text": "\xff"}', "line 1: line: invalid UTF-8 (byte 11"),
+        (
+            "a.jsonl",
+            b'{"text": "\xff"}',
+            "line 1: line: invalid JSON ('utf-8' codec can't decode byte 0xff in position 10",
+        ),
         ("a.jsonl.gz", b"not gzip", "cannot be read as a dataset: Not a gzipped file"),
         ("a.docx", b"", "files of this kind are not read, only .jsonl, .json, .csv, .tsv, .txt, .parquet"),
     ],
