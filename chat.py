@@ -131,7 +131,7 @@ class Writer:
 
 
 def load(checkpoint: str, config: ChatConfig) -> Writer:
-    """Raises UserError for what is not a checkpoint."""
+    """Load a checkpoint that answers as the flags ask. Raises UserError if it is not one."""
     device = choose_device(config.device)
     model, tokenizer = load_model_and_tokenizer(checkpoint, device=device, quantize=config.quantize)
     model.eval()

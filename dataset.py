@@ -122,8 +122,8 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
         divided, decided = hold_out(to_divide, data, seed, needed=not held_out)
         held_out, notes = held_out + divided, notes + decided
     drop_copies(held_out, trained)
-    for sides in (trained, held_out):
-        add_counts(sides)
+    add_counts(trained)
+    add_counts(held_out)
     reports = trained + held_out
     if columns and not any(f"read as {formats.main_columns(columns)}" in report.counts for report in reports):
         raise UserError(f"columns: no row has {', '.join(columns.values())}")

@@ -173,8 +173,8 @@ def read_parts(row: Mapping[str, Any], parts: Mapping[str, str], unused: set[str
 
 
 def read_exchange(values: Mapping[str, Any], parts: Mapping[str, str], unused: set[str]) -> list[Message]:
-    """Return a prompt, or what it consists of, and its completion as messages. Only the completion is trained on, and
-    the earlier turns in Alpaca's `history`."""
+    """Return a prompt and its completion as messages, after the earlier turns in Alpaca's `history`. An assistant's
+    message in the prompt is context only."""
     question = values["prompt"]
     if values.get("context"):
         texts = read_text(question, parts["prompt"]), read_text(values["context"], parts["context"])
@@ -308,7 +308,7 @@ def json_list(value: Any, field: str) -> list[Any]:
 
 
 def parse_json(text: str | bytes, field: str) -> Any:
-    """Raises RowError, also where a key occurs twice in an object."""
+    """Return the value that a JSON text holds. Raises RowError, also for a key that occurs twice in an object."""
     try:
         return json.loads(text, object_pairs_hook=object_of)
     except (ValueError, RecursionError) as error:
@@ -324,7 +324,7 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def to_json(value: Any, field: str) -> str:
-    """Raises RowError for values that JSON does not have, like dates and NaN."""
+    """Return a value as JSON text. Raises RowError for values that JSON does not have, such as dates and NaN."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
