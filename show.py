@@ -150,6 +150,8 @@ class Model:
     presets: Annotated[Positional[tuple[str, ...]], arg(metavar="PRESET")] = ()
 
     def show(self) -> None:
+        import pandas as pd
+
         from launch.cost import cache_entries, parameter_counts
         from launch.start import model_shape
 
@@ -157,11 +159,9 @@ class Model:
             if preset not in PRESETS:
                 raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
             config = model_shape(PRESETS[preset], preset, None)
-            counts = parameter_counts(config)
-            counts["all"] = sum(total for total, _ in counts.values()), sum(active for _, active in counts.values())
-            print(f"{preset}\n\n{'':20}{'parameters':>16}{'active':>16}")
-            for part, (total, active) in counts.items():
-                print(f"{part:20}{total:16,}{active:16,}")
+            counts = pd.DataFrame(parameter_counts(config), index=["parameters", "active"]).T
+            counts.loc["all"] = counts.sum()
+            print(f"{preset}\n\n{counts.map('{:,}'.format).to_string()}")
             latent, heads = cache_entries(config)
             compared = f"keys and values of all heads would take {2 * heads:,} ({heads / latent:.1f} times as much)"
             print(f"\ncache per token in bf16: {2 * latent:,} bytes; {compared}\n")
