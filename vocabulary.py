@@ -14,7 +14,6 @@ b'H|el|lo|<|||im|_|end|||>'
 
 import functools
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,10 +167,19 @@ def check_spec(spec: dict[str, Any]) -> None:
             raise UserError(f"the name of a token is {name!r}; it must be text")
     if "ByteLevel" not in json.dumps(spec["decoder"]):
         raise UserError("it has no byte-level decoder; only byte-level tokenizers are supported")
-    steps = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])  # each may be a sequence of others
-    found = {*re.findall(r'"type": "([^"]+)"', steps), *re.findall('add_prefix_space(?=": true)', steps)}
-    if unsupported := sorted(found - SUPPORTED_STEPS):
-        raise UserError(f"{', '.join(unsupported)} changes the text where a message begins or ends")
+    for step in (spec.get("normalizer"), spec.get("pre_tokenizer")):
+        if step is not None:
+            check_step(step)
+
+
+def check_step(step: dict[str, Any]) -> None:
+    """Raise for a normaliser or pre-tokenizer that adds or drops text at borders, in a nested sequence too. The
+    tokenizers library also reads steps without a type, as older files have them; they are refused (KeyError)."""
+    if step["type"] not in SUPPORTED_STEPS or step.get("add_prefix_space"):
+        setting = " with add_prefix_space" if step.get("add_prefix_space") else ""
+        raise UserError(f"{step['type']}{setting} changes the text where a message begins or ends")
+    for inner in (*step.get("normalizers", ()), *step.get("pretokenizers", ())):
+        check_step(inner)
 
 
 def merge_pairs(spec: dict[str, Any]) -> list[list[str]]:

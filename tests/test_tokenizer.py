@@ -382,6 +382,7 @@ def with_model(**changes):
 
 
 DOUBLING = {"type": "Replace", "pattern": {"Regex": "(.+)"}, "content": "$1$1"}
+HIDDEN = {"type": "Sequence", "normalizers": [{"type": "NFC"}], "pretokenizers": [{"type": "Metaspace"}]}
 BROKEN = [
     ({"added_tokens": None}, "is not a supported tokenizer.json"),
     ({"decoder": {"type": "Metaspace"}}, "only byte-level"),
@@ -399,9 +400,12 @@ BROKEN = [
     ({"added_tokens": ["<x>"]}, "not a supported"),
     ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLING] * 40}}, "Replace changes"),
     ({"normalizer": {"type": "Strip"}}, "Strip changes the text where a message begins or ends"),
-    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space changes the text where"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "ByteLevel with add_prefix_space changes"),
     ({"normalizer": {"type": "Sequence", "normalizers": [7]}}, "not a supported"),
-    ({"normalizer": {"type": "\x1b[2J"}}, r"json: \\u001b\[2J changes the text"),
+    ({"normalizer": {"strip_left": True, "strip_right": True}}, "field 'type' is missing"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"prepend": "x"}]}}, "field 'type' is missing"),
+    ({"pre_tokenizer": HIDDEN}, "Metaspace changes"),
+    ({"normalizer": {"type": "\x1b[2J"}}, "json: \ufffd\\[2J changes the text"),
 ]
 
 
