@@ -71,9 +71,13 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(read_value(options[0], entry, name) for entry in value)
     if get_origin(kind) in (Union, UnionType):
+        problems = []
         for option in options:
-            with contextlib.suppress(TypeError):
+            try:
                 return read_value(option, value, name)
+            except TypeError as problem:
+                problems.append(problem)
+        raise problems[0]  # a field of the first option may be what is wrong
     allowed = value in options if get_origin(kind) is Literal else type(value) is kind
     if allowed or (kind is float and type(value) is int):
         return value

@@ -280,6 +280,7 @@ YARN_OF_2 = {"type": "yarn", "factor": 2.0}
         ({"rope_scaling": YARN_OF_2 | {"attention_factor": 2}}, "rope_scaling has factor, attention_factor; it needs"),
         ({"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, "type 'llama3' is not supported"),
         ({"rope_scaling": [1]}, "rope_scaling is"),
+        ({"rope_scaling": asdict(YARN) | {"factor": "40"}}, "rope_scaling.factor is '40', which is not of type float"),
         # missing values, wrong types, impossible shapes
         ({"hidden_size": ...}, "lacks hidden_size"),
         ({"hidden_size": "48"}, "hidden_size is '48', which is not of type int"),
