@@ -244,7 +244,8 @@ def read_rows(name: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the place and the row of each line of a .txt file, or of each row of any other dataset, which is read as
     training reads it. Raises UserError with the place."""
     datasets.disable_progress_bars()  # prompts are few
-    rows, found = open_split(name, "train"), list[tuple[str, dict[str, Any]]]()
+    found: list[tuple[str, dict[str, Any]]] = []
+    rows, _ = open_split(name, "train").known_columns({})
     try:
         for row in rows:
             found.append((f"{name}, {rows.place(len(found))}", row))

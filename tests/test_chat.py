@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -381,6 +382,15 @@ def test_prompts_are_read_from_files_as_for_training(name: str, content: str, tm
     assert [prompt for _, _, prompt in chat.given_prompts(config)] == [
         [{"role": "user", "content": text}] for text in ("Hi there", "Why?")
     ]
+
+
+def test_prompts_of_a_table_are_read_without_its_pictures(tmp_path: Path) -> None:
+    """Decoding one would open the file that the table names."""
+    features = datasets.Features({"prompt": datasets.Value("string"), "picture": datasets.Image()})
+    (tmp_path / "secret").write_text("no picture")
+    row = {"prompt": "Why?", "picture": {"path": str(tmp_path / "secret"), "bytes": None}}
+    datasets.Dataset.from_list([row], features).to_parquet(tmp_path / "q.parquet")
+    assert chat.read_rows(str(tmp_path / "q.parquet")) == [(f"{tmp_path}/q.parquet, row 1", {"prompt": "Why?"})]
 
 
 def test_a_lone_surrogate_survives_from_the_prompts_to_the_answers(run: Path, tmp_path: Path, say: Say) -> None:
