@@ -247,9 +247,10 @@ def from_all_ranks(value: Value, world: World) -> list[Value]:
     return values
 
 
-def refuse_ranks(wrong: bool, problem: str, world: World) -> None:
-    """Raise UserError on all ranks, which names those that are wrong."""
-    if ranks := [str(rank) for rank, is_wrong in enumerate(from_all_ranks(wrong, world)) if is_wrong]:
+def require_same(value: object, problem: str, world: World) -> None:
+    """Raise UserError on all ranks unless all have the same value. It names the ranks that differ from the first."""
+    first, *others = from_all_ranks(value, world)
+    if ranks := [str(rank) for rank, other in enumerate(others, start=1) if other != first]:
         raise UserError(f"rank {', '.join(ranks)} {problem}")
 
 

@@ -100,9 +100,8 @@ def load_rows(
         data = load_data(options, tokenizer, seed, want_eval=config.watch.eval_steps > 0)
     collator = DataCollator(options.max_seq_len, tokenizer.pad_token_id, options.packing)
     rows = RowStream(data.train, collator, seed, options.shuffle)
-    differs = rows.fingerprint != parallel.from_first_rank(rows.fingerprint, world)
     problem = f"read different rows of {', '.join(options.dataset)} than rank 0; give all nodes the same data"
-    parallel.refuse_ranks(differs, problem, world)
+    parallel.require_same(rows.fingerprint, problem, world)
     if world.is_main:
         reports = [table(data, rows, config, world.size)] if config.watch.dry_run else data.reports
         print(*data.notes, *reports, sep="\n")

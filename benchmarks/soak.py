@@ -39,11 +39,9 @@ from small_runs import (
     conversations,
     differing,
     final_tensors,
-    finish_job,
     kill_after,
     numbers,
     start,
-    start_job,
     train_in_child,
     write_jsonl,
 )
@@ -58,7 +56,7 @@ JOBS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "ddp": (["--packing"], {"parallel": "ddp", "save_steps": 1}),
     "fsdp": (["--packing"], {"parallel": "fsdp", "save_steps": 1, "optimizer": "muon"}),
 }
-TRAIN = Path(__file__).resolve().parents[1] / "train_sft.py"
+TRAIN, RESUME = Path(__file__).resolve().parents[1] / "train_sft.py", ("--resume", "auto")
 COUNTED = ("runs", "kills", "kills while saving", "resumes", "losses differing", "weights differing")
 LENGTH = {"max_steps": 30, "save_steps": 2, "eval_steps": 10}
 LONGEST_LIFE, LONGEST_JOB = 0.4, 2.0  # seconds of training before a kill
@@ -108,14 +106,15 @@ def soak_jobs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[
     """Do the same with a job under torchrun."""
 
     def begin(run: Path, flags: list[str], changes: dict[str, Any]) -> tuple[subprocess.Popen, Path]:
-        log = folder / f"{run.name}.log"
-        launcher = ("--standalone", "--max-restarts=1000")
-        words = arguments(data, run, *flags, "--resume", "auto", **changes)
-        return start_job(folder, log, 2, TRAIN, *words, launcher=launcher), log
+        log, environment = folder / f"{run.name}.log", os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        line = [*launcher, "--max-restarts=1000", str(TRAIN), *arguments(data, run, *flags, *RESUME, **changes)]
+        with log.open("a") as output:
+            return subprocess.Popen(line, env=environment, stdout=output, stderr=subprocess.STDOUT), log
 
     def leave_alone(run: Path, flags: list[str], changes: dict[str, Any]) -> None:
         job, log = begin(run, flags, changes)
-        if finish_job(job) != 0:
+        if job.wait() != 0:
             sys.exit(log.read_text())
 
     def disturb(run: Path, flags: list[str], changes: dict[str, Any], totals: dict[str, int]) -> None:
@@ -131,7 +130,7 @@ def soak_jobs(folder: Path, data: Path, kills: int, rng: random.Random) -> dict[
             if len(ranks) == 2:  # otherwise they are about to exit
                 os.kill(int(rng.choice(ranks)), signal.SIGKILL)
                 count_kill(run, totals)
-        if finish_job(job) != 0:
+        if job.wait() != 0:
             sys.exit(log.read_text())
 
     return soak(folder, JOBS, kills, leave_alone, disturb)

@@ -3,6 +3,7 @@
 preset or saved run ──flags──▶ what checkpoint, tokenizer and device decide ──▶ Start, which is only read
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -16,7 +17,7 @@ from hub.config_json import changed_config
 from launch import run_directory
 from launch.command_line import Arguments
 from launch.run_directory import changes_between, fixed_changes, lock_path, saved_configuration, this_process
-from parallel import World, choose_dtype, first_process_first, from_first_rank, refuse_ranks
+from parallel import World, choose_dtype, first_process_first, from_first_rank, require_same
 from tokenizer import Tokenizer
 
 
@@ -141,21 +142,23 @@ def look_up(find: Callable[[], Path | None], world: World) -> Path | None:
     step of a run that is being written. Raises UserError if a rank sees other files there."""
     with first_process_first(world):  # it reads all of a large checkpoint
         found = find() if world.is_main else None
-    path, expected = from_first_rank((found, contents(found)), world)
-    refuse_ranks(contents(path) != expected, f"sees other files at {path} than the first rank does", world)
+    path = from_first_rank(found, world)
+    require_same(fingerprint(path), f"sees other files at {path} than the first rank does", world)
     return path
 
 
-def contents(directory: Path | None) -> list[tuple[str, int, bytes]]:
-    """Return the files' names and sizes, and the content of JSON files, which hold a checkpoint's checksums."""
+def fingerprint(directory: Path | None) -> str:
+    """Return a hash of the files' names and sizes, and of JSON files, which hold a checkpoint's checksums."""
     found = sorted(directory.iterdir()) if directory and directory.is_dir() else []
     files = [file for file in found if file.is_file()]
-    return [(f.name, f.stat().st_size, f.read_bytes() if f.suffix == ".json" else b"") for f in files]
+    known = [(f.name, f.stat().st_size, f.read_bytes() if f.suffix == ".json" else b"") for f in files]
+    return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 def check_shared_files(run: str | Path, world: World) -> None:
     """Raise UserError if a rank does not see the first rank's lock of the run, and so not what it will write."""
     place, expected = lock_path(run), from_first_rank(this_process(), world)
+    # The first rank must not read its lock: closing the file would release it.
     sees_it = world.is_main or (place.is_file() and place.read_text().strip() == expected)
     unseen = f"does not see what the first rank writes in {place.parent}"
-    refuse_ranks(not sees_it, f"{unseen}: all nodes need a shared file system; put output_dir there", world)
+    require_same(sees_it, f"{unseen}: all nodes need a shared file system; put output_dir there", world)
