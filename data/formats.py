@@ -8,7 +8,7 @@ weight of 0. A row may also be a document, which is a str. Which columns play wh
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from config import UserError
 
@@ -47,19 +47,11 @@ class RowError(Exception):
         self.reason = reason
 
 
-class Content(NamedTuple):
-    """The content of a row."""
-
-    # A conversation in which the assistant speaks, or a document.
-    content: list[Message] | str
-    # The columns that it was read from, like "question + answer".
-    read_as: str
-    # Names of fields that play no part.
-    unused: list[str]
-
-
-def read_row(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Content:
-    """Return the conversation or the document of a row. Raises RowError.
+def read_row(
+    row: Mapping[str, Any], columns: Mapping[str, str] | None = None
+) -> tuple[list[Message] | str, str, list[str]]:
+    """Return the content of a row, which is a conversation in which the assistant speaks or a document; the columns
+    that it was read from, such as "question + answer"; and the names of the fields that play no part. Raises RowError.
 
     columns: part to column, from `--columns`; it applies to rows that have one of these columns.
     """
@@ -68,7 +60,7 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -
     content = read_parts(row, parts, unused)
     if not isinstance(content, str) and all(message["role"] != "assistant" for message in content):
         raise RowError(main_columns(parts), "no assistant turn")
-    return Content(content, main_columns(parts), sorted(unused))
+    return content, main_columns(parts), sorted(unused)
 
 
 # ---------------------------------------------------------------- columns

@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -146,14 +146,8 @@ def document_pieces(text: str, tokenizer: Tokenizer, max_seq_len: int) -> list[d
 # ---------------------------------------------------------------- conversations
 
 
-class Window(NamedTuple):
-    """A piece's share of a conversation: context from `start` to `new`, new tokens from `new` to `end`."""
-
-    start: int
-    new: int
-    end: int
-
-
+# A piece's share of a conversation (start, new, end): context from start to new, new tokens from new to end.
+Window = tuple[int, int, int]
 # A piece that continues a conversation keeps one part in this many free for the turns before.
 CONTEXT = 4
 
@@ -168,7 +162,7 @@ def conversation_pieces(
     turns = [tokenizer.render_turn(message) for message in messages]
     ids, mask, offsets = tokenizer.join(turns)
     opening: list[int] = []
-    windows, cut = [Window(0, 0, max_seq_len)], len(ids) > max_seq_len
+    windows, cut = [(0, 0, max_seq_len)], len(ids) > max_seq_len
     if split and cut:
         leading = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
         opening = ids[: min(offsets[leading], max_seq_len // 2)]
@@ -211,11 +205,11 @@ def split_at_turns(offsets: list[int], leading: int, answers: list[int], room: i
         until = max(bisect_right(ends, starts[at] + goal), at + 1)
         start, new, end = starts[at], offsets[answers[at]], ends[until - 1]
         if end - start <= room:
-            yield Window(starts[bisect_left(starts, end - room)], start, end)
+            yield starts[bisect_left(starts, end - room)], start, end
         else:
             start = max(start, min(new - read, end - room))
             while new < end:
-                yield Window(start, new, min(start + room, end))
+                yield start, new, min(start + room, end)
                 new = min(start + room, end)
                 start = new - read
         at = until
