@@ -307,7 +307,7 @@ def test_packed_batches_are_compiled_once() -> None:
     for block in model.model.layers:
         block.compile(backend="aot_eager", fullgraph=True)
     shapes, graphs = set(), []
-    for seed in range(20):
+    for seed in range(12):
         batch = packed_batch(seed)
         documents = find_documents(batch["sequence_ids"], batch["labels"], fixed_length=True)
         shapes.add((tuple(documents.lengths.values), len(documents.labels)))
@@ -317,7 +317,7 @@ def test_packed_batches_are_compiled_once() -> None:
             assert output.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=1e-3)
             for name, gradient in gradients(model).items():
                 assert (gradient - expected[name]).norm() <= 0.02 * expected[name].norm(), name
-    assert len(shapes) > 15
+    assert len(shapes) >= 8
     assert graphs[-1] <= 4 and graphs[-1] == graphs[5]
     torch._dynamo.reset()
 
@@ -332,7 +332,7 @@ def test_without_flash_attention_the_first_batches_compile_all(path: str, monkey
     for block in compiled.model.layers:
         block.compile(backend="eager")
     graphs = []
-    for seed in range(12):
+    for seed in range(8):
         batch = packed_batch(seed)
         documents = find_documents(batch["sequence_ids"], batch["labels"], fixed_length=True)
         expected, output = (on_path(model, batch, documents) for model in (plain, compiled))
@@ -359,7 +359,7 @@ def test_samples_of_a_compiled_run_compile_nothing(tmp_path: Path, monkeypatch: 
     torch._dynamo.reset()
     counters.clear()
     data = write_jsonl(tmp_path / "data.jsonl", conversations(40))
-    command = arguments(data, tmp_path / "run", dtype="bfloat16", max_steps=4, eval_steps=2, save_steps=0)
+    command = arguments(data, tmp_path / "run", dtype="bfloat16", max_steps=2, eval_steps=1, save_steps=0)
     assert train_here([*command, "three or seven", "--compile"], tmp_path) == 0
     assert counters["stats"]["unique_graphs"] > 0
     assert graphs == [0, 0]

@@ -403,9 +403,9 @@ LARGEST = 64 * 2 * 192 * 64 * 2  # bytes of the stack of gate and up projections
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 30 MB whose stacks of experts are most of it, and an adapter "adapted"; its vocabulary is small."""
+    """A model of 22 MB whose stacks of experts are most of it, and an adapter "adapted"; its vocabulary is small."""
     directory = tmp_path_factory.mktemp("large")
-    shape = WIDE | {"vocab_size": 512, "n_routed_experts": 64, "moe_intermediate_size": 192, "num_hidden_layers": 8}
+    shape = WIDE | {"vocab_size": 512, "n_routed_experts": 64, "moe_intermediate_size": 192, "num_hidden_layers": 6}
     model = small_model(**shape).to(torch.bfloat16)
     save_pretrained(directory / "base", model, Tokenizer(vocab_size=512))
     lora.add_lora(model, 2, 4.0, 0.0, ("q_proj", "experts.down_proj", "experts.gate_up_proj"))
