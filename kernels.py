@@ -252,7 +252,8 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return sum_of_rows(grad, *ctx.saved_tensors, ctx.size), None, None, None, None
+        (back,) = ctx.saved_tensors
+        return sum_of_rows(grad, back, ctx.size), None, None, None, None
 
 
 def sum_of_rows(rows: Tensor, indices: Tensor, size: int) -> Tensor:

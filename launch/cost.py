@@ -198,7 +198,7 @@ class Roofline(Traffic):
             if region == "elementwise" and (FUSED in self.within or (self.merge and "optimizer" not in self.within)):
                 for x in read:
                     if (storage := x.untyped_storage()) not in self.made:
-                        self.read[storage._cdata, x.storage_offset(), x.nbytes] = x.nbytes
+                        self.read[storage._cdata, int(x.storage_offset()), x.nbytes] = x.nbytes
                 for x in made:
                     storage = x.untyped_storage()
                     self.made[storage] = max(x.nbytes, self.made.get(storage, 0))
