@@ -219,7 +219,8 @@ class WatchConfig:
     eval_steps: int = 250  # steps between evaluations; 0: none
     eval_max_rows: int = 0  # held-out rows per evaluation; 0: all
     logging_steps: int = 1  # steps between lines in metrics.jsonl
-    # Prompts answered at each evaluation, to see the model learn.
+    # Prompts answered at each evaluation, to see the model learn. Under fsdp and hsdp, where no process has the whole
+    # model, there are no samples.
     sample_prompts: tuple[str, ...] = ("Hello! How are you?", "What did you do today?", "Do you like music?")
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"  # tracker that gets the metrics too
     evaluate_only: bool = False  # print eval_loss and eval_bpb of init_from on the dataset; train and write nothing

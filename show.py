@@ -178,6 +178,8 @@ class Runs:
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
     # The picture to write; "": none.
     out: str = "runs.png"
+    # The table as a .csv file.
+    csv: str = ""
 
     def show(self) -> None:
         import pandas as pd
@@ -188,7 +190,11 @@ class Runs:
         if not self.runs:
             raise UserError("name a run's directory, or several")
         lines = {run: read_metrics(run) for run in self.runs}
-        print(printable(pd.DataFrame(compare(lines)).fillna("-").to_string(index=False)))
+        table = pd.DataFrame(compare(lines)).fillna("-")
+        print(printable(table.to_string(index=False)))
+        if self.csv:
+            table.to_csv(self.csv, index=False)
+            print(f"wrote {self.csv}")
         if self.out:
             plot_runs(lines, self.out)
             print(f"wrote {self.out}")

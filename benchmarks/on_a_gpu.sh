@@ -2,7 +2,7 @@
 # What only a GPU can tell, in about ten minutes. Prints one page to paste into an issue.
 #
 #     bash benchmarks/on_a_gpu.sh 2>&1 | tee on_a_gpu.txt
-set -u
+set -uo pipefail
 cd "$(dirname "$0")/.."
 directory=$(mktemp -d); trap 'rm -rf "$directory"' EXIT
 

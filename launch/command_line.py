@@ -32,7 +32,7 @@ PEER_DIED = ("closed by peer", "reset by peer", "remote process exited", "commun
 def one_line_errors(debug: bool = False) -> Iterator[None]:
     """Print errors that the user can fix (including a full disk) as one line, and exit with 2; with `debug`, keep
     Python's traceback. Ctrl-C exits with 130 and `| head` with 141, as in a shell. A rank of a job in which another one
-    has died exits with 1 and prints nothing."""
+    has died exits with 1, and leaves the reason to torchrun."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks becomes a question mark
             with contextlib.suppress(OSError):
@@ -46,12 +46,13 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             sys.exit(141)
         if debug:
             raise
-        if is_first_report(f"error: {printable(str(error))}"):
+        if report_to_torchrun(f"error: {printable(str(error))}"):
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         leave(2)
     except RuntimeError as error:
         if "TORCHELASTIC_RUN_ID" not in os.environ or not any(words in str(error) for words in PEER_DIED):
             raise
+        report_to_torchrun("another rank has failed")
         leave(1)
     finally:
         flush_or_discard(sys.stdout)
@@ -60,6 +61,8 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
 
 def reader_has_left() -> bool:
     """Return whether standard output is a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # on Windows
+        return True
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -112,7 +115,7 @@ def lasting_output() -> Iterator[None]:
         yield
 
 
-def is_first_report(message: str) -> bool:
+def report_to_torchrun(message: str) -> bool:
     """Under torchrun, leave it an error to print next to the rank. Return whether no other process of the job on this
     machine has reported the same one: they share a directory, in which torchrun collects their errors."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -270,7 +270,8 @@ class RunLog:
         if step < self.total_steps and not stopped:
             lines += [f"ended after {step} of {self.total_steps} steps: {since} evaluations without a lower eval_loss"]
         if since:
-            lines += [f"eval_loss was lowest after step {best}, {counters['best_loss']:.4f} (--save-best keeps it)"]
+            place = self.run / f"checkpoints/step-{best:06}"
+            lines += [f"eval_loss was lowest after step {best}, {counters['best_loss']:.4f}; --save-best keeps {place}"]
         self.bar.close()
         self.print("\n".join(lines))
 

@@ -35,8 +35,8 @@ def find_start(arguments: Arguments, world: World) -> Start:
     run = Path(asked.checkpoint.output_dir)
     resume = asked.checkpoint.resume
     if not (asked.watch.dry_run or asked.watch.evaluate_only):
-        if not resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            raise UserError("torchrun has restarted this job: pass --resume auto, so that it continues its run")
+        if not resume and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            raise UserError("--max-restarts needs --resume auto, so that a restarted job continues its run")
         check_shared_files(run, world)
     new = None if resume is True else resolve(asked.changed(resume=False), arguments.given, preset, None, world)
     if new and not (resume == "auto" and from_first_rank(run_directory.holds_a_run(run), world)):

@@ -2,6 +2,7 @@
 
 import io
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -285,7 +286,10 @@ def test_output_that_cannot_be_written_does_not_end_a_run(monkeypatch: pytest.Mo
             print("more", flush=True)
 
 
-def test_windows_has_no_hangup_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_has_neither_a_hangup_signal_nor_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(select, "poll")
+    with pytest.raises(SystemExit, match="141"), one_line_errors():
+        raise BrokenPipeError(32, "Broken pipe")
     monkeypatch.delattr(signal, "SIGHUP")
     module = runpy.run_path(str(ROOT / "launch/command_line.py"))
     assert module["STOP_SIGNALS"] == (signal.SIGINT, signal.SIGTERM)

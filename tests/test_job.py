@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import re
 import time
 from datetime import timedelta
@@ -97,9 +98,9 @@ def test_ranks_with_different_files_are_refused(work: Work, message: str, folder
         assert result.startswith(message.format(folder / str(rank)))
 
 
-def test_a_restarted_job_that_would_start_anew_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(UserError, match="restarted this job: pass --resume auto"):
+def test_a_job_whose_restart_would_start_anew_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(UserError, match="--max-restarts needs --resume auto"):
         find_start(parse_arguments(["tiny", "--output-dir", str(tmp_path / "run")]), ALONE)
 
 
@@ -114,12 +115,18 @@ def test_a_restarted_job_that_would_start_anew_is_refused(tmp_path: Path, monkey
         "[Rank 1] NCCL communicator was aborted on rank 1.",
     ],
 )
-def test_the_death_of_another_rank_is_quiet(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_death_of_another_rank_is_left_to_torchrun(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With Gloo and with NCCL, whose own errors take many lines. Any other error keeps its traceback."""
+    (tmp_path / "0").mkdir()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0/error.json"))
     with pytest.raises(SystemExit) as leaving, one_line_errors():
         raise RuntimeError(words)
     assert leaving.value.code == 1
+    assert json.loads((tmp_path / "0/error.json").read_text())["message"]["message"] == "another rank has failed"
+    assert capsys.readouterr().err == ""
     with pytest.raises(RuntimeError, match="out of bounds"), one_line_errors():
         raise RuntimeError("index out of bounds")
 

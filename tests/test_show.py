@@ -1,5 +1,6 @@
 """show.py prints and draws the data that a run trains on. Oracles: counts over the rendered conversations."""
 
+import csv
 import json
 import os
 import re
@@ -134,17 +135,19 @@ def runs(tmp_path: Path) -> list[str]:
 
 
 def test_runs_are_compared_in_a_table_and_a_picture(runs: list[str], shown: Callable[..., str], tmp_path: Path) -> None:
-    printed = shown("runs", *runs, "--out", tmp_path / "runs.png")
+    printed = shown("runs", *runs, "--out", tmp_path / "runs.png", "--csv", tmp_path / "runs.csv")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
     head, *rows = [line.split() for line in printed.splitlines()[:4]]
     names = ["run", "learning_rate", "model.hidden_size", "step", *(f"{b}{m}" for m in METRICS for b in ("", "best "))]
     assert head == " ".join(names).split()
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [names, *rows]
     assert rows == [
         [runs[0], "0.001", "64", "3", "2", "1.5", "2.75", "2.25", "1.375", "1.125"],
         [runs[1], "0.002", "32", "3", "2.5", "2.5", "3", "3", "1.5", "1.5"],
         [runs[2], "0.002", "32", "3", "3", "3", "-", "-", "-", "-"],
     ]
-    assert printed.endswith(f"wrote {tmp_path}/runs.png\n")
+    assert printed.endswith(f"wrote {tmp_path}/runs.csv\nwrote {tmp_path}/runs.png\n")
 
 
 def test_an_error_names_what_is_no_run(runs: list[str], shown: Callable[..., str], tmp_path: Path) -> None:

@@ -516,7 +516,7 @@ def test_the_best_checkpoint_is_kept_next_to_the_newest(
     assert capsys.readouterr().out.splitlines()[-3:] == [
         f"saved {checkpoints}/step-000005",
         f"talk to it: python chat.py {tmp_path}",
-        "eval_loss was lowest after step 3, 2.0000 (--save-best keeps it)",
+        f"eval_loss was lowest after step 3, 2.0000; --save-best keeps {checkpoints}/step-000003",
     ]
     shutil.copytree(checkpoints / "step-000005", tmp_path / "step 5")
     for values, expected in (([2.2, 2.3], [3, 7]), ([1.9, 2.3], [6, 7])):
@@ -536,7 +536,7 @@ def test_a_run_ends_early_if_eval_loss_does_not_fall(
     assert saved_steps(tmp_path) == [10]
     printed = capsys.readouterr().out
     assert "ended after 10 of 20 steps: 2 evaluations without a lower eval_loss\n" in printed
-    assert "lowest after step 6, 2.0000 (--save-best keeps it)\n" in printed
+    assert f"lowest after step 6, 2.0000; --save-best keeps {tmp_path}/checkpoints/step-000006\n" in printed
     assert [line["step"] for line in read_metrics(tmp_path) if "eval_loss" in line] == [2, 4, 6, 8, 10]
 
 
