@@ -177,7 +177,9 @@ class ComputeConfig:
     # torch.compile every block: slow first steps, faster ones after; needs a C++ compiler. With FlashAttention (CUDA,
     # heads up to 256), packed rows need at most two graphs: one of a dense block and one of a block with experts.
     compile: bool = False
-    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: 1/3 more compute, much less memory
+    # Recompute blocks in the backward pass: 1/3 more compute, much less memory. A GPU with room for all activations
+    # does not, unless the flag is given.
+    gradient_checkpointing: bool = False
     # Under torchrun: ddp has a full copy per process, fsdp a shard per process, hsdp a copy per node in shards.
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
 

@@ -70,7 +70,8 @@ Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 @functools.cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function compiled by Triton, forward and backward, or unchanged if that cannot be done here."""
+    """Return the function compiled by Triton, forward and backward, or unchanged if that cannot be done here. The
+    environment variable TORCH_COMPILE_DISABLE=1 leaves it unchanged, too."""
     if has_triton() and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         return torch.compile(function)
     if torch.cuda.is_available():
