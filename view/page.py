@@ -9,7 +9,7 @@ import html
 import os
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -37,7 +37,6 @@ BANDS = (
     (0.01, "1 to 10%", "#ffa94d"),
     (0.0, "under 1%", "#ff8787"),
 )
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 EXPERTS = 8  # shown per layer, the highest scores first
 # Tokens flow like text and scroll.
 CSS = """
@@ -54,7 +53,7 @@ class Talk(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """The components of one model, in the order of `outputs`."""
+    """The components of one model, in the order of `Page.outputs`."""
 
     chat: gr.Chatbot
     tokens: gr.HighlightedText
@@ -99,67 +98,73 @@ class Page:
         self, models: Sequence[tuple[DeepSeekV2, Tokenizer]], names: Sequence[str], settings: dict[str, Any]
     ) -> None:
         self.models = models
-        buttons: dict[str, Any] = {"submit_btn": "Send", "stop_btn": "Stop"}
         with gr.Blocks(title="SFT from scratch", fill_width=True) as self.blocks:
+            buttons: dict[str, Any] = {"submit_btn": "Send", "stop_btn": "Stop"}
             self.question = gr.Textbox(
                 placeholder="Ask something", show_label=False, autofocus=True, elem_id="question", **buttons
             )
             self.fields = build_settings(settings) | {"question": self.question}
             with gr.Row():
                 self.panels = [build_panel(name) for name in names]
-            for number in range(len(models)):
-                self.connect(number)
-            self.question.submit(lambda: "", None, self.question, **QUIET)
+            self.connect()
 
-    def connect(self, number: int) -> None:
-        """Bind a model to its panel. Gradio's queue runs one answer at a time."""
-        panel, respond = self.panels[number], partial(self.respond, number)
-        inputs: set[Any] = {*self.fields.values(), panel.talk}
-        asked = self.question.submit(respond, inputs, list(panel), concurrency_id="answers", **QUIET)
-        self.question.stop(None, cancels=asked, **QUIET)
-        panel.chat.clear(lambda: outputs(Talk()), None, list(panel), cancels=asked, **QUIET)
-        panel.tokens.select(choose, panel.talk, [panel.likeliest, panel.experts], **QUIET)
+    def connect(self) -> None:
+        """Bind the buttons. Gradio's queue runs one `respond` at a time."""
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        outputs = [self.question, *(component for panel in self.panels for component in panel)]
+        inputs: set[Any] = {*self.fields.values(), *(panel.talk for panel in self.panels)}
+        asked = self.question.submit(self.respond, inputs, outputs, **quiet)
+        self.question.stop(None, cancels=asked, **quiet)
+        cleared = [panel.chat.clear for panel in self.panels]
+        gr.on(cleared, lambda: self.outputs([Talk()] * len(self.panels)), None, outputs, cancels=asked, **quiet)
+        for panel in self.panels:
+            panel.tokens.select(choose, panel.talk, [panel.likeliest, panel.experts], **quiet)
 
-    def respond(self, number: int, inputs: dict[Any, Any]) -> Iterator[list[Any]]:
-        """Yield a panel's values while its model answers."""
+    def respond(self, inputs: dict[Any, Any]) -> Iterator[list[Any]]:
+        """Yield the page's outputs while the models write side by side."""
         values = {name: inputs[field] for name, field in self.fields.items()}
         values |= {name: self.fields[name].value for name, value in values.items() if value is None}  # emptied
-        talk, shown = inputs[self.panels[number].talk], 0.0
-        growing = answer(*self.models[number], talk, values) if values["question"] else ()
+        talks = [inputs[panel.talk] for panel in self.panels]
+        shown = 0.0
+        longest = 10 * max(model.config.max_position_embeddings for model, _ in self.models)
         try:
-            for talk in growing:
+            for name in ("question", "system"):
+                if len(values[name] or "") > longest:  # a token has about four characters
+                    raise UserError(f"the {name} has {len(values[name]):,} characters: shorten it")
+            answers = [self.answer(*each, values) for each in zip(self.models, talks, strict=True)]
+            for steps in zip_longest(*answers if values["question"] else ()):
+                talks = [step or talk for step, talk in zip(steps, talks, strict=True)]
                 if time.monotonic() > shown + self.PAUSE:
-                    yield outputs(talk)
+                    yield self.outputs(talks)
                     shown = time.monotonic()
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        yield outputs(talk)
+        yield self.outputs(talks)
 
+    def answer(self, model_and_tokenizer: tuple[DeepSeekV2, Tokenizer], talk: Talk, values: dict) -> Iterator[Talk]:
+        """Yield a model's conversation while its answer grows."""
+        model, tokenizer = model_and_tokenizer
+        system = [{"role": "system", "content": values["system"]}] if values["system"] else []
+        asked = [*system, *talk.messages, {"role": "user", "content": values["question"]}]
+        messages, note = fit_into_context(model, tokenizer, asked, values["max_new_tokens"])
+        if note:
+            gr.Info(note)
+        sampling = {name: values[name] for name in ("temperature", "top_p", "top_k")}
+        check_sampling(**sampling, seed=values["seed"])
+        generator = torch.Generator(model.output_weight.device).manual_seed(values["seed"])
+        options = sampling | {"generator": generator}
+        for answer, seen in trace(model, tokenizer, messages, values["max_new_tokens"], **options):
+            reply = {"role": "assistant", "content": answer.text}
+            yield Talk((*messages[len(system) :], reply), tuple(seen))
 
-def answer(model: DeepSeekV2, tokenizer: Tokenizer, talk: Talk, values: dict[str, Any]) -> Iterator[Talk]:
-    """Yield a model's conversation while its answer grows. Raises UserError."""
-    for name in ("question", "system"):
-        if len(values[name] or "") > 10 * model.config.max_position_embeddings:  # a token has about four characters
-            raise UserError(f"the {name} has {len(values[name]):,} characters: shorten it")
-    system = [{"role": "system", "content": values["system"]}] if values["system"] else []
-    asked = [*system, *talk.messages, {"role": "user", "content": values["question"]}]
-    messages, note = fit_into_context(model, tokenizer, asked, values["max_new_tokens"])
-    if note:
-        gr.Info(note)
-    sampling = {name: values[name] for name in ("temperature", "top_p", "top_k")}
-    check_sampling(**sampling, seed=values["seed"])
-    generator = torch.Generator(model.output_weight.device).manual_seed(values["seed"])
-    options = sampling | {"generator": generator}
-    for reply, seen in trace(model, tokenizer, messages, values["max_new_tokens"], **options):
-        said = {"role": "assistant", "content": reply.text}
-        yield Talk((*messages[len(system) :], said), tuple(seen))
-
-
-def outputs(talk: Talk) -> list[Any]:
-    """Return the values of a Panel."""
-    messages = [message | {"content": as_text(message["content"])} for message in talk.messages]
-    tokens = [(seen.text.replace("\n", "↵\n"), band(seen.probability)) for seen in talk.seen]
-    return [messages, tokens, *look_at(talk, max(len(talk.seen) - 2, 0)), talk]
+    def outputs(self, talks: Sequence[Talk]) -> list[Any]:
+        """Return an empty question and the values of each Panel."""
+        outputs: list[Any] = [""]
+        for talk in talks:
+            messages = [message | {"content": as_text(message["content"])} for message in talk.messages]
+            tokens = [(seen.text.replace("\n", "↵\n"), band(seen.probability)) for seen in talk.seen]
+            outputs += [messages, tokens, *look_at(talk, max(len(talk.seen) - 2, 0)), talk]
+        return outputs
 
 
 def as_text(content: str) -> list[dict[str, str]]:
