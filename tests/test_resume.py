@@ -452,7 +452,7 @@ def test_links_in_a_run_directory_are_refused(
         ("dataset", ["a", 3], "dataset is 3, which is not of type str"),
         ("model", {"hidden_size": 3.5}, "hidden_size is 3.5, which is not of type int"),
         ("model", [], "is not the configuration of a run of this version"),
-        ("model", {"rope_scaling": {"type": "linear"}}, "rope_scaling is {'type': 'linear'}, which is not of type"),
+        ("model", {"rope_scaling": {"type": "linear"}}, "rope_scaling.type is 'linear', which is not of type"),
         ("tie_embeddings", True, "tie_embeddings unknown or missing"),
         ("seed", None, "seed is None, which is not of type int"),
     ],
