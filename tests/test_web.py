@@ -425,6 +425,12 @@ def test_a_person_asks_looks_stops_and_resets(
     page.ask(QUESTION)
     page.wait(lambda: len(page.tokens()) == 24)
     assert page.said("bot") == [printed(run, QUESTION, tmp_path, capsys)]
+    # a question that cannot be asked is still there
+    box = page.find("#question textarea")[0]
+    browser.execute_script("arguments[0].value = 'a '.repeat(600); arguments[0].dispatchEvent(new Event('input'))", box)
+    box.send_keys(Keys.ENTER)
+    page.wait(lambda: any("tokens, but the model's context is 512" in text for text in page.texts(".toast-body")))
+    assert len(box.get_property("value")) == 1200
     # nothing leaves the machine
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
