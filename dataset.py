@@ -13,6 +13,7 @@ chatterbot, test, held out: 44 conversations; 46 pieces; 2,583 tokens; 1,472 (57
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -99,6 +100,8 @@ def load_data(data: DataConfig, tokenizer: Tokenizer, seed: int, want_eval: bool
     a source cannot be read, has nothing to learn or nothing to evaluate on, and for malformed rows unless they are
     skipped.
     """
+    if not sys.stderr.isatty():  # each redrawn bar would be a line of a log
+        datasets.disable_progress_bars()
     columns = formats.parse_columns(data.columns)
     named = [parse_source(source) for source in data.dataset]
     shown = short_names([name for name, _ in named])

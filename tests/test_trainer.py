@@ -25,8 +25,9 @@ import lora
 import train_sft
 import trainer as trainer_module
 from checkpoint import load_pretrained, optimizer_state
-from config import OptimizerConfig, TrainConfig, UserError
+from config import DataConfig, OptimizerConfig, TrainConfig, UserError
 from datacollator import DataCollator, RowStream
+from dataset import load_data
 from launch import run_directory
 from launch.command_line import STOP_SIGNALS
 from launch.run_directory import read_metrics
@@ -417,6 +418,14 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     assert "step 150: eval_loss 1.0" in lines
     assert "\r" not in printed.out + printed.err
     assert len(read_metrics(tmp_path)) == 300
+
+
+def test_without_a_terminal_loading_data_draws_no_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    datasets.enable_progress_bars()
+    options = DataConfig((str(write_jsonl(tmp_path / "data.jsonl", TEXTS)),))
+    with cheap_process(tmp_path):
+        load_data(options, TOKENIZER, seed=0, want_eval=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_damaged_metrics_are_an_error_that_names_them(tmp_path: Path) -> None:
