@@ -9,6 +9,7 @@ Without a preset: mini if CUDA is available, otherwise tiny. config.py explains 
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from launch.command_line import Arguments, lasting_output, one_line_errors, pars
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # exits before the slow import of torch
     with one_line_errors():
         parse_arguments(sys.argv[1:])
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the import: no traceback
 # On CPU, torch allocates large tensors in huge pages if this is set before its import; small pages cost a tenth of a
 # step.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -163,6 +166,8 @@ def plan(start: Start, world: World) -> None:
 
 
 def main() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with one_line_errors("--debug" in sys.argv), lasting_output():
         arguments = parse_arguments(sys.argv[1:])
         world = parallel.join_world(arguments.config.compute.device, arguments.config.watch.dry_run)

@@ -265,14 +265,16 @@ class Trainer:
         return {"step": self.step, "eval_loss": loss_sum / num_targets, "eval_bpb": bits / max(num_bytes, 1)}
 
     def print_samples(self, show: Callable[[str], None]) -> None:
-        """Print sample answers, unless shards of the model are on other ranks. A failure does not end the run."""
+        """Print sample answers, or why there are none. A failure does not end the run."""
         questions = self.config.watch.sample_prompts
-        if not questions or not self.world.is_main or isinstance(self.model, FSDPModule):
+        if not questions or not self.world.is_main:
             return
         asked = [[{"role": "user", "content": question}] for question in questions]
         rng = torch.Generator(self.world.device).manual_seed(self.config.compute.seed)
         self.model.eval()
         try:
+            if isinstance(self.model, FSDPModule):
+                raise UserError("under fsdp no rank has the whole model")
             # Compiled blocks would be recompiled for every length of an answer, and in fp32, where torch cannot trace
             # the grouped product.
             with torch.compiler.set_stance("force_eager"):

@@ -81,6 +81,8 @@ def resolve(config: TrainConfig, given: Collection[str], preset: str, checkpoint
     name = str(source or config.data.tokenizer)
     vocab_size = config.model.vocab_size if name == "cl100k_base" else None
     tokenizer = Tokenizer(name, vocab_size, config.data.chat_template, config.data.add_control_tokens)
+    if "add_control_tokens" in given and not (checkpoint or tokenizer.new_ids):
+        raise UserError(f"add_control_tokens has no effect: {name} has all that the chat template needs")
     ids, rows = tokenizer.vocab_size, config.model.vocab_size if source else 0  # rows of the embedding
     if source and ids > rows and not tokenizer.new_ids:
         raise UserError(f"{name}: the tokenizer has {ids} ids, but the embedding only {rows} rows")

@@ -212,6 +212,8 @@ def test_flags_that_contradict_a_loaded_model_are_refused(base: Path, refused: C
     """The size of its vocabulary, and any change to a model that is only evaluated."""
     error = refused("--evaluate-only", init_from=base, model_aux_loss_alpha=0.5)
     assert "model.aux_loss_alpha has no effect: evaluate_only takes the model as it is" in error
+    error = refused("--add-control-tokens", init_from=base)
+    assert "add_control_tokens has no effect" in error and "has all that the chat template needs" in error
     place = newest_checkpoint(base)
     error = f"model.vocab_size has no effect: {place} brings its own vocabulary"
     assert error in refused(tokenizer=place, model_vocab_size=600)

@@ -361,7 +361,7 @@ def test_samples_fit_into_the_smallest_context(tmp_path: Path) -> None:
 def test_a_model_without_samples_is_still_trained(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Because it cannot answer."""
+    """Because it cannot answer, or no rank has all of it."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -369,7 +369,9 @@ def test_a_model_without_samples_is_still_trained(
     monkeypatch.setattr(trainer_module, "answers", fail)
     trainer, printed = make_trainer(tmp_path, sample_prompts=("a", "b")), list[str]()
     trainer.print_samples(printed.append)
-    assert printed == ["  no samples: logits are NaN"]
+    monkeypatch.setattr(trainer_module, "FSDPModule", type(trainer.model))
+    trainer.print_samples(printed.append)
+    assert printed == ["  no samples: logits are NaN", "  no samples: under fsdp no rank has the whole model"]
     assert trainer.model.training
 
 
