@@ -48,7 +48,7 @@ def check_inside(directory: Path, path: Path) -> None:
     root, place = directory.resolve(), path.resolve()
     blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
     if not any(place.is_relative_to(allowed) for allowed in (root, *blobs)):
-        raise UserError(f"{printable(str(path))} lies outside of the directory, at {place}")
+        raise UserError(f"{printable(str(path))} lies outside of the directory, at {place}; copy it into {directory}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
