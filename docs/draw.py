@@ -4,7 +4,7 @@
 
 Two more need trained runs:
 
-    python show.py runs runs/scratch runs/tiny --metrics loss eval_bpb --out docs/training.png
+    python show.py runs runs/scratch runs/tiny --out docs/training.png    # cut to its panels loss and eval_bpb
     python chat.py runs/tiny --web --temperature 0      # docs/web.png: ask twice, click on a token, 900 pixels wide
 """
 
