@@ -179,16 +179,16 @@ def test_the_fused_loss_equals_the_plain_one(targets: int, dtype: torch.dtype, m
 
 
 @pytest.mark.usefixtures("cudas_path", "flash_attention")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_chains_change_no_result(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, for batches of different sizes, of which the first ones compile all."""
+def test_compiled_chains_change_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, for batches of different sizes, of which the first ones compile all; then also with
+    checkpointing."""
     plain, model = (small_model(num_hidden_layers=2).train() for _ in range(2))
-    model.model.gradient_checkpointing = checkpointing
     torch._dynamo.reset()
     counters.clear()
     fused = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
     graphs = []
     for seed in range(4):
+        model.model.gradient_checkpointing = seed == 3
         batch = packed_batch(seed)
         expected = on_path(plain, batch)
         with monkeypatch.context() as patch:
