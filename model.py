@@ -66,6 +66,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 
 
 class RMSNorm(nn.RMSNorm):
+    """`rms_norm` as a layer, whose output has the dtype that matrix products take."""
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, compute_dtype(x))
 
@@ -208,12 +210,14 @@ class Attention(nn.Module):
 
 @fused
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The gated activation between a feed-forward network's products."""
     return F.silu(gate) * up
 
 
 @fused
 def weighted_swiglu(gate_up: Tensor, weights: Tensor) -> Tensor:
-    """gate_up (R, 2 moe_intermediate_size), weights (R,) -> (R, moe_intermediate_size)"""
+    """`swiglu` for rows of experts, times the router's weights: gate_up (R, 2 moe_intermediate_size), weights (R,)
+    -> (R, moe_intermediate_size)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up * weights[:, None]
 

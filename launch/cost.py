@@ -158,7 +158,7 @@ BANDWIDTH_SHARE = 0.85  # of the data sheet's, that long copies reach
 PRODUCT_SHARES = {"experts": 0.55, "other products": 0.67}  # of the peak, that cuBLAS and CUTLASS reach
 LAUNCH = 5e-6  # seconds that the host takes for an operation, which a short one cannot hide
 
-FUSED = "fused"  # name of a region
+FUSED = "fused"  # record_function's name of a region that a GPU runs as one kernel
 
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::_grouped_mm": 0, "aten::addmm": 1, "aten::baddbmm": 1}  # first factor
 
@@ -215,6 +215,7 @@ class Roofline(Traffic):
         self.made.clear()
 
     def add(self, region: str, moved: int, computing: float = 0.0) -> None:
+        """Count a kernel that moves so many bytes, and whose products take `computing` seconds."""
         seconds = max(moved / self.gpu.bandwidth / BANDWIDTH_SHARE, computing, LAUNCH)
         region = next((name for name in self.within if name in ("loss", "optimizer")), region)
         self.seconds[region] += self.times * seconds  # type: ignore[assignment]
@@ -284,4 +285,5 @@ class OneKernel(torch.autograd.Function):
 
 
 def as_one_kernel(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Take the place of `kernels.compiled` in a dry run."""
     return functools.partial(OneKernel.apply, function)
