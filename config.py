@@ -293,6 +293,13 @@ class TrainConfig:
         if self.data.add_control_tokens and lora.lora_rank:
             raise UserError("add_control_tokens adds rows to embedding and head, which adapters do not train")
 
+    def too_few_rows(self, rows: int, processes: int) -> str:
+        """Return why a run with this number of rows per epoch is refused, "" if it has a step."""
+        if rows >= self.batch.rows_per_step(processes):
+            return ""
+        too_few = f"{', '.join(self.data.dataset)}: {rows} rows do not fill one step of"
+        return f"{too_few} {self.batch.rows_per_step(processes)}; lower batch_size or gradient_accumulation_steps"
+
     def flat(self) -> dict[str, Any]:
         """Return what a run's config.json holds: all fields by their own unique names, and the dict `model`."""
         groups = {name: asdict(group) for name, group in self.groups.items()}

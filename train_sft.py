@@ -45,7 +45,7 @@ from parallel import World
 from tokenizer import Tokenizer
 from trainer import Trainer
 from view.plots import plot_runs
-from view.terminal import table, too_few_rows
+from view.terminal import table
 
 
 @memory_errors()
@@ -117,7 +117,7 @@ def fit_warmup(start: Start, rows_per_epoch: int, world: World) -> TrainConfig:
     UserError if the given warm-up exceeds the run, or if an epoch has less than one step."""
     config, warmup = start.config, start.config.optimizer.warmup_steps
     steps = config.batch.max_steps or config.batch.remaining_steps(rows_per_epoch, world.size)
-    if problem := too_few_rows(config, rows_per_epoch, config.batch.rows_per_step(world.size)):
+    if problem := config.too_few_rows(rows_per_epoch, world.size):
         raise UserError(problem)
     if "warmup_steps" in start.given and warmup > steps:
         raise UserError(f"warmup_steps is {warmup}, but the run has {steps} steps: the rate would never reach its peak")

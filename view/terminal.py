@@ -40,15 +40,8 @@ def course(train: "RowStream", config: TrainConfig, processes: int) -> str:
     padding = 1 - train.lengths.sum() / (rows * width)
     packed = f" ({padding:.1%} padding)" if config.data.packing else ", one conversation each"
     epochs = f"{steps:,} steps of {rows_per_step} rows are {steps * rows_per_step / rows:.3g} epochs"
-    problem = too_few_rows(config, rows, rows_per_step)
+    problem = config.too_few_rows(rows, processes)
     return f"an epoch has {rows:,} rows of up to {width:,} tokens{packed}; {problem or epochs}"
-
-
-def too_few_rows(config: TrainConfig, rows: int, rows_per_step: int) -> str:
-    """Return why a run with this number of rows per epoch is refused, or nothing if it has a step."""
-    names = ", ".join(config.data.dataset)
-    too_few = f"{names}: {rows} rows do not fill one step of {rows_per_step}"
-    return f"{too_few}; lower batch_size or gradient_accumulation_steps" if rows < rows_per_step else ""
 
 
 def spread(columns: dict[str, np.ndarray]) -> str:
